@@ -1,0 +1,55 @@
+# Set-up, demo, tests and style of ponder_hf; `make help` lists the targets.
+#
+# The first call of any target installs everything into $(VENV); later calls re-use it until pyproject.toml or
+# constraints.txt changes. On Linux, pip by default takes a build of torch with CUDA libraries of several gigabytes.
+# For the CPU build, set PIP_EXTRA_INDEX_URL (or PIP_FIND_LINKS, for a folder of wheels) in the environment to the
+# index that PyTorch's installation page names for "CPU", before the first call.
+
+# The interpreter that makes the environment: Python 3.10 or newer.
+PYTHON ?= python3
+VENV ?= .venv
+# Test processes; each computes on one thread.
+WORKERS ?= 2
+# Further options: make test PYTEST_ARGS="-k gate", make demo DEMO_ARGS="--base FOLDER", make bench BENCH=NAME.
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+BENCH ?= all
+
+VENV_PYTHON = $(VENV)/bin/python
+STAMP = $(VENV)/.ponder-hf-installed
+# The environment's own interpreter where there is one already, $(PYTHON) otherwise.
+INTERPRETER = $(if $(wildcard $(VENV_PYTHON)),$(VENV_PYTHON),$(PYTHON))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test style bench clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup: $(STAMP) ## Make .venv with everything that demo, test, style and bench need
+
+demo: setup ## Train, convert and compare a small pondering model on real text (about five minutes)
+	$(VENV)/bin/ponder-hf demo $(DEMO_ARGS)
+
+test: setup ## Run the tests in two processes
+	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+style: setup ## Check style and formatting with ruff
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+bench: setup ## Run the benchmarks, or the one named by BENCH=NAME
+	$(VENV_PYTHON) -m benchmarks $(BENCH)
+
+clean: ## Remove build outputs and caches; keep .venv and ponder-demo
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(INTERPRETER) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+		{ echo "make: $(INTERPRETER) is not Python 3.10 or newer; name one that is: make PYTHON=... setup" >&2; exit 1; }
+	@$(VENV_PYTHON) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV) || \
+		{ echo "make: $(PYTHON) cannot make a virtual environment; install its venv module" >&2; exit 1; }
+	$(VENV_PYTHON) -m pip install --quiet -c constraints.txt pip setuptools
+	$(VENV_PYTHON) -m pip install -c constraints.txt --no-build-isolation -e '.[all]'
+	@touch $@

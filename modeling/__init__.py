@@ -1,0 +1,12 @@
+"""The files that ship with every checkpoint. Installed as `ponder_hf.modeling`.
+
+Each imports only torch, transformers, the standard library and its siblings (as `from .sibling import name`, so that
+transformers finds what to copy).
+"""
+
+from .configuration_pondering import PonderingConfig
+from .modeling_pondering import PonderingCausalLMOutput, PonderingForCausalLM, PonderingModel
+from .pondering_errors import PonderingError
+
+
+__all__ = ["PonderingCausalLMOutput", "PonderingConfig", "PonderingError", "PonderingForCausalLM", "PonderingModel"]

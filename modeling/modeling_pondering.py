@@ -1,0 +1,342 @@
+"""Pondering language models: a causal language model that runs several times before each token.
+
+With token embeddings E, the backbone's decoder f and head W (arXiv 2505.20674, where steps and passes are counted):
+
+    x^0     = input_scale * embedding_scale * e^0
+    p^i     = softmax(W f(x^i) / temperature)                 i = 0 .. S-1
+    t^i     = p^i (embedding_scale * E)
+    x^(i+1) = x^i + t^i                                       or x^i + g * t^i with a gate
+    logits  = W f(x^S)
+
+This file holds only that. The backbone is transformers' own model, unchanged; what is particular to it is in
+pondering_backbone.py. Positions and masks are the tokens' own, the same in every pass.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from .configuration_pondering import PonderingConfig, check_steps
+from .pondering_backbone import (
+    TESTED,
+    backbone_class,
+    backbone_logits,
+    embedding_table,
+    run_backbone,
+    verify_backbone,
+)
+from .pondering_base import load_backbone, read_base_config, split_arguments
+from .pondering_cache import pass_cache, step_cache
+from .pondering_embedding import PonderingGate, pondering_embedding
+from .pondering_errors import PonderingError
+from .pondering_loss import causal_lm_loss
+
+
+_LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")
+
+
+@dataclass
+class PonderingCausalLMOutput(CausalLMOutputWithPast):
+    """CausalLMOutputWithPast of the last pass, and with `output_pondering=True` also of the earlier ones.
+
+    pondering_logits: tuple of S tensors (B, T, V), the logits of passes 0 .. S-1.
+    pondering_losses: tuple of S + 1 scalars, the losses of passes 0 .. S, where labels were given.
+    """
+
+    pondering_logits: tuple[torch.FloatTensor, ...] | None = None
+    pondering_losses: tuple[torch.FloatTensor, ...] | None = None
+
+
+class PonderingPreTrainedModel(PreTrainedModel):
+    """A backbone, perhaps a gate, and the passes over them. Both model classes have the same weights.
+
+    `config.base_config` and the backbone's own `config` are one object.
+    """
+
+    config_class = PonderingConfig
+    base_model_prefix = "backbone"
+    supports_gradient_checkpointing = True
+    # Whether the backbone really has them is checked by the backbone itself, with the message that users know.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.backbone = backbone_class(config.base_config)(config.base_config)
+        # Masks that `generate` prepares must be of the kind that the backbone's layers expect.
+        self.config._attn_implementation_internal = self.backbone.config._attn_implementation
+        self.pondering_gate = PonderingGate(self.embedding_size) if config.pondering_gate == "zero_init" else None
+        self._needs_verification = config.base_config.model_type not in TESTED
+        self.post_init()
+        if self.device.type != "meta":  # otherwise the weights come later: at the first forward pass then
+            self._verify_once()
+
+    def _init_weights(self, module):
+        if isinstance(module, PonderingGate):  # the backbone initialises its own weights
+            nn.init.zeros_(module.weight)
+
+    def _verify_once(self):
+        if self._needs_verification:
+            verify_backbone(self.backbone)
+            self._needs_verification = False
+
+    @property
+    def embedding_size(self):
+        """Width of the embeddings that the backbone takes; OPT's can differ from its hidden size."""
+        return self.backbone.get_input_embeddings().embedding_dim
+
+    def get_input_embeddings(self):
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.backbone.set_input_embeddings(value)
+
+    def get_output_embeddings(self):
+        return self.backbone.get_output_embeddings()
+
+    def set_output_embeddings(self, value):
+        self.backbone.set_output_embeddings(value)
+
+    @classmethod
+    def from_base(cls, base, **arguments):
+        """Make a pondering model from a plain one, keeping every weight and its dtype.
+
+        Args:
+            base: a Hub id, a folder (a plain checkpoint, or one that the authors' implementation wrote), or a causal
+                language model of transformers. A model is used as it is, not copied.
+            arguments: pondering fields (see PonderingConfig), and for an id or a folder how to load it: revision,
+                token, cache_dir, local_files_only, force_download, subfolder, dtype, device_map,
+                attn_implementation.
+
+        Raises:
+            PonderingError: the base cannot ponder, lacks weights or has unknown ones, or a field is wrong.
+            OSError: there is no such checkpoint.
+        """
+        loading, fields = split_arguments(arguments)
+        if isinstance(base, PreTrainedModel):
+            if isinstance(base, PonderingPreTrainedModel):
+                raise PonderingError("the base is a pondering model already: use its to_base() to begin anew")
+            if loading:
+                raise PonderingError(f"`{next(iter(loading))}` is for loading a checkpoint; the base is a model already")
+            backbone_class(base.config)
+            config = PonderingConfig(base.config, **fields)
+            backbone = base
+        else:
+            base_config, found = read_base_config(base, **loading)
+            config = PonderingConfig(base_config, **{**found, **fields})
+            backbone = load_backbone(base, base_config, **loading)
+        return cls._around(backbone, config)
+
+    @classmethod
+    def _around(cls, backbone, config):
+        # Built without memory first: the backbone's random weights would be thrown away.
+        with torch.device("meta"):
+            model = cls(config)
+        model.backbone = backbone
+        if model.pondering_gate is not None:
+            table = backbone.get_input_embeddings().weight
+            model.pondering_gate = PonderingGate(model.embedding_size).to(table.device, backbone.dtype)
+        model._verify_once()
+        if model.can_generate() and getattr(backbone, "generation_config", None) is not None:
+            model.generation_config = backbone.generation_config
+        model.config.dtype = backbone.dtype
+        model.train(backbone.training)
+        model.post_init()
+        return model
+
+    def to_base(self):
+        """The plain backbone, an instance of its own transformers class: the same weights, no copy."""
+        if getattr(self, "generation_config", None) is not None:
+            self.backbone.generation_config = self.generation_config
+        return self.backbone
+
+    def ponder(self, inputs_embeds, num_steps, past_key_values=None, use_cache=False, **kwargs):
+        """Yield the model output of each pass, 0 .. num_steps; logits of passes before the last are read in between.
+
+        Args:
+            inputs_embeds: (B, T, d), token embeddings as the backbone's embedding module gives them.
+            num_steps: S.
+            past_key_values: a cache of S + 1 passes (pondering_cache.py), or None.
+            kwargs: `attention_mask`, `position_ids` and what else the backbone's decoder takes.
+
+        Yields:
+            (hidden_states, logits, output): the pass's last hidden states (B, T, d); its logits (B, T, V), None in the
+            last pass; and the last pass's whole output, None before.
+        """
+        config = self.config
+        recording = {key: kwargs.pop(key) for key in ("output_hidden_states", "output_attentions") if key in kwargs}
+        num_layers = config.num_hidden_layers
+        table = embedding_table(self.backbone) if num_steps else None
+        hidden_inputs = _scaled(inputs_embeds, config.input_scale * config.embedding_scale)
+        for step in range(num_steps + 1):
+            cache = pass_cache(past_key_values, step, num_layers) if use_cache else None
+            last = recording if step == num_steps else {}
+            output = run_backbone(
+                self.backbone, hidden_inputs, past_key_values=cache, use_cache=use_cache, **kwargs, **last
+            )
+            if step == num_steps:
+                yield output.last_hidden_state, None, output
+                return
+            logits = backbone_logits(self.backbone, output.last_hidden_state)
+            yield output.last_hidden_state, logits, None
+            embedding = pondering_embedding(logits, table, config.pondering_temperature, config.pondering_top_k)
+            embedding = _scaled(embedding, config.embedding_scale)
+            if self.pondering_gate is not None:
+                embedding = self.pondering_gate(embedding)
+            hidden_inputs = hidden_inputs + embedding
+
+    def _prepare(self, input_ids, inputs_embeds, past_key_values, use_cache, pondering_steps, kwargs):
+        """Settle what `forward` was called with: (inputs_embeds, S, cache, use_cache, output switches in kwargs)."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise PonderingError("give exactly one of `input_ids` and `inputs_embeds`")
+        self._verify_once()
+        num_steps = self.config.pondering_steps if pondering_steps is None else pondering_steps
+        check_steps("pondering_steps", num_steps)
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        if use_cache is None:  # training never reads a cache, and recomputed layers cannot fill one
+            use_cache = not self.training and getattr(self.config.base_config, "use_cache", True)
+        for switch in ("output_hidden_states", "output_attentions"):
+            if kwargs.get(switch) is None:
+                kwargs[switch] = getattr(self.config, switch)
+        if use_cache:
+            past_key_values = step_cache(past_key_values, self.config.base_config, num_steps + 1)
+        elif past_key_values is not None and past_key_values.get_seq_length() > 0:
+            raise PonderingError("`past_key_values` holds tokens but `use_cache` is False: give one or the other")
+        else:
+            past_key_values = None
+        return inputs_embeds, num_steps, past_key_values, use_cache
+
+
+class PonderingModel(PonderingPreTrainedModel):
+    """The decoder after pondering, without the language-modelling output: what `AutoModel` loads."""
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        use_cache=None,
+        pondering_steps=None,
+        return_dict=None,
+        **kwargs,
+    ):
+        """Arguments as in PonderingForCausalLM.forward.
+
+        Returns:
+            BaseModelOutputWithPast with the last pass's `last_hidden_state` (B, T, d).
+        """
+        inputs_embeds, num_steps, past_key_values, use_cache = self._prepare(
+            input_ids, inputs_embeds, past_key_values, use_cache, pondering_steps, kwargs
+        )
+        for hidden_states, _, output in self.ponder(
+            inputs_embeds,
+            num_steps,
+            past_key_values,
+            use_cache,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            **kwargs,
+        ):
+            pass
+        result = BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+        return result if return_dict is not False else result.to_tuple()
+
+
+class PonderingForCausalLM(PonderingPreTrainedModel, GenerationMixin):
+    """A causal language model that ponders `pondering_steps` times before each token."""
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        logits_to_keep=0,
+        pondering_steps=None,
+        output_pondering=False,
+        return_dict=None,
+        **kwargs,
+    ):
+        """Ponder over a batch of token sequences.
+
+        Args:
+            input_ids: (B, T), or inputs_embeds: (B, T, d) as the embedding module gives them, before any scaling.
+            attention_mask: (B, T_past + T), 1 for tokens and 0 for padding.
+            position_ids: (B, T).
+            past_key_values: a cache of all passes; see pondering_cache.py.
+            labels: (B, T), not shifted, -100 where no loss is wanted.
+            logits_to_keep: the number of last positions to give logits for, or their indices; 0: all.
+            pondering_steps: S for this call, in place of the configuration's.
+            output_pondering: give logits (and with labels losses) of all passes.
+            kwargs: `num_items_in_batch`, `ignore_index` and `shift_labels` go to the loss, the rest to the backbone.
+
+        Returns:
+            PonderingCausalLMOutput: loss in nats per token, logits (B, T, V) or of the kept positions only.
+        """
+        loss_arguments = {key: kwargs.pop(key) for key in _LOSS_ARGUMENTS if key in kwargs}
+        inputs_embeds, num_steps, past_key_values, use_cache = self._prepare(
+            input_ids, inputs_embeds, past_key_values, use_cache, pondering_steps, kwargs
+        )
+        needs_loss = labels is not None or loss_arguments.get("shift_labels") is not None
+        weight = self.config.intermediate_loss_weight
+        step_logits, step_losses = [], []
+        for hidden_states, logits, output in self.ponder(
+            inputs_embeds,
+            num_steps,
+            past_key_values,
+            use_cache,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            **kwargs,
+        ):
+            if logits is None:
+                break
+            if output_pondering:
+                step_logits.append(logits)
+            if needs_loss and (output_pondering or weight):
+                step_losses.append(causal_lm_loss(logits, labels, **loss_arguments))
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        loss = None
+        if needs_loss:  # which needs every position
+            logits = backbone_logits(self.backbone, hidden_states)
+            loss = last_loss = causal_lm_loss(logits, labels, **loss_arguments)
+            if weight and num_steps:
+                loss = loss + weight * sum(step_losses) / num_steps
+            logits = logits[:, kept]
+        else:
+            logits = backbone_logits(self.backbone, hidden_states[:, kept])
+        result = PonderingCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+            pondering_logits=tuple(step[:, kept] for step in step_logits) if output_pondering else None,
+            pondering_losses=(*step_losses, last_loss) if output_pondering and needs_loss else None,
+        )
+        return result if return_dict is not False else result.to_tuple()
+
+
+def _scaled(tensor, factor):
+    # A factor of 1 must leave every bit as it is, and cost nothing.
+    return tensor if factor == 1 else tensor * factor
+
+
+PonderingModel.register_for_auto_class("AutoModel")
+PonderingForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -1,0 +1,140 @@
+"""What pondering needs to know of a backbone: what it feeds in, what it puts out, and whether it can ponder at all.
+
+A backbone is one of transformers' own causal language models, used as it is. To support another one that scales its
+logits in a way of its own, extend `finish_logits`; to refuse one, extend `REFUSED`.
+"""
+
+import inspect
+
+import torch
+from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from .pondering_errors import PonderingError
+
+
+# Held against their own logits by the tests of ponder_hf; any other backbone is held against them when it is first used.
+TESTED = frozenset(
+    "cohere falcon gemma gemma2 gemma3_text glm gpt2 gpt_bigcode gpt_neo gpt_neox gptj granite llama mistral mixtral "
+    "olmo olmo2 opt phi phi3 qwen2 qwen3 smollm3 stablelm starcoder2".split()
+)
+
+_PER_LAYER_EMBEDDINGS = "each layer embeds the token ids again, which a pondering embedding does not have"
+REFUSED = {
+    "blt": "it models bytes in patches, not tokens",
+    "gemma3n_text": _PER_LAYER_EMBEDDINGS,
+    "gemma4_text": _PER_LAYER_EMBEDDINGS,
+    "reformer": "it buckets tokens by hashes of a whole padded sequence",
+    "xlm": "it is not a left-to-right language model by default",
+    "xlnet": "it permutes the order of the tokens",
+}
+
+# Layers that keep a recurrent state or a window of inputs instead of keys and values.
+_ATTENTION_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
+
+
+def backbone_class(base_config):
+    """The transformers class of the backbone, or a PonderingError that says why it cannot ponder."""
+    model_type = base_config.model_type
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(base_config), None)
+    reason = REFUSED.get(model_type)
+    if reason is None and base_config.is_encoder_decoder:
+        reason = "it is an encoder-decoder; pondering needs a decoder-only language model"
+    if reason is None and model_class is None:
+        reason = "transformers has no causal language model for it"
+    if reason is None:
+        reason = _why_not(base_config, model_class)
+    if reason is not None:
+        raise PonderingError(f"a backbone of model_type {model_type!r} cannot ponder: {reason}")
+    return model_class
+
+
+def _why_not(base_config, model_class):
+    other_inputs = any(hasattr(base_config, name) for name in ("vision_config", "audio_config"))
+    if other_inputs or base_config.get_text_config(decoder=True) is not base_config:
+        return "it is multimodal; use its text model's own configuration"
+    if getattr(model_class, "_is_stateful", False):
+        return "it keeps a recurrent state, for which caches of several passes are untested"
+    other = set(getattr(base_config, "layer_types", None) or ()) - set(_ATTENTION_LAYERS)
+    if other:
+        return f"layers of type {', '.join(sorted(other))} have caches of their own, untested with several passes"
+    if getattr(base_config, "use_bidirectional_attention", None):
+        return "`use_bidirectional_attention` lets it see later tokens"
+    if getattr(base_config, "add_cross_attention", False):
+        return "`add_cross_attention` makes it the decoder of another model"
+    if "inputs_embeds" not in inspect.signature(model_class.forward).parameters:
+        return "its forward pass takes no `inputs_embeds`"
+    return None
+
+
+def finish_logits(logits, base_config):
+    """What some backbones do between the head and the logits. logits: (..., V), returned in the same shape."""
+    cap = getattr(base_config, "final_logit_softcapping", None)  # Gemma
+    if cap is not None:
+        logits = torch.tanh(logits / cap) * cap
+    divisor = getattr(base_config, "logits_scaling", None)  # Granite
+    if divisor is not None:
+        logits = logits / divisor
+    factor = getattr(base_config, "logit_scale", None)  # Cohere
+    if factor is not None:
+        logits = logits * factor
+    return logits
+
+
+def backbone_logits(backbone, hidden_states):
+    """(..., V), exactly what the backbone itself would put out for its last hidden states (..., d)."""
+    return finish_logits(backbone.get_output_embeddings()(hidden_states), backbone.config)
+
+
+def embedding_table(backbone):
+    """(V, d), every token's embedding as the backbone feeds it in, scaled where its embedding module scales (Gemma).
+
+    A plain embedding gives its weight itself; anything else (scaled, quantised, wrapped by PEFT) is asked for all rows.
+    """
+    module = backbone.get_input_embeddings()
+    if type(module) is nn.Embedding:
+        return module.weight
+    return module(torch.arange(module.num_embeddings, device=backbone.device))
+
+
+def run_backbone(backbone, inputs_embeds, position_ids=None, **kwargs):
+    """One forward pass of the decoder without its head. inputs_embeds: (B, T, d). Returns transformers' model output."""
+    decoder = backbone.base_model
+    if decoder is backbone:  # the prefix that the class names is not there (Llama 4's text model)
+        decoder = backbone.get_decoder()
+    parameters = inspect.signature(decoder.forward).parameters
+    if "position_ids" in parameters:  # absent in models with ALiBi, whose positions follow from the attention mask
+        kwargs["position_ids"] = position_ids
+    return decoder(inputs_embeds=inputs_embeds, return_dict=True, **kwargs)
+
+
+def verify_backbone(backbone):
+    """Hold an untested backbone against itself: embedding, passes and head taken apart must give its own logits.
+
+    Raises:
+        PonderingError: they do not, or a later token changes an earlier prediction. Pondering would be wrong then.
+    """
+    name = f"a backbone of model_type {backbone.config.model_type!r} cannot ponder"
+    was_training = backbone.training
+    backbone.eval()
+    ids = torch.arange(1, 7, device=backbone.device).unsqueeze(0) % backbone.config.vocab_size
+    other_ids = torch.cat([ids[:, :-1], ids[:, :1]], dim=1)
+    try:
+        with torch.no_grad():
+            expected = backbone(input_ids=ids, use_cache=False).logits
+            table = embedding_table(backbone)
+            apart = backbone_logits(backbone, run_backbone(backbone, table[ids], use_cache=False).last_hidden_state)
+            other = backbone(input_ids=other_ids, use_cache=False).logits
+    except (RuntimeError, TypeError, AttributeError, ValueError, IndexError) as error:
+        first_line = str(error).split("\n")[0]
+        raise PonderingError(f"{name}: it does not run on embeddings alone ({first_line})") from error
+    finally:
+        backbone.train(was_training)
+    tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 3e-2
+    scale = expected.abs().max()
+    if table.shape[0] != expected.shape[-1]:
+        raise PonderingError(f"{name}: it embeds {table.shape[0]} tokens but predicts {expected.shape[-1]}")
+    if apart.shape != expected.shape or not (apart - expected).abs().max() <= tolerance * scale:
+        raise PonderingError(f"{name}: it does more between tokens and logits than embedding, decoder and head")
+    if not (other - expected)[:, :-1].abs().max() <= tolerance * scale:
+        raise PonderingError(f"{name}: its predictions depend on later tokens")

@@ -1,0 +1,50 @@
+"""The step cache: one key/value cache per pass, all in one of transformers' own cache objects.
+
+A pass reads and writes only its own slots. With L layers, layer l of pass i lies at
+
+    slot(i, l) = i * L + l
+
+so whatever transformers does to every slot of a cache (reorder for beams, crop, repeat, offload) reaches every pass.
+"""
+
+import copy
+
+from transformers.cache_utils import Cache, DynamicCache
+
+from .pondering_errors import PonderingError
+
+
+def step_cache(past_key_values, base_config, num_passes):
+    """Give back `past_key_values` with slots for `num_passes` passes.
+
+    A missing cache is created, an empty one (as `generate` hands it over) is extended by copies of its own empty
+    slots, and a cache in use is checked.
+
+    Raises:
+        PonderingError: the cache was filled with another number of passes, or is no `Cache`.
+    """
+    if past_key_values is None:
+        past_key_values = DynamicCache(config=base_config)
+    elif not isinstance(past_key_values, Cache):
+        raise PonderingError(
+            f"`past_key_values` must be one of transformers' Cache objects, got {type(past_key_values).__name__}"
+        )
+    num_layers = base_config.num_hidden_layers
+    layers = past_key_values.layers
+    if past_key_values.get_seq_length() == 0:
+        if not layers:  # a bare DynamicCache() appends slots as they come
+            layers.extend(past_key_values.layer_class_to_replicate() for _ in range(num_layers))
+        if len(layers) == num_layers:
+            layers.extend(copy.deepcopy(layers[slot % num_layers]) for slot in range(num_layers * (num_passes - 1)))
+    if len(layers) != num_layers * num_passes:
+        raise PonderingError(
+            f"`past_key_values` holds {len(layers)} slots, but {num_passes} passes of {num_layers} layers need "
+            f"{num_layers * num_passes}: it was filled with another `pondering_steps` or by another model"
+        )
+    return past_key_values
+
+
+def pass_cache(past_key_values, pass_index, num_layers):
+    """The slots of one pass as a cache of their own: a view, the slots are shared."""
+    first = pass_index * num_layers
+    return Cache(layers=past_key_values.layers[first : first + num_layers])

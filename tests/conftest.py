@@ -1,0 +1,93 @@
+"""What every test relies on: a private Hugging Face home, one thread per test process, seeds, and `../shared`."""
+
+import logging
+import os
+import random
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+# Set before any test module imports transformers, which reads these on import. Each test process has a home of its
+# own, so that two of them never copy remote code into the same folder and nothing lands in the user's home.
+HUGGING_FACE_HOME = tempfile.mkdtemp(prefix="ponder-hf-tests-")
+os.environ.update(
+    HF_HOME=HUGGING_FACE_HOME,
+    HF_HUB_CACHE=os.path.join(HUGGING_FACE_HOME, "hub"),
+    HF_MODULES_CACHE=os.path.join(HUGGING_FACE_HOME, "modules"),
+    HF_DATASETS_CACHE=os.path.join(HUGGING_FACE_HOME, "datasets"),
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+    MPLBACKEND="Agg",
+    MPLCONFIGDIR=os.path.join(HUGGING_FACE_HOME, "matplotlib"),
+)
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Several test processes share the cores. The variable also reaches the programs that tests start.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
+
+class DeprecationLog(logging.Handler):
+    """Collects the deprecations that transformers writes to its log instead of raising them as warnings."""
+
+    def __init__(self):
+        super().__init__(level=logging.WARNING)
+        self.messages = []
+
+    def emit(self, record):
+        message = record.getMessage()
+        if "deprecated" in message:
+            self.messages.append(f"{record.name}: {message}")
+
+
+DEPRECATION_LOG = DeprecationLog()
+logging.getLogger("transformers").addHandler(DEPRECATION_LOG)
+
+
+def pytest_unconfigure():
+    shutil.rmtree(HUGGING_FACE_HOME, ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "shared" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.shared)
+
+
+@pytest.fixture(autouse=True)
+def seeds():
+    """Start every test from the same random state, whatever ran before it."""
+    random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_logged_deprecations():
+    """Fail a test during which transformers logged that something it was asked for is deprecated.
+
+    transformers logs most of these once per process, so only the first of several tests is named.
+    """
+    yield
+    messages = DEPRECATION_LOG.messages.copy()
+    DEPRECATION_LOG.messages.clear()
+    if messages:
+        pytest.fail("transformers logged a deprecation:\n" + "\n".join(messages))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of reference checkpoints, data and tokenizers beside the repository.
+
+    The environment variable PONDER_SHARED names another place for it. `.ci/run` looks for the words
+    "../shared is absent" in the reasons of skipped tests.
+    """
+    folder = Path(os.environ.get("PONDER_SHARED") or REPOSITORY.parent / "shared")
+    if not folder.is_dir():
+        pytest.skip("../shared is absent: this test reads files there (PONDER_SHARED may name another folder)")
+    return folder.resolve()
