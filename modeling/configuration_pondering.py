@@ -53,7 +53,7 @@ def _check_format(name, value):
         raise PonderingError(f"`{name}` must be an integer >= 1, got {value!r}")
     if value > FORMAT_VERSION:
         raise PonderingError(
-            f"this checkpoint has pondering format {value}, this code reads up to {FORMAT_VERSION}: "
+            f"`{name}` is {value}, but this code reads formats up to {FORMAT_VERSION}: "
             "use the code that ships with the checkpoint (trust_remote_code=True) or a newer ponder_hf"
         )
 
@@ -131,8 +131,15 @@ class PonderingConfig(PretrainedConfig):
         # transformers 4.57 sets these on every configuration, with defaults of its own: keep the backbone's.
         for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
             kwargs.setdefault(name, getattr(self.base_config, name, None))
+        # transformers hands both choices of implementation down to the backbone, and None where nothing is said here.
+        chosen_attention = getattr(self.base_config, "_attn_implementation", None)
+        chosen_experts = getattr(self.base_config, "_experts_implementation", None)
+        if chosen_attention is not None:
+            kwargs.setdefault("attn_implementation", chosen_attention)
         kwargs.pop("auto_map", None)
         super().__init__(**kwargs)
+        if chosen_experts is not None:
+            self.base_config._experts_implementation = chosen_experts
         self.auto_map = dict(AUTO_MAP)
 
     def __setattr__(self, name, value):

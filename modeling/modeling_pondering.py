@@ -122,7 +122,9 @@ class PonderingPreTrainedModel(PreTrainedModel):
             if isinstance(base, PonderingPreTrainedModel):
                 raise PonderingError("the base is a pondering model already: use its to_base() to begin anew")
             if loading:
-                raise PonderingError(f"`{next(iter(loading))}` is for loading a checkpoint; the base is a model already")
+                raise PonderingError(
+                    f"`{next(iter(loading))}` is for loading a checkpoint; the base is a model already"
+                )
             backbone_class(base.config)
             config = PonderingConfig(base.config, **fields)
             backbone = base
@@ -155,40 +157,40 @@ class PonderingPreTrainedModel(PreTrainedModel):
             self.backbone.generation_config = self.generation_config
         return self.backbone
 
-    def ponder(self, inputs_embeds, num_steps, past_key_values=None, use_cache=False, **kwargs):
-        """Yield the model output of each pass, 0 .. num_steps; logits of passes before the last are read in between.
+    def ponder(self, inputs_embeds, num_steps, past_key_values=None, use_cache=False, on_logits=None, **kwargs):
+        """Run passes 0 .. S and give back the last one's output.
 
         Args:
             inputs_embeds: (B, T, d), token embeddings as the backbone's embedding module gives them.
             num_steps: S.
-            past_key_values: a cache of S + 1 passes (pondering_cache.py), or None.
+            past_key_values: a cache of S + 1 passes (pondering_cache.py), where `use_cache` is true.
+            on_logits: called with the logits (B, T, V) of each pass but the last, in order.
             kwargs: `attention_mask`, `position_ids` and what else the backbone's decoder takes.
 
-        Yields:
-            (hidden_states, logits, output): the pass's last hidden states (B, T, d); its logits (B, T, V), None in the
-            last pass; and the last pass's whole output, None before.
+        Returns:
+            transformers' output of the backbone's decoder, with `last_hidden_state` (B, T, d).
         """
         config = self.config
         recording = {key: kwargs.pop(key) for key in ("output_hidden_states", "output_attentions") if key in kwargs}
-        num_layers = config.num_hidden_layers
+
+        def run_pass(index, **extra):
+            cache = pass_cache(past_key_values, index, config.num_hidden_layers) if use_cache else None
+            return run_backbone(
+                self.backbone, hidden_inputs, past_key_values=cache, use_cache=use_cache, **kwargs, **extra
+            )
+
         table = embedding_table(self.backbone) if num_steps else None
         hidden_inputs = _scaled(inputs_embeds, config.input_scale * config.embedding_scale)
-        for step in range(num_steps + 1):
-            cache = pass_cache(past_key_values, step, num_layers) if use_cache else None
-            last = recording if step == num_steps else {}
-            output = run_backbone(
-                self.backbone, hidden_inputs, past_key_values=cache, use_cache=use_cache, **kwargs, **last
-            )
-            if step == num_steps:
-                yield output.last_hidden_state, None, output
-                return
-            logits = backbone_logits(self.backbone, output.last_hidden_state)
-            yield output.last_hidden_state, logits, None
+        for step in range(num_steps):
+            logits = backbone_logits(self.backbone, run_pass(step).last_hidden_state)
+            if on_logits is not None:
+                on_logits(logits)
             embedding = pondering_embedding(logits, table, config.pondering_temperature, config.pondering_top_k)
             embedding = _scaled(embedding, config.embedding_scale)
             if self.pondering_gate is not None:
                 embedding = self.pondering_gate(embedding)
             hidden_inputs = hidden_inputs + embedding
+        return run_pass(num_steps, **recording)
 
     def _prepare(self, input_ids, inputs_embeds, past_key_values, use_cache, pondering_steps, kwargs):
         """Settle what `forward` was called with: (inputs_embeds, S, cache, use_cache, output switches in kwargs)."""
@@ -236,7 +238,7 @@ class PonderingModel(PonderingPreTrainedModel):
         inputs_embeds, num_steps, past_key_values, use_cache = self._prepare(
             input_ids, inputs_embeds, past_key_values, use_cache, pondering_steps, kwargs
         )
-        for hidden_states, _, output in self.ponder(
+        output = self.ponder(
             inputs_embeds,
             num_steps,
             past_key_values,
@@ -244,10 +246,9 @@ class PonderingModel(PonderingPreTrainedModel):
             attention_mask=attention_mask,
             position_ids=position_ids,
             **kwargs,
-        ):
-            pass
+        )
         result = BaseModelOutputWithPast(
-            last_hidden_state=hidden_states,
+            last_hidden_state=output.last_hidden_state,
             past_key_values=past_key_values,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
@@ -296,21 +297,24 @@ class PonderingForCausalLM(PonderingPreTrainedModel, GenerationMixin):
         needs_loss = labels is not None or loss_arguments.get("shift_labels") is not None
         weight = self.config.intermediate_loss_weight
         step_logits, step_losses = [], []
-        for hidden_states, logits, output in self.ponder(
-            inputs_embeds,
-            num_steps,
-            past_key_values,
-            use_cache,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            **kwargs,
-        ):
-            if logits is None:
-                break
+
+        def collect(logits):
             if output_pondering:
                 step_logits.append(logits)
             if needs_loss and (output_pondering or weight):
                 step_losses.append(causal_lm_loss(logits, labels, **loss_arguments))
+
+        output = self.ponder(
+            inputs_embeds,
+            num_steps,
+            past_key_values,
+            use_cache,
+            on_logits=collect,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            **kwargs,
+        )
+        hidden_states = output.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         loss = None
         if needs_loss:  # which needs every position

@@ -13,7 +13,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from .pondering_errors import PonderingError
 
 
-# Held against their own logits by the tests of ponder_hf; any other backbone is held against them when it is first used.
+# The tests of ponder_hf hold these against their own logits; any other backbone is held against them at first use.
 TESTED = frozenset(
     "cohere falcon gemma gemma2 gemma3_text glm gpt2 gpt_bigcode gpt_neo gpt_neox gptj granite llama mistral mixtral "
     "olmo olmo2 opt phi phi3 qwen2 qwen3 smollm3 stablelm starcoder2".split()
@@ -89,7 +89,7 @@ def backbone_logits(backbone, hidden_states):
 def embedding_table(backbone):
     """(V, d), every token's embedding as the backbone feeds it in, scaled where its embedding module scales (Gemma).
 
-    A plain embedding gives its weight itself; anything else (scaled, quantised, wrapped by PEFT) is asked for all rows.
+    A plain embedding gives its weight itself; any other (scaled, quantised, wrapped by PEFT) is asked for all rows.
     """
     module = backbone.get_input_embeddings()
     if type(module) is nn.Embedding:
@@ -98,7 +98,7 @@ def embedding_table(backbone):
 
 
 def run_backbone(backbone, inputs_embeds, position_ids=None, **kwargs):
-    """One forward pass of the decoder without its head. inputs_embeds: (B, T, d). Returns transformers' model output."""
+    """One forward pass of the decoder without its head. inputs_embeds: (B, T, d). Returns transformers' output."""
     decoder = backbone.base_model
     if decoder is backbone:  # the prefix that the class names is not there (Llama 4's text model)
         decoder = backbone.get_decoder()

@@ -58,7 +58,9 @@ def authors_fields(raw):
     known = set(CONFIG_MAPPING[raw["model_type"]]().to_dict()) | set(PretrainedConfig().to_dict()) | _LEGACY_FIELDS
     for name in rest:
         if name not in known and not name.startswith("_"):
-            raise PonderingError(f"config.json has the field `{name}`, which is neither the authors' nor transformers'")
+            raise PonderingError(
+                f"config.json has the field `{name}`, which is neither the authors' nor transformers'"
+            )
     fields = {}
     for name, meaning in AUTHORS_FLAGS.items():
         if name in raw and meaning is not None:
@@ -103,7 +105,9 @@ def load_backbone(source, base_config, **loading):
     )
     missing = sorted(report["missing_keys"])
     if missing:
-        raise PonderingError(f"{source} lacks {_some(missing)}: it is not a whole {type(backbone).__name__} checkpoint")
+        raise PonderingError(
+            f"{source} lacks {_some(missing)}: it is not a whole {type(backbone).__name__} checkpoint"
+        )
     unknown = sorted(key for key in report["unexpected_keys"] if key not in AUTHORS_WEIGHTS)
     if unknown:
         raise PonderingError(f"{source} has {_some(unknown)}, which {type(backbone).__name__} does not know")

@@ -1,0 +1,60 @@
+"""The pondering embedding against its equation, written out with loops."""
+
+import pytest
+import torch
+
+from ponder_hf.modeling.pondering_embedding import PonderingGate, pondering_embedding
+
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def written_out(logits, table, temperature, top_k):
+    """The equation for one position after another, in float64."""
+    rows = []
+    for scores in logits.double().reshape(-1, logits.shape[-1]):
+        kept = scores.argsort(descending=True)[: top_k or len(scores)]
+        weights = [torch.exp((scores[token] - scores.max()) / temperature) for token in kept]
+        row = sum(weight * table[token].double() for weight, token in zip(weights, kept, strict=True))
+        rows.append(row / sum(weights))
+    return torch.stack(rows).view(*logits.shape[:-1], -1)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("top_k", [None, 1, 7, 131], ids="K={}".format)
+@pytest.mark.parametrize("tokens", [1, 13], ids="T={}".format)
+@pytest.mark.parametrize("temperature", [1.0, 0.3])
+def test_value(dtype, top_k, tokens, temperature):
+    # Distinct in bfloat16 too: among equal logits, which ones are the K largest is anyone's choice.
+    logits = (torch.rand(2, tokens, 131).argsort(-1) / 16).to(dtype)
+    table = torch.randn(131, 24).to(dtype)
+    result = pondering_embedding(logits, table, temperature, top_k)
+    assert result.dtype == dtype
+    assert result.shape == (2, tokens, 24)
+    expected = written_out(logits, table, temperature, top_k)
+    assert (result.double() - expected).abs().max() <= TOLERANCE[dtype] * expected.abs().max()
+
+
+@pytest.mark.parametrize("top_k", [None, 1, 5], ids="K={}".format)
+def test_gradient(top_k):
+    logits = torch.randn(3, 11, dtype=torch.float64, requires_grad=True)
+    table = torch.randn(11, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *inputs: pondering_embedding(*inputs, 0.7, top_k), (logits, table))
+
+
+def test_the_whole_vocabulary_as_top_k_changes_nothing():
+    logits, table = torch.randn(5, 131, dtype=torch.float64), torch.randn(131, 8, dtype=torch.float64)
+    torch.testing.assert_close(pondering_embedding(logits, table, 1.0, 131), pondering_embedding(logits, table))
+
+
+def test_one_best_token_gives_its_own_embedding():
+    logits, table = torch.randn(5, 131), torch.randn(131, 8)
+    assert torch.equal(pondering_embedding(logits, table, 1.0, 1), table[logits.argmax(-1)])
+
+
+def test_the_gate_starts_at_nothing_and_can_learn():
+    gate = PonderingGate(8)
+    embedding = torch.randn(2, 3, 8)
+    assert torch.equal(gate(embedding), torch.zeros(2, 3, 8))
+    gate(embedding).sum().backward()
+    torch.testing.assert_close(gate.weight.grad, embedding.sum((0, 1)))

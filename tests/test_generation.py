@@ -1,0 +1,162 @@
+"""generate: cached decoding equals recomputation, in ragged left-padded batches, with every pass's cache followed."""
+
+import pytest
+import tiny
+import torch
+from transformers import DynamicCache
+
+from ponder_hf import PonderingError, PonderingForCausalLM
+from ponder_hf.modeling.pondering_cache import pass_cache, step_cache
+
+
+GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+def recomputed(model, row, count, **kwargs):
+    """Greedy continuation of one row (T,) by whole forward passes and argmax, nothing else."""
+    for _ in range(count):
+        logits = model(row.unsqueeze(0), use_cache=False, **kwargs).logits[0, -1]
+        row = torch.cat([row, logits.argmax().view(1)])
+    return row
+
+
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "no cache"])
+@pytest.mark.parametrize("model_type", tiny.SPINE)
+def test_a_ragged_batch_equals_its_rows_recomputed_one_by_one(model_type, use_cache):
+    # Gemma 2 needs eager attention, which turns wholly masked rows of a float64 batch into NaN, in plain models too.
+    dtype = torch.float32 if model_type == "gemma2" else torch.float64
+    model = tiny.pondering_model(model_type, dtype, pondering_steps=2)
+    rows = [tiny.token_ids(length, seed=length) for length in (7, 12, 3)]
+    input_ids, mask = tiny.left_padded(rows)
+    with torch.no_grad():
+        tokens = model.generate(input_ids, attention_mask=mask, use_cache=use_cache, **GREEDY)
+        for index, row in enumerate(rows):
+            expected = recomputed(model, row, 8)
+            assert tokens[index, 12:].tolist() == expected[len(row) :].tolist()
+
+
+@pytest.mark.parametrize("model_type", tiny.SPINE)
+def test_cached_logits_in_chunks_equal_whole_ones(model_type):
+    model = tiny.pondering_model(model_type, torch.float64, pondering_steps=3)
+    input_ids = tiny.token_ids(2, 12)
+    with torch.no_grad():
+        whole = model(input_ids, use_cache=False).logits
+        cache, parts = None, []
+        for chunk in (input_ids[:, :5], input_ids[:, 5:6], input_ids[:, 6:]):
+            output = model(chunk, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            parts.append(output.logits)
+    # Rotations and norms of some backbones compute in float32.
+    assert (torch.cat(parts, dim=1) - whole).abs().max() <= 1e-5 * whole.abs().max()
+
+
+@pytest.mark.parametrize("steps", range(6))
+def test_the_steps_of_a_call_reach_every_token(steps):
+    model = tiny.pondering_model("llama", torch.float64)
+    row = tiny.token_ids(5)
+    with torch.no_grad():
+        tokens = model.generate(row.unsqueeze(0), pondering_steps=steps, **GREEDY)
+        assert tokens[0].tolist() == recomputed(model, row, 8, pondering_steps=steps).tolist()
+
+
+def test_cached_decoding_runs_each_pass_over_new_tokens_only():
+    model = tiny.pondering_model("gpt_neox", pondering_steps=3)
+    widths = []
+    model.backbone.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    model.generate(tiny.token_ids(1, 9), **GREEDY)
+    assert widths == [9] * 4 + [1] * 4 * 7
+
+
+STRATEGIES = {
+    "greedy": {"do_sample": False},
+    "beams": {"do_sample": False, "num_beams": 3},
+    "sampling": {"do_sample": True, "top_k": 20},
+    "several sequences": {"do_sample": True, "num_return_sequences": 3},
+    "beam sampling": {"do_sample": True, "num_beams": 2},
+    "prompt lookup": {"do_sample": False, "prompt_lookup_num_tokens": 3},
+}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt_neox", "llama"])
+def test_strategies_with_a_cache_equal_those_without(model_type, strategy):
+    model = tiny.pondering_model(model_type, torch.float64, pondering_steps=2)
+    input_ids = tiny.token_ids(1, 6).repeat(1, 2)  # repeats itself, for prompt lookup
+    results = []
+    for use_cache in (True, False):
+        if not use_cache and "prompt_lookup_num_tokens" in strategy:
+            results.append(recomputed(model, input_ids[0], 8).unsqueeze(0))  # transformers wants a cache for it
+            continue
+        torch.manual_seed(0)
+        settings = {**GREEDY, **strategy, "use_cache": use_cache}
+        results.append(model.generate(input_ids, attention_mask=torch.ones_like(input_ids), **settings))
+    assert results[0].tolist() == results[1].tolist()
+
+
+@pytest.mark.deprecated_by_transformers("its assisted decoding calls generate in a way that it deprecates")
+def test_assisted_by_its_own_base():
+    base = tiny.base_model("llama", torch.float64)
+    model = PonderingForCausalLM.from_base(base, pondering_steps=2)
+    row = tiny.token_ids(6)
+    tokens = model.generate(row.unsqueeze(0), assistant_model=tiny.base_model("llama", torch.float64), **GREEDY)
+    assert tokens[0].tolist() == recomputed(model, row, 8).tolist()
+
+
+def test_a_conversation_goes_on_from_its_cache():
+    model = tiny.pondering_model("llama", torch.float64, pondering_steps=2)
+    row = tiny.token_ids(6)
+    first = model.generate(row.unsqueeze(0), return_dict_in_generate=True, **GREEDY)
+    longer = torch.cat([first.sequences, tiny.token_ids(1, 4, seed=5)], dim=1)
+    tokens = model.generate(longer, past_key_values=first.past_key_values, **GREEDY)
+    assert tokens[0].tolist() == recomputed(model, longer[0], 8).tolist()
+
+
+def test_embeddings_as_a_prompt():
+    model = tiny.pondering_model("llama", torch.float64, pondering_steps=2)
+    row = tiny.token_ids(6)
+    embeddings = model.get_input_embeddings()(row.unsqueeze(0))
+    tokens = model.generate(inputs_embeds=embeddings, **GREEDY)
+    assert tokens[0].tolist() == recomputed(model, row, 8)[6:].tolist()
+
+
+def test_the_slots_are_laid_out_as_the_formula_says():
+    """slot(i, l) = i * L + l: what pass i wrote for layer l."""
+    model = tiny.pondering_model("llama", pondering_steps=2)
+    input_ids = tiny.token_ids(1, 5)
+    written = []
+    for layer in model.backbone.model.layers:
+        layer.self_attn.k_proj.register_forward_hook(lambda module, args, output: written.append(output))
+    with torch.no_grad():
+        cache = model(input_ids, use_cache=True).past_key_values
+    assert len(cache.layers) == len(written) == 3 * 2
+    for slot, keys in enumerate(written):
+        values_per_head = cache.layers[slot].keys.norm(dim=-1)  # rotation keeps norms
+        torch.testing.assert_close(values_per_head, keys.view(1, 5, 2, 8).transpose(1, 2).norm(dim=-1))
+    view = pass_cache(cache, 1, 2)
+    assert view.layers[0] is cache.layers[2]
+    assert view.layers[1] is cache.layers[3]
+
+
+@pytest.mark.parametrize("given", ["none", "bare", "of the backbone"])
+def test_an_empty_cache_gets_slots_for_every_pass(given):
+    config = tiny.base_config("mistral")  # sliding windows: the kind of each slot must be repeated as well
+    caches = {"none": None, "bare": DynamicCache(), "of the backbone": DynamicCache(config=config)}
+    cache = step_cache(caches[given], config, 4)
+    kinds = [type(layer) for layer in cache.layers]
+    assert len(kinds) == 8
+    assert kinds == kinds[:2] * 4
+    assert len({id(layer) for layer in cache.layers}) == 8
+
+
+def test_a_cache_of_other_steps_or_no_cache_is_refused():
+    model = tiny.pondering_model("llama", pondering_steps=2)
+    input_ids = tiny.token_ids(1, 5)
+    cache = model(input_ids, use_cache=True).past_key_values
+    with pytest.raises(PonderingError, match="holds 6 slots, but 4 passes of 2 layers need 8"):
+        model(input_ids, past_key_values=cache, use_cache=True, pondering_steps=3)
+    with pytest.raises(PonderingError, match="`past_key_values` must be one of transformers' Cache objects"):
+        model(input_ids, past_key_values=((torch.zeros(1),),), use_cache=True)
+    with pytest.raises(PonderingError, match="`use_cache` is False"):
+        model(input_ids, past_key_values=cache, use_cache=False)

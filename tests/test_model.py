@@ -1,0 +1,249 @@
+"""PonderingForCausalLM and PonderingModel: what every argument and field does, against the equations."""
+
+import pytest
+import tiny
+import torch
+from transformers import AutoModel, AutoModelForCausalLM
+
+from ponder_hf import PonderingError, PonderingForCausalLM, PonderingModel
+
+
+@pytest.fixture
+def input_ids():
+    return tiny.token_ids(2, 9)
+
+
+def written_out(model, input_ids):
+    """The equations of the method with every field, by the backbone's own forward pass. Logits of all passes."""
+    config, backbone = model.config, model.backbone
+    table = backbone.get_input_embeddings().weight
+    hidden_inputs = config.input_scale * config.embedding_scale * table[input_ids]
+    all_logits = []
+    for _ in range(config.pondering_steps + 1):
+        logits = backbone(inputs_embeds=hidden_inputs, use_cache=False).logits
+        all_logits.append(logits)
+        if config.pondering_top_k is not None:
+            smallest = logits.topk(config.pondering_top_k).values[..., -1:]
+            logits = logits.masked_fill(logits < smallest, float("-inf"))
+        weights = (logits / config.pondering_temperature).softmax(-1)
+        embedding = weights @ (config.embedding_scale * table)
+        if config.pondering_gate == "zero_init":
+            embedding = model.pondering_gate.weight * embedding
+        hidden_inputs = hidden_inputs + embedding
+    return all_logits
+
+
+FIELDS = {
+    "pondering_steps": 2,
+    "pondering_top_k": 3,
+    "pondering_temperature": 0.5,
+    "embedding_scale": 3.0,
+    "input_scale": 2.0,
+    "pondering_gate": "zero_init",
+}
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_each_field_changes_the_output_as_the_equations_say(field, input_ids):
+    base = tiny.base_model(dtype=torch.float64)
+    plain = PonderingForCausalLM.from_base(base, pondering_steps=3)
+    changed = PonderingForCausalLM.from_base(base, **{"pondering_steps": 3, field: FIELDS[field]})
+    if field == "pondering_gate":
+        torch.nn.init.normal_(changed.pondering_gate.weight)
+    with torch.no_grad():
+        logits = changed(input_ids).logits
+        torch.testing.assert_close(logits, written_out(changed, input_ids)[-1], rtol=1e-9, atol=1e-9)
+        assert (logits - plain(input_ids).logits).abs().max() > 1e-3
+
+
+def test_all_fields_together(input_ids):
+    model = tiny.pondering_model("gpt2", torch.float64, **FIELDS)
+    torch.nn.init.normal_(model.pondering_gate.weight)
+    with torch.no_grad():
+        output = model(input_ids, output_pondering=True)
+        expected = written_out(model, input_ids)
+    assert len(output.pondering_logits) == 2
+    for logits, wanted in zip((*output.pondering_logits, output.logits), expected, strict=True):
+        assert logits.shape == (2, 9, tiny.VOCAB_SIZE)
+        torch.testing.assert_close(logits, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 4])
+def test_steps_of_one_call(input_ids, steps):
+    model = tiny.pondering_model(pondering_steps=2)
+    other = PonderingForCausalLM.from_base(model.backbone, pondering_steps=steps)
+    with torch.no_grad():
+        output = model(input_ids, pondering_steps=steps, output_pondering=True)
+        assert torch.equal(output.logits, other(input_ids).logits)
+    assert len(output.pondering_logits) == steps
+    assert model.config.pondering_steps == 2
+
+
+@pytest.mark.parametrize("steps", [-1, 1.0, True, "2"], ids=repr)
+def test_wrong_steps_of_one_call(input_ids, steps):
+    with pytest.raises(PonderingError, match="`pondering_steps` must be an integer >= 0"):
+        tiny.pondering_model()(input_ids, pondering_steps=steps)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.25])
+def test_the_intermediate_loss(input_ids, weight):
+    model = tiny.pondering_model(dtype=torch.float64, pondering_steps=3, intermediate_loss_weight=weight)
+    output = model(input_ids, labels=input_ids, output_pondering=True)
+    losses = [
+        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten())
+        for logits in written_out(model, input_ids)
+    ]
+    torch.testing.assert_close(output.pondering_losses, tuple(losses), rtol=1e-9, atol=0)
+    torch.testing.assert_close(output.loss, losses[-1] + weight * sum(losses[:-1]) / 3, rtol=1e-9, atol=0)
+    assert torch.equal(model(input_ids, labels=input_ids).loss, output.loss)
+
+
+def test_loss_keywords_reach_the_loss(input_ids):
+    model = tiny.pondering_model(intermediate_loss_weight=0.5, pondering_steps=2)
+    labels = input_ids.clone()
+    labels[0, :5] = -100
+    count = (labels[:, 1:] != -100).sum()
+    mean = model(input_ids, labels=labels).loss
+    torch.testing.assert_close(model(input_ids, labels=labels, num_items_in_batch=count).loss, mean)
+    torch.testing.assert_close(model(input_ids, labels=labels, num_items_in_batch=2 * count).loss, mean / 2)
+    ignored = labels.where(labels != -100, 3)
+    torch.testing.assert_close(
+        model(input_ids, labels=ignored, ignore_index=3).loss,
+        model(input_ids, labels=ignored.where(ignored != 3, -100)).loss,
+    )
+
+
+def test_positions_without_a_label_do_not_count(input_ids):
+    model = tiny.pondering_model()
+    labels = torch.full_like(input_ids, -100)
+    labels[0, 5] = input_ids[0, 5]
+    logits = model(input_ids).logits
+    expected = torch.nn.functional.cross_entropy(logits[0, 4:5], input_ids[0, 5:6])
+    torch.testing.assert_close(model(input_ids, labels=labels).loss, expected)
+
+
+@pytest.mark.parametrize("keep", [1, 4, torch.tensor([0, 3])], ids=str)
+def test_logits_to_keep(input_ids, keep):
+    model = tiny.pondering_model()
+    whole = model(input_ids, labels=input_ids, output_pondering=True)
+    part = model(input_ids, labels=input_ids, output_pondering=True, logits_to_keep=keep)
+    positions = slice(-keep, None) if isinstance(keep, int) else keep
+    assert torch.equal(part.logits, whole.logits[:, positions])
+    assert torch.equal(part.pondering_logits[1], whole.pondering_logits[1][:, positions])
+    assert torch.equal(part.loss, whole.loss)
+    torch.testing.assert_close(model(input_ids, logits_to_keep=keep).logits, whole.logits[:, positions])
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gemma2", "opt"])
+def test_embeddings_in_place_of_ids(model_type, input_ids):
+    model = tiny.pondering_model(model_type, embedding_scale=2.0, input_scale=1.5)
+    embeddings = model.get_input_embeddings()(input_ids)
+    assert torch.equal(model(inputs_embeds=embeddings).logits, model(input_ids).logits)
+
+
+@pytest.mark.parametrize("given", ["neither", "both"])
+def test_ids_or_embeddings(given, input_ids):
+    model = tiny.pondering_model()
+    both = {"input_ids": input_ids, "inputs_embeds": model.get_input_embeddings()(input_ids)}
+    with pytest.raises(PonderingError, match="exactly one of `input_ids` and `inputs_embeds`"):
+        model(**(both if given == "both" else {}))
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+def test_hidden_states_and_attentions_are_the_last_pass_own(model_type, input_ids):
+    base = tiny.base_model(model_type, attn_implementation="eager")
+    model = PonderingForCausalLM.from_base(base, pondering_steps=2)
+    switches = {"output_hidden_states": True, "output_attentions": True}
+    seen = []
+    base.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    output = model(input_ids, **switches)
+    expected = base(inputs_embeds=seen[2], **switches)
+    assert len(output.hidden_states) == 3
+    assert len(output.attentions) == 2
+    pairs = zip(output.hidden_states + output.attentions, expected.hidden_states + expected.attentions, strict=True)
+    for mine, wanted in pairs:
+        torch.testing.assert_close(mine, wanted)
+    assert model(input_ids).hidden_states is None
+
+
+def test_a_tuple_where_wanted(input_ids):
+    model = tiny.pondering_model()
+    loss, logits, *_ = model(input_ids, labels=input_ids, return_dict=False)
+    assert torch.equal(loss, model(input_ids, labels=input_ids).loss)
+    assert torch.equal(logits, model(input_ids).logits)
+
+
+def test_the_base_model_gives_the_last_hidden_state(tmp_path, input_ids):
+    whole = tiny.pondering_model("llama", pondering_steps=2)
+    whole.save_pretrained(tmp_path)
+    model = AutoModel.from_pretrained(tmp_path)
+    assert type(model) is PonderingModel
+    hidden_states = model(input_ids).last_hidden_state
+    assert hidden_states.shape == (2, 9, 32)
+    assert torch.equal(whole.get_output_embeddings()(hidden_states), whole(input_ids).logits)
+
+
+def test_every_pass_has_the_same_positions_and_mask():
+    model = tiny.pondering_model("gpt2", pondering_steps=3)
+    ids, mask = tiny.left_padded([tiny.token_ids(6), tiny.token_ids(3)])
+    position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+    calls = []
+    model.backbone.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(kwargs), with_kwargs=True
+    )
+    model(ids, attention_mask=mask, position_ids=position_ids)
+    assert len(calls) == 4
+    for call in calls:
+        assert torch.equal(call["attention_mask"], mask)
+        assert torch.equal(call["position_ids"], position_ids)
+
+
+@pytest.mark.parametrize("model_type", tiny.SPINE)
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_closed_gate_is_the_base_bit_for_bit_and_learns(model_type, steps):
+    base = tiny.base_model(model_type)
+    input_ids = tiny.token_ids(2, 9)
+    expected = base(input_ids).logits
+    model = PonderingForCausalLM.from_base(base, pondering_steps=steps, pondering_gate="zero_init")
+    output = model(input_ids, labels=input_ids)
+    assert torch.equal(output.logits, expected)
+    output.loss.backward()
+    assert model.pondering_gate.weight.grad.abs().max() > 1e-6
+
+
+def test_from_base_uses_the_model_and_to_base_gives_it_back(input_ids):
+    base = tiny.base_model("gpt2")
+    before = {key: value.clone() for key, value in base.state_dict().items()}
+    expected = base(input_ids).logits
+    model = PonderingForCausalLM.from_base(base, pondering_gate="zero_init")
+    back = model.to_base()
+    assert back is base
+    assert all(torch.equal(value, before[key]) for key, value in back.state_dict().items())
+    assert torch.equal(back(input_ids).logits, expected)
+
+
+def test_from_base_refuses_what_it_cannot_use(tmp_path):
+    base = tiny.base_model()
+    model = PonderingForCausalLM.from_base(base)
+    with pytest.raises(PonderingError, match="is a pondering model already"):
+        PonderingForCausalLM.from_base(model)
+    with pytest.raises(PonderingError, match="`ponderingsteps` is not a pondering field"):
+        PonderingForCausalLM.from_base(base, ponderingsteps=2)
+    with pytest.raises(PonderingError, match="`dtype` is for loading"):
+        PonderingForCausalLM.from_base(base, dtype="float16")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(PonderingError, match="is a pondering checkpoint already"):
+        PonderingForCausalLM.from_base(tmp_path)
+
+
+@pytest.mark.parametrize("auto_class", [AutoModelForCausalLM, PonderingForCausalLM], ids=lambda c: c.__name__)
+def test_auto_classes_know_it(tmp_path, auto_class, input_ids):
+    model = tiny.pondering_model("gpt2", pondering_gate="zero_init", pondering_steps=2)
+    torch.nn.init.normal_(model.pondering_gate.weight)
+    model.save_pretrained(tmp_path)
+    loaded = auto_class.from_pretrained(tmp_path)
+    assert type(loaded) is PonderingForCausalLM
+    assert not loaded.training
+    assert torch.equal(loaded(input_ids).logits, model(input_ids).logits)
