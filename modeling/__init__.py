@@ -5,8 +5,9 @@ transformers finds what to copy).
 """
 
 from .configuration_pondering import PonderingConfig
-from .modeling_pondering import PonderingCausalLMOutput, PonderingForCausalLM, PonderingModel
+from .modeling_pondering import PonderingForCausalLM, PonderingModel
 from .pondering_errors import PonderingError
+from .pondering_output import PonderingCausalLMOutput
 
 
 __all__ = ["PonderingCausalLMOutput", "PonderingConfig", "PonderingError", "PonderingForCausalLM", "PonderingModel"]

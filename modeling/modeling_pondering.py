@@ -12,42 +12,29 @@ This file holds only that. The backbone is transformers' own model, unchanged; w
 pondering_backbone.py. Positions and masks are the tokens' own, the same in every pass.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .configuration_pondering import PonderingConfig, check_steps
 from .pondering_backbone import (
     TESTED,
     backbone_class,
     backbone_logits,
-    embedding_table,
+    backbone_readout,
     run_backbone,
     verify_backbone,
 )
 from .pondering_base import load_backbone, read_base_config, split_arguments
 from .pondering_cache import pass_cache, step_cache
-from .pondering_embedding import PonderingGate, pondering_embedding
+from .pondering_embedding import PonderingEmbedding, PonderingGate
 from .pondering_errors import PonderingError
-from .pondering_loss import causal_lm_loss
+from .pondering_loss import causal_lm_loss, linear_causal_lm_loss
+from .pondering_output import PonderingCausalLMOutput
 
 
 _LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")
-
-
-@dataclass
-class PonderingCausalLMOutput(CausalLMOutputWithPast):
-    """CausalLMOutputWithPast of the last pass, and with `output_pondering=True` also of the earlier ones.
-
-    pondering_logits: tuple of S tensors (B, T, V), the logits of passes 0 .. S-1.
-    pondering_losses: tuple of S + 1 scalars, the losses of passes 0 .. S, where labels were given.
-    """
-
-    pondering_logits: tuple[torch.FloatTensor, ...] | None = None
-    pondering_losses: tuple[torch.FloatTensor, ...] | None = None
 
 
 class PonderingPreTrainedModel(PreTrainedModel):
@@ -89,6 +76,11 @@ class PonderingPreTrainedModel(PreTrainedModel):
     def embedding_size(self):
         """Width of the embeddings that the backbone takes; OPT's can differ from its hidden size."""
         return self.backbone.get_input_embeddings().embedding_dim
+
+    @property
+    def pondering_kernel(self):
+        """How the pondering embedding is computed: "top_k", "vocabulary" or "plain"; see pondering_embedding.py."""
+        return PonderingEmbedding(self.backbone, self.config).kernel
 
     def get_input_embeddings(self):
         return self.backbone.get_input_embeddings()
@@ -157,14 +149,14 @@ class PonderingPreTrainedModel(PreTrainedModel):
             self.backbone.generation_config = self.generation_config
         return self.backbone
 
-    def ponder(self, inputs_embeds, num_steps, past_key_values=None, use_cache=False, on_logits=None, **kwargs):
+    def ponder(self, inputs_embeds, num_steps, past_key_values=None, use_cache=False, on_hidden_states=None, **kwargs):
         """Run passes 0 .. S and give back the last one's output.
 
         Args:
             inputs_embeds: (B, T, d), token embeddings as the backbone's embedding module gives them.
             num_steps: S.
             past_key_values: a cache of S + 1 passes (pondering_cache.py), where `use_cache` is true.
-            on_logits: called with the logits (B, T, V) of each pass but the last, in order.
+            on_hidden_states: called with the last hidden states (B, T, d) of each pass but the last, in order.
             kwargs: `attention_mask`, `position_ids` and what else the backbone's decoder takes.
 
         Returns:
@@ -179,14 +171,13 @@ class PonderingPreTrainedModel(PreTrainedModel):
                 self.backbone, hidden_inputs, past_key_values=cache, use_cache=use_cache, **kwargs, **extra
             )
 
-        table = embedding_table(self.backbone) if num_steps else None
+        pondering_embedding = PonderingEmbedding(self.backbone, config) if num_steps else None
         hidden_inputs = _scaled(inputs_embeds, config.input_scale * config.embedding_scale)
         for step in range(num_steps):
-            logits = backbone_logits(self.backbone, run_pass(step).last_hidden_state)
-            if on_logits is not None:
-                on_logits(logits)
-            embedding = pondering_embedding(logits, table, config.pondering_temperature, config.pondering_top_k)
-            embedding = _scaled(embedding, config.embedding_scale)
+            hidden_states = run_pass(step).last_hidden_state
+            if on_hidden_states is not None:
+                on_hidden_states(hidden_states)
+            embedding = _scaled(pondering_embedding(hidden_states), config.embedding_scale)
             if self.pondering_gate is not None:
                 embedding = self.pondering_gate(embedding)
             hidden_inputs = hidden_inputs + embedding
@@ -296,45 +287,50 @@ class PonderingForCausalLM(PonderingPreTrainedModel, GenerationMixin):
         )
         needs_loss = labels is not None or loss_arguments.get("shift_labels") is not None
         weight = self.config.intermediate_loss_weight
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         step_logits, step_losses = [], []
 
-        def collect(logits):
+        def collect(hidden_states):
             if output_pondering:
-                step_logits.append(logits)
+                step_logits.append(backbone_logits(self.backbone, hidden_states)[:, kept])
             if needs_loss and (output_pondering or weight):
-                step_losses.append(causal_lm_loss(logits, labels, **loss_arguments))
+                step_losses.append(self._loss(hidden_states, labels, loss_arguments))
 
         output = self.ponder(
             inputs_embeds,
             num_steps,
             past_key_values,
             use_cache,
-            on_logits=collect,
+            on_hidden_states=collect,
             attention_mask=attention_mask,
             position_ids=position_ids,
             **kwargs,
         )
         hidden_states = output.last_hidden_state
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        loss = None
-        if needs_loss:  # which needs every position
-            logits = backbone_logits(self.backbone, hidden_states)
-            loss = last_loss = causal_lm_loss(logits, labels, **loss_arguments)
+        loss = last_loss = None
+        if needs_loss:
+            loss = last_loss = self._loss(hidden_states, labels, loss_arguments)
             if weight and num_steps:
                 loss = loss + weight * sum(step_losses) / num_steps
-            logits = logits[:, kept]
-        else:
-            logits = backbone_logits(self.backbone, hidden_states[:, kept])
+        on_demand = self.training and needs_loss and return_dict is not False and not torch.compiler.is_compiling()
         result = PonderingCausalLMOutput(
             loss=loss,
-            logits=logits,
+            logits=None if on_demand else backbone_logits(self.backbone, hidden_states[:, kept]),
             past_key_values=past_key_values,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
-            pondering_logits=tuple(step[:, kept] for step in step_logits) if output_pondering else None,
+            pondering_logits=tuple(step_logits) if output_pondering else None,
             pondering_losses=(*step_losses, last_loss) if output_pondering and needs_loss else None,
         )
+        if on_demand:
+            result.make_logits_on_demand(lambda: backbone_logits(self.backbone, hidden_states[:, kept]))
         return result if return_dict is not False else result.to_tuple()
+
+    def _loss(self, hidden_states, labels, loss_arguments):
+        readout = backbone_readout(self.backbone)
+        if readout is not None:
+            return linear_causal_lm_loss(hidden_states, readout, labels, **loss_arguments)
+        return causal_lm_loss(backbone_logits(self.backbone, hidden_states), labels, **loss_arguments)
 
 
 def _scaled(tensor, factor):

@@ -1,7 +1,7 @@
 """What pondering needs to know of a backbone: what it feeds in, what it puts out, and whether it can ponder at all.
 
 A backbone is one of transformers' own causal language models, used as it is. To support another one that scales its
-logits in a way of its own, extend `finish_logits`; to refuse one, extend `REFUSED`.
+logits in a way of its own, extend `finish_logits` and `backbone_readout`; to refuse one, extend `REFUSED`.
 """
 
 import inspect
@@ -11,6 +11,7 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from .pondering_errors import PonderingError
+from .pondering_readout import Readout
 
 
 # The tests of ponder_hf hold these against their own logits; any other backbone is held against them at first use.
@@ -95,6 +96,41 @@ def embedding_table(backbone):
     if type(module) is nn.Embedding:
         return module.weight
     return module(torch.arange(module.num_embeddings, device=backbone.device))
+
+
+def backbone_readout(backbone):
+    """The head as a Readout for code that works on its bare weight, or None where only the module itself will do.
+
+    That is so for a head that is wrapped (PEFT), quantised, sharded, moved by hooks, or of a class of its own.
+    """
+    head = backbone.get_output_embeddings()
+    if type(head) is not nn.Linear or not _is_bare(head) or head._forward_hooks:
+        return None
+    config = backbone.config
+    factor = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    return Readout(head.weight, head.bias, getattr(config, "final_logit_softcapping", None), factor)
+
+
+def bare_table(backbone):
+    """(weight, scale) of the embedding module, as in `backbone_readout`: rows fed in are scale * weight. Or None."""
+    module = backbone.get_input_embeddings()
+    if not _is_bare(module) or getattr(module, "max_norm", None) is not None:
+        return None
+    if type(module) is nn.Embedding:
+        return module.weight, 1.0
+    if isinstance(module, nn.Embedding) and type(module).__name__.endswith("ScaledWordEmbedding"):
+        scale = module.embed_scale
+        return module.weight, scale.to(module.weight.dtype) if torch.is_tensor(scale) else scale
+    return None
+
+
+def _is_bare(module):
+    # Hooks before a module gather what is sharded or offloaded (accelerate, DeepSpeed): its weight is not there yet.
+    # Hooks after an embedding, as gradient checkpointing and PEFT set them, are about token ids, not about its rows.
+    gathered = module._forward_pre_hooks or hasattr(module, "_hf_hook")
+    weight = getattr(module, "weight", None)
+    plain = type(weight) in (nn.Parameter, torch.Tensor) and not hasattr(weight, "ds_id")
+    return plain and not gathered and weight.device.type != "meta"
 
 
 def run_backbone(backbone, inputs_embeds, position_ids=None, **kwargs):

@@ -3,8 +3,12 @@
 import torch
 from torch import nn
 
+from .pondering_backbone import backbone_logits, backbone_readout, bare_table, embedding_table
+from .pondering_topk import top_k_embedding
+from .pondering_vocabulary import vocabulary_embedding
 
-def pondering_embedding(logits, table, temperature=1.0, top_k=None):
+
+def plain_embedding(logits, table, temperature=1.0, top_k=None):
     """t = softmax(logits / temperature) @ table, or the same over the K largest logits only (renormalised).
 
     The softmax of half-precision logits is computed in float32. This is the plain reference, with autograd through
@@ -26,6 +30,41 @@ def pondering_embedding(logits, table, temperature=1.0, top_k=None):
     scores, token_ids = scores.topk(top_k, dim=-1)
     weights = torch.softmax(scores / temperature, dim=-1).to(table.dtype)
     return (weights.unsqueeze(-2) @ table[token_ids]).squeeze(-2)
+
+
+class PonderingEmbedding:
+    """From the last hidden states of a pass to its pondering embedding, in the cheapest way that the backbone allows.
+
+    Made anew for each forward pass, since modules may have been wrapped or replaced since.
+
+    kernel: "top_k" or "vocabulary" (pondering_topk.py, pondering_vocabulary.py) where head and embedding are plain
+        matrices, "plain" where they must be asked through their modules.
+    """
+
+    def __init__(self, backbone, config):
+        self.backbone, self.config = backbone, config
+        self.readout, self.table = backbone_readout(backbone), bare_table(backbone)
+        self.kernel = "plain"
+        if self.readout is not None and self.table is not None:
+            whole = config.pondering_top_k in (None, len(self.table[0]))
+            self.kernel = "vocabulary" if whole else "top_k"
+        self._all_rows = None
+
+    def __call__(self, hidden_states):
+        """hidden_states: (B, T, d_h). Returns t of shape (B, T, d), before gate and `embedding_scale`."""
+        temperature, top_k = self.config.pondering_temperature, self.config.pondering_top_k
+        if self.kernel == "plain":
+            if self._all_rows is None:
+                self._all_rows = embedding_table(self.backbone)
+            return plain_embedding(backbone_logits(self.backbone, hidden_states), self._all_rows, temperature, top_k)
+        table, scale = self.table
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        if self.kernel == "top_k":
+            embedding = top_k_embedding(flat, self.readout, table, temperature, top_k)
+        else:
+            embedding = vocabulary_embedding(flat, self.readout, table, temperature)
+        embedding = embedding.view(*hidden_states.shape[:-1], -1)
+        return embedding if isinstance(scale, float) and scale == 1 else embedding * scale
 
 
 class PonderingGate(nn.Module):

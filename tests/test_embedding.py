@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ponder_hf.modeling.pondering_embedding import PonderingGate, pondering_embedding
+from ponder_hf.modeling.pondering_embedding import PonderingGate, plain_embedding
 
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -28,7 +28,7 @@ def test_value(dtype, top_k, tokens, temperature):
     # Distinct in bfloat16 too: among equal logits, which ones are the K largest is anyone's choice.
     logits = (torch.rand(2, tokens, 131).argsort(-1) / 16).to(dtype)
     table = torch.randn(131, 24).to(dtype)
-    result = pondering_embedding(logits, table, temperature, top_k)
+    result = plain_embedding(logits, table, temperature, top_k)
     assert result.dtype == dtype
     assert result.shape == (2, tokens, 24)
     expected = written_out(logits, table, temperature, top_k)
@@ -39,17 +39,17 @@ def test_value(dtype, top_k, tokens, temperature):
 def test_gradient(top_k):
     logits = torch.randn(3, 11, dtype=torch.float64, requires_grad=True)
     table = torch.randn(11, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda *inputs: pondering_embedding(*inputs, 0.7, top_k), (logits, table))
+    assert torch.autograd.gradcheck(lambda *inputs: plain_embedding(*inputs, 0.7, top_k), (logits, table))
 
 
 def test_the_whole_vocabulary_as_top_k_changes_nothing():
     logits, table = torch.randn(5, 131, dtype=torch.float64), torch.randn(131, 8, dtype=torch.float64)
-    torch.testing.assert_close(pondering_embedding(logits, table, 1.0, 131), pondering_embedding(logits, table))
+    torch.testing.assert_close(plain_embedding(logits, table, 1.0, 131), plain_embedding(logits, table))
 
 
 def test_one_best_token_gives_its_own_embedding():
     logits, table = torch.randn(5, 131), torch.randn(131, 8)
-    assert torch.equal(pondering_embedding(logits, table, 1.0, 1), table[logits.argmax(-1)])
+    assert torch.equal(plain_embedding(logits, table, 1.0, 1), table[logits.argmax(-1)])
 
 
 def test_the_gate_starts_at_nothing_and_can_learn():

@@ -128,7 +128,7 @@ def test_logits_to_keep(input_ids, keep):
     whole = model(input_ids, labels=input_ids, output_pondering=True)
     part = model(input_ids, labels=input_ids, output_pondering=True, logits_to_keep=keep)
     positions = slice(-keep, None) if isinstance(keep, int) else keep
-    assert torch.equal(part.logits, whole.logits[:, positions])
+    torch.testing.assert_close(part.logits, whole.logits[:, positions])
     assert torch.equal(part.pondering_logits[1], whole.pondering_logits[1][:, positions])
     assert torch.equal(part.loss, whole.loss)
     torch.testing.assert_close(model(input_ids, logits_to_keep=keep).logits, whole.logits[:, positions])
@@ -247,3 +247,88 @@ def test_auto_classes_know_it(tmp_path, auto_class, input_ids):
     assert type(loaded) is PonderingForCausalLM
     assert not loaded.training
     assert torch.equal(loaded(input_ids).logits, model(input_ids).logits)
+
+
+KERNELS = {"whole vocabulary": (None, "vocabulary"), "top-9": (9, "top_k"), "all of them": (131, "vocabulary")}
+
+
+@pytest.mark.parametrize(("top_k", "kernel"), KERNELS.values(), ids=KERNELS)
+@pytest.mark.parametrize("model_type", sorted(set(tiny.CONFIGS) - {"mixtral"}))
+def test_what_a_step_costs_does_not_change_what_it_gives(model_type, top_k, kernel, input_ids, monkeypatch):
+    """The kernel that is chosen against asking every module: logits, losses and all gradients, with odd scales."""
+    model = tiny.pondering_model(
+        model_type,
+        torch.float64,
+        pondering_steps=2,
+        pondering_top_k=top_k,
+        pondering_temperature=0.7,
+        embedding_scale=1.5,
+        intermediate_loss_weight=0.3,
+    )
+    results = []
+    for expected_kernel in (kernel, "plain"):
+        if expected_kernel == "plain":
+            for module in ("pondering_embedding", "modeling_pondering"):
+                monkeypatch.setattr(f"ponder_hf.modeling.{module}.backbone_readout", lambda backbone: None)
+        assert model.pondering_kernel == expected_kernel
+        model.zero_grad()
+        output = model(input_ids, labels=input_ids)
+        output.loss.backward()
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        if (padding := model.get_input_embeddings().padding_idx) is not None:
+            # Rows asked of an embedding module leave its padding row without a gradient.
+            model.get_input_embeddings().weight.grad[padding] = 0
+        results.append((output.logits, output.loss, gradients))
+    (logits, loss, gradients), (plain_logits, plain_loss, plain_gradients) = results
+    torch.testing.assert_close(logits, plain_logits, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(loss, plain_loss, rtol=1e-7, atol=0)
+    for name, gradient in plain_gradients.items():
+        if gradient is not None:
+            torch.testing.assert_close(gradients[name], gradient, rtol=1e-5, atol=1e-7)
+
+
+def _wrap_head(model):
+    head = model.get_output_embeddings()
+    wrapped = torch.nn.Sequential(head)
+    wrapped.weight = head.weight
+    model.set_output_embeddings(wrapped)
+
+
+OPAQUE = {
+    "a head of another class": _wrap_head,
+    "a hook before the head": lambda model: model.get_output_embeddings().register_forward_pre_hook(lambda *_: None),
+    "a hook after the head": lambda model: model.get_output_embeddings().register_forward_hook(lambda *_: None),
+    "a hook before the embedding": lambda model: model.get_input_embeddings().register_forward_pre_hook(
+        lambda *_: None
+    ),
+}
+
+
+@pytest.mark.parametrize("change", OPAQUE.values(), ids=OPAQUE)
+def test_what_is_not_a_plain_matrix_is_asked_through_its_module(change, input_ids):
+    model = tiny.pondering_model("llama", pondering_top_k=9)
+    expected = model(input_ids, labels=input_ids)
+    assert model.pondering_kernel == "top_k"
+    change(model)
+    assert model.pondering_kernel == "plain"
+    output = model(input_ids, labels=input_ids)
+    torch.testing.assert_close(output.logits, expected.logits)
+    torch.testing.assert_close(output.loss, expected.loss)
+
+
+def test_logits_of_a_training_step_are_made_when_they_are_read(input_ids):
+    model = tiny.pondering_model("llama").train()
+    expected = model.eval()(input_ids).logits
+    calls = []
+    model.train().get_output_embeddings().register_forward_pre_hook(lambda *_: calls.append(1))
+    model.config.pondering_steps = 0  # the head is called for the logits only
+    for read in (lambda o: o.logits, lambda o: o["logits"], lambda o: o[1], lambda o: dict(o.items())["logits"]):
+        output = model(input_ids, labels=input_ids, pondering_steps=3)
+        calls.clear()
+        assert output["loss"] is output.loss is output[0]
+        assert not calls
+        torch.testing.assert_close(read(output), expected)
+        assert read(output) is read(output)
+        assert len(calls) == 1
+    assert list(model(input_ids, labels=input_ids, output_pondering=True).keys())[:2] == ["loss", "logits"]
+    assert model(input_ids, labels=input_ids, return_dict=False)[1].shape == expected.shape

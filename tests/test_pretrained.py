@@ -21,6 +21,10 @@ MODELING_FILES = {
     "pondering_embedding.py",
     "pondering_errors.py",
     "pondering_loss.py",
+    "pondering_output.py",
+    "pondering_readout.py",
+    "pondering_topk.py",
+    "pondering_vocabulary.py",
 }
 
 

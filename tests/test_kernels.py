@@ -1,0 +1,314 @@
+"""The fast embeddings and the fast loss against the plain ones: values, gradients, and what they keep in memory."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from ponder_hf.modeling import pondering_readout
+from ponder_hf.modeling.pondering_embedding import plain_embedding
+from ponder_hf.modeling.pondering_loss import causal_lm_loss, linear_causal_lm_loss
+from ponder_hf.modeling.pondering_readout import Readout
+from ponder_hf.modeling.pondering_topk import top_k_embedding
+from ponder_hf.modeling.pondering_vocabulary import vocabulary_embedding
+
+
+VOCAB_SIZE, WIDTH = 131, 24
+# Relative to the largest element of what is compared.
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 3e-2}
+TOP_K = [None, 1, 17, VOCAB_SIZE]
+HEADS = {
+    "plain": {},
+    "bias": {"bias": True},
+    "cap": {"cap": 1.5},
+    "factor": {"factor": 0.5},
+    "bias, cap and factor": {"bias": True, "cap": 1.5, "factor": 2.0},
+}
+
+
+@pytest.fixture(params=[2**24, 16 * VOCAB_SIZE], ids=["one chunk", "chunks of 16"])
+def _chunked(request, monkeypatch):
+    monkeypatch.setitem(pondering_readout.CHUNK_ELEMENTS, "cpu", request.param)
+
+
+def leaves(tokens, dtype, tied=False, bias=False):
+    """hidden states, head weight, head bias, embedding table; each row of scores has distinct entries."""
+    hidden = torch.randn(tokens, WIDTH).to(dtype).requires_grad_()
+    weight = (torch.randn(VOCAB_SIZE, WIDTH) / 3).to(dtype).requires_grad_()
+    table = weight if tied else torch.randn(VOCAB_SIZE, WIDTH).to(dtype).requires_grad_()
+    return hidden, weight, torch.randn(VOCAB_SIZE).to(dtype).requires_grad_() if bias else None, table
+
+
+def fast(hidden, readout, table, temperature, top_k):
+    if top_k is None:
+        return vocabulary_embedding(hidden, readout, table, temperature)
+    return top_k_embedding(hidden, readout, table, temperature, top_k)
+
+
+def plain(hidden, readout, table, temperature, top_k):
+    return plain_embedding(readout.finish(readout.scores(hidden)), table, temperature, top_k)
+
+
+def compare(tensors, function, reference, tolerance):
+    """Values and gradients of two functions of the same leaves, against the reference computed in float64."""
+    wide = [None if tensor is None else tensor.detach().double().requires_grad_() for tensor in tensors]
+    if tensors[3] is tensors[1]:
+        wide[3] = wide[1]
+    result, expected = function(*tensors), reference(*wide)
+    direction = torch.randn(expected.shape)
+    (result * direction.to(result.dtype)).sum().backward()
+    (expected * direction.double()).sum().backward()
+    pairs = [(result, expected), *((t.grad, w.grad) for t, w in zip(tensors, wide, strict=True) if t is not None)]
+    for actual, wanted in pairs:
+        assert actual.shape == wanted.shape
+        difference = (actual.double() - wanted).abs().max()
+        assert difference <= tolerance * wanted.abs().max(), f"{difference:.1e} of {wanted.abs().max():.1e}"
+
+
+@pytest.mark.usefixtures("_chunked")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("tokens", [1, 63, 257], ids="T={}".format)
+@pytest.mark.parametrize("top_k", TOP_K, ids="K={}".format)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_embedding_equals_plain(dtype, tokens, top_k, tied):
+    compare(
+        leaves(tokens, dtype, tied),
+        lambda h, w, b, e: fast(h, Readout(w), e, 0.7, top_k),
+        lambda h, w, b, e: plain(h, Readout(w), e, 0.7, top_k),
+        TOLERANCE[dtype],
+    )
+
+
+@pytest.mark.usefixtures("_chunked")
+@pytest.mark.parametrize("tokens", [1, 63, 257], ids="T={}".format)
+@pytest.mark.parametrize("top_k", [None, VOCAB_SIZE], ids="K={}".format)
+def test_embedding_in_bfloat16(tokens, top_k):
+    compare(
+        leaves(tokens, torch.bfloat16),
+        lambda h, w, b, e: fast(h, Readout(w), e, 1.0, top_k),
+        lambda h, w, b, e: plain(h, Readout(w), e, 1.0, top_k),
+        TOLERANCE[torch.bfloat16],
+    )
+
+
+@pytest.mark.parametrize("top_k", [1, 17])
+def test_top_k_in_bfloat16_equals_plain_in_bfloat16(top_k):
+    """Rounded scores may choose other tokens than exact ones, so both sides must round."""
+    hidden, weight, _, table = leaves(63, torch.bfloat16)
+    scores = Readout(weight).scores(hidden)
+    largest = scores.topk(top_k + 1).values
+    distinct = largest[:, -1] != largest[:, -2]  # otherwise which token is the K-th is anyone's choice
+    results = []
+    for function in (fast, plain):
+        tensors = [tensor.detach().requires_grad_() for tensor in (hidden[distinct], weight, table)]
+        result = function(tensors[0], Readout(tensors[1]), tensors[2], 1.0, top_k)
+        result.float().square().sum().backward()
+        results.append([result, *(tensor.grad for tensor in tensors)])
+    assert distinct.sum() > 20
+    for actual, expected in zip(*results, strict=True):
+        assert (actual.float() - expected.float()).abs().max() <= 3e-2 * expected.float().abs().max()
+
+
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("top_k", TOP_K, ids="K={}".format)
+def test_heads(head, top_k):
+    settings = {key: value for key, value in head.items() if key != "bias"}
+    compare(
+        leaves(33, torch.float64, bias=head.get("bias", False)),
+        lambda h, w, b, e: fast(h, Readout(w, b, **settings), e, 1.3, top_k),
+        lambda h, w, b, e: plain(h, Readout(w, b, **settings), e, 1.3, top_k),
+        TOLERANCE[torch.float64],
+    )
+
+
+@pytest.mark.parametrize("top_k", [None, 3, 11], ids="K={}".format)
+def test_gradcheck(top_k):
+    hidden, weight, bias, table = (
+        torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in [(4, 5), (11, 5), (11,), (11, 6)]
+    )
+
+    def function(hidden, weight, bias, table):
+        return fast(hidden, Readout(weight, bias, 2.0, 0.5), table, 0.7, top_k)
+
+    assert torch.autograd.gradcheck(function, (hidden, weight, bias, table))
+
+
+@pytest.mark.parametrize("wanted", range(4))
+@pytest.mark.parametrize("top_k", [None, 17], ids="K={}".format)
+def test_only_the_wanted_gradient_is_made(top_k, wanted):
+    tensors = [
+        tensor.detach().requires_grad_(i == wanted) for i, tensor in enumerate(leaves(9, torch.float64, bias=True))
+    ]
+    hidden, weight, bias, table = tensors
+    fast(hidden, Readout(weight, bias), table, 1.0, top_k).sum().backward()
+    assert [tensor.grad is not None for tensor in tensors] == [i == wanted for i in range(4)]
+
+
+@pytest.mark.parametrize("top_k", [None, 17], ids="K={}".format)
+def test_autocast(top_k):
+    """Under autocast both multiply in bfloat16; weights and their gradients stay float32."""
+    tensors = leaves(63, torch.float32)
+
+    def under_autocast(hidden, weight, bias, table):
+        with torch.autocast("cpu", torch.bfloat16):
+            return fast(hidden, Readout(weight), table, 1.0, top_k)
+
+    if top_k is None:
+        compare(tensors, under_autocast, lambda h, w, b, e: plain(h, Readout(w), e, 1.0, None), 3e-2)
+    else:  # bfloat16 chooses other tokens here and there: most rows agree with the exact choice
+        result = under_autocast(*tensors)
+        result.sum().backward()
+        close = (result - plain(tensors[0], Readout(tensors[1]), tensors[3], 1.0, top_k)).abs().amax(-1) < 0.1
+        assert close.float().mean() > 0.9
+    assert {tensor.grad.dtype for tensor in tensors if tensor is not None} == {torch.float32}
+
+
+@pytest.mark.parametrize("top_k", [1, 5])
+def test_equal_scores_choose_k_tokens(top_k):
+    hidden, weight, table = torch.zeros(4, WIDTH), torch.randn(VOCAB_SIZE, WIDTH), torch.eye(VOCAB_SIZE)
+    embedding = top_k_embedding(hidden, Readout(weight), table, 1.0, top_k)
+    torch.testing.assert_close(embedding.sum(-1), torch.ones(4))
+    assert (embedding > 0).sum(-1).tolist() == [top_k] * 4
+
+
+def test_all_of_the_vocabulary_is_the_whole_vocabulary():
+    hidden, weight, _, table = leaves(40, torch.float64)
+    torch.testing.assert_close(
+        top_k_embedding(hidden, Readout(weight), table, 1.0, VOCAB_SIZE),
+        vocabulary_embedding(hidden, Readout(weight), table, 1.0),
+    )
+
+
+@pytest.mark.parametrize("top_k", [None, 17], ids="K={}".format)
+def test_twice_gives_the_same_bits(top_k):
+    tensors = leaves(63, torch.float32)
+    results = []
+    for _ in range(2):
+        for tensor in tensors:
+            if tensor is not None:
+                tensor.grad = None
+        result = fast(tensors[0], Readout(tensors[1]), tensors[3], 1.0, top_k)
+        result.square().sum().backward()
+        results.append([result, *(tensor.grad for tensor in tensors if tensor is not None)])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("top_k", [None, 17], ids="K={}".format)
+def test_recomputed_under_gradient_checkpointing(top_k):
+    gradients = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        hidden, weight, _, table = leaves(33, torch.float64)
+
+        def twice(hidden, weight, table):
+            once = fast(hidden, Readout(weight), table, 1.0, top_k)
+            return fast(once, Readout(weight), table, 1.0, top_k)
+
+        if recompute:
+            result = checkpoint(twice, hidden, weight, table, use_reentrant=False)
+        else:
+            result = twice(hidden, weight, table)
+        result.square().sum().backward()
+        gradients.append([hidden.grad, weight.grad, table.grad])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+class LargestTensor(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation puts out."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if torch.is_tensor(tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+FUNCTIONS = {
+    "whole vocabulary": lambda h, w, e: vocabulary_embedding(h, Readout(w), e, 1.0).sum(),
+    "top-17": lambda h, w, e: top_k_embedding(h, Readout(w), e, 1.0, 17).sum(),
+    "loss": lambda h, w, e: linear_causal_lm_loss(h[None], Readout(w), torch.arange(len(h))[None] % VOCAB_SIZE),
+}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_no_tensor_of_tokens_by_vocabulary(function, monkeypatch):
+    monkeypatch.setitem(pondering_readout.CHUNK_ELEMENTS, "cpu", 16 * VOCAB_SIZE)
+    hidden, weight, _, table = leaves(257, torch.float32)
+    with LargestTensor() as largest:
+        function(hidden, weight, table).backward()
+    assert largest.elements <= 257 * WIDTH  # hidden states; a chunk of scores and the weights are smaller
+    with LargestTensor() as largest:
+        plain(hidden, Readout(weight), table, 1.0, None).sum().backward()
+    assert largest.elements == 257 * VOCAB_SIZE, "the measure does not see what the plain embedding keeps"
+
+
+LOSS_ARGUMENTS = {
+    "mean": {},
+    "of several batches": {"num_items_in_batch": 57},
+    "of several batches, a tensor": {"num_items_in_batch": torch.tensor(57)},
+    "another ignored label": {"ignore_index": 7},
+}
+
+
+@pytest.mark.usefixtures("_chunked")
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("arguments", LOSS_ARGUMENTS.values(), ids=LOSS_ARGUMENTS)
+def test_loss_equals_plain(dtype, head, arguments):
+    settings = {key: value for key, value in head.items() if key != "bias"}
+    labels = torch.randint(0, VOCAB_SIZE, (3, 21))
+    labels[0, :9] = arguments.get("ignore_index", -100)
+    hidden, weight, bias, _ = leaves(63, dtype, bias=head.get("bias", False))
+
+    def linear(hidden, weight, bias, table):
+        readout = Readout(weight, bias, **settings)
+        return linear_causal_lm_loss(hidden.view(3, 21, -1), readout, labels, **arguments)
+
+    def whole(hidden, weight, bias, table):
+        readout = Readout(weight, bias, **settings)
+        return causal_lm_loss(readout.finish(readout.scores(hidden.view(3, 21, -1))), labels, **arguments)
+
+    compare((hidden, weight, bias, None), linear, whole, TOLERANCE[dtype])
+
+
+def test_loss_gradcheck():
+    hidden, weight, bias = (
+        torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in [(2, 4, 5), (11, 5), (11,)]
+    )
+    labels = torch.tensor([[1, 2, -100, 4], [9, 10, 0, 3]])
+    assert torch.autograd.gradcheck(
+        lambda h, w, b: linear_causal_lm_loss(h, Readout(w, b, 2.0, 0.5), labels), (hidden, weight, bias)
+    )
+
+
+def test_loss_backward_twice_through_one_graph():
+    hidden, weight, _, _ = leaves(20, torch.float64)
+    loss = linear_causal_lm_loss(hidden[None], Readout(weight), torch.randint(0, VOCAB_SIZE, (1, 20)))
+    first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(loss, (hidden, weight)), first)
+
+
+def test_loss_with_labels_already_shifted():
+    hidden, weight, _, _ = leaves(20, torch.float64)
+    labels = torch.randint(0, VOCAB_SIZE, (2, 10))
+    shifted = torch.cat([labels[:, 1:], torch.full((2, 1), -100)], dim=1)
+    one = linear_causal_lm_loss(hidden.view(2, 10, -1), Readout(weight), labels)
+    assert torch.equal(one, linear_causal_lm_loss(hidden.view(2, 10, -1), Readout(weight), None, shift_labels=shifted))
+
+
+def test_a_scaled_loss_scales_its_gradients():
+    """As under gradient accumulation or a gradient scaler."""
+    hidden, weight, _, _ = leaves(20, torch.float64)
+    labels = torch.randint(0, VOCAB_SIZE, (1, 20))
+    gradients = []
+    for factor in (1.0, 3.0):
+        hidden.grad = weight.grad = None
+        (factor * linear_causal_lm_loss(hidden[None], Readout(weight), labels)).backward()
+        gradients.append((hidden.grad, weight.grad))
+    torch.testing.assert_close(tuple(3 * gradient for gradient in gradients[0]), gradients[1])
