@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoTokenizer, Trainer, TrainingArguments, default_data_collator
 
 from ponder_hf import PonderingForCausalLM
 
@@ -44,7 +44,14 @@ def main():
         save_steps=arguments.steps,
         report_to="none",
     )
-    trainer = Trainer(model, settings, train_dataset=training, eval_dataset=held_out, processing_class=tokenizer)
+    trainer = Trainer(
+        model,
+        settings,
+        train_dataset=training,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        data_collator=default_data_collator,  # blocks are equally long: nothing to pad
+    )
     print("held-out loss before:", trainer.evaluate()["eval_loss"])
     trainer.train()
     print("held-out loss after: ", trainer.evaluate()["eval_loss"])

@@ -33,6 +33,11 @@ from .pondering_errors import PonderingError
 from .pondering_loss import causal_lm_loss, linear_causal_lm_loss
 from .pondering_output import PonderingCausalLMOutput
 
+# transformers 4.57 fetches only the files that this one imports by itself, so it must name all of them.
+from .pondering_readout import Readout  # noqa: F401
+from .pondering_topk import top_k_embedding  # noqa: F401
+from .pondering_vocabulary import vocabulary_embedding  # noqa: F401
+
 
 _LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")
 
