@@ -80,7 +80,7 @@ class PonderingPreTrainedModel(PreTrainedModel):
     @property
     def embedding_size(self):
         """Width of the embeddings that the backbone takes; OPT's can differ from its hidden size."""
-        return self.backbone.get_input_embeddings().embedding_dim
+        return self.backbone.get_input_embeddings().weight.shape[1]
 
     @property
     def pondering_kernel(self):

@@ -95,7 +95,7 @@ def embedding_table(backbone):
     module = backbone.get_input_embeddings()
     if type(module) is nn.Embedding:
         return module.weight
-    return module(torch.arange(module.num_embeddings, device=backbone.device))
+    return module(torch.arange(len(module.weight), device=module.weight.device))
 
 
 def backbone_readout(backbone):
