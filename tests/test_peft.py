@@ -18,7 +18,7 @@ def with_lora(model_type, **settings):
     targets = {"target_modules": TARGETS[model_type], **settings}
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, **targets))
     for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
+        if "lora_" in name:  # one of each pair starts at zero, and the adapter would do nothing
             torch.nn.init.normal_(parameter, std=0.1)
     return adapted.eval()
 
