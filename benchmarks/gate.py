@@ -91,6 +91,7 @@ def main(argv=None):
     parser.add_argument("--base-steps", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1])
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="of the continued training")
     parser.add_argument("--characters", type=int, default=12_000_000)
     arguments = parser.parse_args(argv)
     training, validation = read_blocks(arguments.data, arguments.characters)
@@ -119,7 +120,7 @@ def main(argv=None):
                     model.pondering_gate = ScalarGate() if name == "scalar" else StepGate()
                 gate = model.pondering_gate
             before, start = held_out(model, validation), time.perf_counter()
-            train(model, training, arguments.steps, 1e-3, first=arguments.base_steps)
+            train(model, training, arguments.steps, arguments.learning_rate, first=arguments.base_steps)
             seconds, after = time.perf_counter() - start, held_out(model, validation)
             shown = "" if gate is None else " ".join(f"{value:.3f}" for value in gate.weight.detach().flatten()[:3])
             if gate is not None and name == "channel":

@@ -172,7 +172,7 @@ def _as_config(base_config):
     if not isinstance(base_config, dict) or "model_type" not in base_config:
         raise PonderingError(
             "`base_config` is required: the backbone's configuration, as a config object or a dict with `model_type`, "
-            f"got {type(base_config).__name__}"
+            f"got {type(base_config).__name__} (to make a plain model ponder, use PonderingForCausalLM.from_base)"
         )
     fields = dict(base_config)
     model_type = fields.pop("model_type")

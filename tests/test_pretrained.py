@@ -2,13 +2,16 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers.dynamic_module_utils import get_relative_imports
 
 from ponder_hf import PonderingConfig, PonderingForCausalLM
+from ponder_hf.modeling import modeling_pondering
 from ponder_hf.modeling.configuration_pondering import AUTO_MAP
 
 
@@ -71,6 +74,13 @@ def test_a_saved_folder_holds_the_code(tmp_path):
     assert {path.name for path in tmp_path.glob("*.py")} == MODELING_FILES
     assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == AUTO_MAP
     assert not list(tmp_path.glob("*.bin"))
+
+
+def test_the_main_file_imports_every_other_by_itself():
+    """transformers 4.57 does not follow imports of imports when it loads code from a folder."""
+    main = Path(modeling_pondering.__file__)
+    assert {f"{name}.py" for name in get_relative_imports(main)} | {main.name} == MODELING_FILES
+    assert {path.name for path in main.parent.glob("*.py")} - {"__init__.py"} == MODELING_FILES
 
 
 def test_shards(tmp_path, input_ids):
