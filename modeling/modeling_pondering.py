@@ -144,9 +144,7 @@ class PonderingPreTrainedModel(PreTrainedModel):
         if model.can_generate() and getattr(backbone, "generation_config", None) is not None:
             model.generation_config = backbone.generation_config
         model.config.dtype = backbone.dtype
-        model.train(backbone.training)
-        model.post_init()
-        return model
+        return model.train(backbone.training)  # no post_init: it would initialise modules that the user put in
 
     def to_base(self):
         """The plain backbone, an instance of its own transformers class: the same weights, no copy."""
@@ -249,7 +247,7 @@ class PonderingModel(PonderingPreTrainedModel):
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
-        return result if return_dict is not False else result.to_tuple()
+        return result.to_tuple() if _wants_tuple(return_dict, self.config) else result
 
 
 class PonderingForCausalLM(PonderingPreTrainedModel, GenerationMixin):
@@ -317,7 +315,7 @@ class PonderingForCausalLM(PonderingPreTrainedModel, GenerationMixin):
             loss = last_loss = self._loss(hidden_states, labels, loss_arguments)
             if weight and num_steps:
                 loss = loss + weight * sum(step_losses) / num_steps
-        on_demand = self.training and needs_loss and return_dict is not False and not torch.compiler.is_compiling()
+        on_demand = self.training and needs_loss and not torch.compiler.is_compiling()
         result = PonderingCausalLMOutput(
             loss=loss,
             logits=None if on_demand else backbone_logits(self.backbone, hidden_states[:, kept]),
@@ -329,13 +327,17 @@ class PonderingForCausalLM(PonderingPreTrainedModel, GenerationMixin):
         )
         if on_demand:
             result.make_logits_on_demand(lambda: backbone_logits(self.backbone, hidden_states[:, kept]))
-        return result if return_dict is not False else result.to_tuple()
+        return result.to_tuple() if _wants_tuple(return_dict, self.config) else result
 
     def _loss(self, hidden_states, labels, loss_arguments):
         readout = backbone_readout(self.backbone)
         if readout is not None:
             return linear_causal_lm_loss(hidden_states, readout, labels, **loss_arguments)
         return causal_lm_loss(backbone_logits(self.backbone, hidden_states), labels, **loss_arguments)
+
+
+def _wants_tuple(return_dict, config):
+    return not (config.return_dict if return_dict is None else return_dict)
 
 
 def _scaled(tensor, factor):

@@ -173,6 +173,18 @@ def test_a_tuple_where_wanted(input_ids):
     loss, logits, *_ = model(input_ids, labels=input_ids, return_dict=False)
     assert torch.equal(loss, model(input_ids, labels=input_ids).loss)
     assert torch.equal(logits, model(input_ids).logits)
+    model.config.return_dict = False
+    assert torch.equal(model(input_ids)[0], logits)
+
+
+def test_from_base_leaves_modules_that_the_user_put_in(input_ids):
+    base = tiny.base_model("llama", tie_word_embeddings=False)
+    head = torch.nn.Linear(32, tiny.VOCAB_SIZE, bias=False)
+    before = head.weight.clone()
+    base.set_output_embeddings(head)
+    model = PonderingForCausalLM.from_base(base, pondering_gate="zero_init")
+    assert torch.equal(model.get_output_embeddings().weight, before)
+    assert torch.equal(model(input_ids).logits, base(input_ids).logits)
 
 
 def test_the_base_model_gives_the_last_hidden_state(tmp_path, input_ids):
