@@ -1,0 +1,9 @@
+"""To and from plain checkpoints and the checkpoints of the method's authors. Installed as `ponder_hf.conversion`."""
+
+from .convert import convert
+from .export import export
+from .loading import load_pondering
+from .source import Source, open_source
+
+
+__all__ = ["Source", "convert", "export", "load_pondering", "open_source"]

@@ -1,0 +1,104 @@
+"""Make a pondering checkpoint from a plain one, or from one that the method's authors wrote."""
+
+import re
+
+import torch
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+
+from ponder_hf import PonderingConfig, PonderingError, PonderingForCausalLM
+from ponder_hf.errors import fitting, reading, understanding
+from ponder_hf.modeling.configuration_pondering import PONDERING_FIELDS, unknown_field
+from ponder_hf.modeling.pondering_backbone import backbone_class
+from ponder_hf.modeling.pondering_base import AUTHORS_WEIGHTS, read_base_config
+
+from .dtype import stored_dtype
+from .headers import read_json
+from .source import open_source
+from .travel import TOKENIZER_CONFIG, TOKENIZER_FILES, copy_files, travelling_files
+from .writer import check_destination, check_space, whole_folder
+
+
+SHARD_SIZE = "5GB"
+
+
+def convert(source, destination, *, overwrite=False, max_shard_size=SHARD_SIZE, revision=None, **pondering_fields):
+    """Write a pondering checkpoint that holds the weights of a plain one, in their dtype.
+
+    Args:
+        source: a folder or a Hub id: a causal language model of transformers, or a checkpoint of the authors', whose
+            own pondering fields are kept where `pondering_fields` does not say otherwise.
+        destination: the folder to write, whole or not at all.
+        overwrite: replace a destination that is not empty.
+        max_shard_size: of one file of weights, such as "5GB".
+        revision: the branch, tag or commit of a model on the Hub.
+        pondering_fields: see PonderingConfig.
+
+    Returns:
+        What was done, as a dict that JSON can hold.
+
+    Raises:
+        PonderingError: the source, the destination or a field cannot be used; nothing was written.
+    """
+    for name, value in pondering_fields.items():
+        if name not in PONDERING_FIELDS:
+            raise unknown_field(name)
+        PONDERING_FIELDS[name][1](name, value)
+    check_shard_size(max_shard_size)
+    check_destination(destination, overwrite)
+    found = open_source(source, revision)
+    path = check_destination(destination, overwrite, found.folder)
+    if found.is_pondering:
+        raise PonderingError(
+            f"{found.name} is a pondering checkpoint already: use it as it is, or get its plain backbone first, with "
+            f"`ponder-hf export {found.name} DEST`"
+        )
+    authors_fields, model_class = _understand(found, pondering_fields)
+    ignored = [*(model_class._keys_to_ignore_on_load_unexpected or ()), *map(re.escape, AUTHORS_WEIGHTS)]
+    dtype = stored_dtype(found, [*ignored, r"rotary_emb\.inv_freq$"])
+    names = travelling_files(found.folder)
+    check_space(path, found.num_bytes)
+    with reading(found.name), fitting(found.name):
+        model = PonderingForCausalLM.from_base(found.folder, dtype=dtype, **pondering_fields)
+    if any(name.name in TOKENIZER_FILES for name in names):
+        _name_tokenizer(model.config, found)
+    with whole_folder(destination, overwrite) as folder:
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        copy_files(names, found.folder, folder)
+    return {
+        "source": found.name,
+        "revision": found.revision,
+        "destination": str(path),
+        "model_type": model.config.base_config.model_type,
+        "authors_checkpoint": bool(authors_fields),
+        "pondering": {name: getattr(model.config, name) for name in PONDERING_FIELDS},
+        "dtype": str(dtype).removeprefix("torch."),
+        "parameters": model.num_parameters(),
+        "files": sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()),
+    }
+
+
+def _understand(found, pondering_fields):
+    """What an authors' checkpoint says of pondering, and the backbone's class; raise if none can be built."""
+    with understanding(found.name):
+        base_config, authors_fields = read_base_config(found.folder)
+        PonderingConfig(base_config, **{**authors_fields, **pondering_fields})
+        model_class = backbone_class(base_config)
+        with torch.device("meta"):
+            model_class(base_config)
+    return authors_fields, model_class
+
+
+def _name_tokenizer(config, found):
+    """Say in config.json which tokenizer the files need, where only the backbone's model_type said so until now."""
+    tokenizer_config = found.folder / TOKENIZER_CONFIG
+    named = read_json(tokenizer_config).get("tokenizer_class") if tokenizer_config.is_file() else None
+    if named is None:
+        named = found.config.get("tokenizer_class") or TOKENIZER_MAPPING_NAMES.get(found.config.get("model_type"))
+        if named is not None:
+            config.tokenizer_class = named
+
+
+def check_shard_size(size):
+    """Raise a PonderingError unless `size` is a number of bytes, or one with a unit such as "5GB"."""
+    if not (isinstance(size, int) and size > 0) and not re.fullmatch(r"[1-9]\d*(\.\d+)?\s*[KMGT]B", str(size), re.I):
+        raise PonderingError(f"`max_shard_size` must be a size such as 5GB or 500MB, got {size!r}")

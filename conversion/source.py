@@ -1,0 +1,88 @@
+"""Find a checkpoint, in a folder or on the Hub, and check it before anything heavy is done with it."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+from ponder_hf import PonderingConfig, PonderingError
+from ponder_hf.errors import reading
+
+from .headers import INDEX, WEIGHTS, read_headers, read_json, shard_names
+from .travel import TEMPLATE_PATTERN, TRAVELLING_FILES, TRAVELLING_FOLDERS
+
+
+CONFIG = "config.json"
+_PATH_STARTS = (".", "~", "/")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint that has been found and whose files are whole.
+
+    name: what the user called it. folder: where its files lie. revision: its commit, where it came from the Hub.
+    config: the contents of config.json. tensors: each stored weight's name to a StoredTensor.
+    """
+
+    name: str
+    folder: Path
+    revision: str | None
+    config: dict
+    tensors: dict = field(repr=False)
+
+    @property
+    def is_pondering(self):
+        return self.config.get("model_type") == PonderingConfig.model_type
+
+    @property
+    def num_bytes(self):
+        return sum(tensor.num_bytes for tensor in self.tensors.values())
+
+
+def open_source(source, revision=None):
+    """Find the checkpoint `source` and check that it is whole.
+
+    Args:
+        source: a folder, or a Hub id. Of a model on the Hub only the files that are needed are downloaded; a token
+            comes from the environment (HF_TOKEN) or from `hf auth login`.
+        revision: the branch, tag or commit of a model on the Hub.
+
+    Raises:
+        PonderingError: there is no such checkpoint, or a file of it is missing, broken or truncated.
+    """
+    name = str(source)
+    if not name.strip():
+        raise PonderingError("the name of the checkpoint is empty: give a folder or a Hub id")
+    folder = Path(name).expanduser()
+    with reading(name):
+        is_folder, exists = folder.is_dir(), folder.exists()
+    if exists and not is_folder:
+        raise PonderingError(f"{name} is a file: give the folder that holds config.json and the weights")
+    commit = None
+    if is_folder and revision is not None:
+        raise PonderingError(f"{name} is a folder, which has no revisions: leave the revision out")
+    if not is_folder:
+        if name.startswith(_PATH_STARTS) or "\\" in name:
+            raise PonderingError(f"there is no folder {name}: check the path")
+        folder = _download(name, revision)
+        commit = folder.name
+    if not (folder / CONFIG).is_file():
+        raise PonderingError(_not_a_model(name, folder))
+    return Source(name, folder, commit, read_json(folder / CONFIG), read_headers(folder))
+
+
+def _download(name, revision):
+    """The folder in the Hub's cache with the model's files: the small ones first, which say where the weights are."""
+    patterns = [CONFIG, INDEX, "adapter_config.json", *TRAVELLING_FILES]
+    patterns += [f"{folder}/{TEMPLATE_PATTERN}" for folder in TRAVELLING_FOLDERS]
+    with reading(name):
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        if (folder / CONFIG).exists():
+            snapshot_download(name, revision=folder.name, allow_patterns=shard_names(folder) or [WEIGHTS])
+    return folder
+
+
+def _not_a_model(name, folder):
+    if (folder / "adapter_config.json").exists():
+        return f"{name} is a PEFT adapter: merge it into its base model and save that first"
+    return f"{name} is not a model: it has no {CONFIG}"

@@ -1,0 +1,54 @@
+"""`ponder-hf convert`: a pondering checkpoint from a plain one."""
+
+import sys
+
+from .fields import add_field_flags, errors_named_by_flags, given_fields
+
+
+def add_parser(subparsers):
+    parser = subparsers.add_parser(
+        "convert",
+        help="make a pondering checkpoint from a plain one",
+        description="Make a pondering checkpoint from a plain one, or from one that the method's authors wrote. "
+        "Weights and dtype are kept; tokenizer, chat template and generation defaults travel along.",
+    )
+    add_source_and_destination(parser)
+    add_field_flags(parser)
+    return parser
+
+
+def add_source_and_destination(parser):
+    """The arguments that convert and export share."""
+    parser.add_argument("source", metavar="SOURCE", help="a folder, or the id of a model on the Hub")
+    parser.add_argument("destination", metavar="DEST", help="the folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace DEST if it is not empty")
+    parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
+    parser.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="of one file of weights. Default: 5GB."
+    )
+
+
+def writing_arguments(args):
+    """What the flags of add_source_and_destination say, as keyword arguments of convert and export."""
+    return {"overwrite": args.overwrite, "revision": args.revision, "max_shard_size": args.max_shard_size}
+
+
+def run(args):
+    from ponder_hf.conversion import convert
+
+    fields = given_fields(args)
+    with errors_named_by_flags([*fields, "max_shard_size"]):
+        result = convert(args.source, args.destination, **writing_arguments(args), **fields)
+    steps, gate = result["pondering"]["pondering_steps"], result["pondering"]["pondering_gate"]
+    print(
+        f"{args.destination}: {result['model_type']} with {result['parameters']:,} parameters in {result['dtype']}, "
+        f"pondering {steps} step{'' if steps == 1 else 's'} before each token",
+        file=sys.stderr,
+    )
+    if steps and gate == "none" and not result["authors_checkpoint"]:
+        print(
+            "its base never learned to ponder: train it before use, or convert with --pondering-gate zero_init, which "
+            "predicts as its base does until it is trained",
+            file=sys.stderr,
+        )
+    return result

@@ -1,0 +1,58 @@
+"""`ponder-hf demo`: train a small model on real text, make it ponder, and compare."""
+
+import sys
+
+from .fields import errors_named_by_flags
+
+
+def add_parser(subparsers):
+    parser = subparsers.add_parser(
+        "demo",
+        help="train a small model, make it ponder, compare, and write a report",
+        description="Train a small model on real text, make it ponder, train on beside a plain control, and write a "
+        "report and a checkpoint. About four minutes on two cores; nothing is downloaded.",
+    )
+    parser.add_argument(
+        "--output", default="ponder-demo", metavar="FOLDER", help="the folder to write. Default: ./ponder-demo."
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the folder if it is not empty")
+    parser.add_argument("--quick", action="store_true", help="a far smaller model and text: half a minute")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="the same seed gives the same result. Default: 0."
+    )
+    what = parser.add_argument_group("text and base")
+    what.add_argument(
+        "--text",
+        nargs="+",
+        default=(),
+        metavar="FILE",
+        help="plain text, .jsonl, or one of them as .gz. Default: the source files of Python's standard library.",
+    )
+    what.add_argument("--text-field", default="text", metavar="NAME", help="the .jsonl field to read. Default: text.")
+    what.add_argument(
+        "--base",
+        metavar="SOURCE",
+        help="a plain checkpoint with a tokenizer, a folder or a Hub id. Default: a GPT-NeoX trained here.",
+    )
+    how = parser.add_argument_group("training")
+    how.add_argument("--pondering-steps", type=int, default=3, metavar="S", help="Default: 3.")
+    how.add_argument(
+        "--pondering-gate",
+        default="none",
+        metavar="GATE",
+        help="none: as in the paper. zero_init: the converted model starts exactly as its base. Default: none.",
+    )
+    how.add_argument("--steps", type=int, metavar="N", help="optimiser steps of the control and the pondering model")
+    how.add_argument("--base-steps", type=int, metavar="N", help="optimiser steps of the demo's own base")
+    how.add_argument("--learning-rate", type=float, metavar="RATE", help="of the control and the pondering model")
+    return parser
+
+
+def run(args):
+    from ponder_hf.demo import Options, run_demo, summary
+
+    names = list(Options.__dataclass_fields__)
+    with errors_named_by_flags(names):
+        results = run_demo(Options(**{name: getattr(args, name) for name in names}))
+    print(summary(results), file=sys.stderr)
+    return results

@@ -1,0 +1,31 @@
+"""`ponder-hf export`: the plain backbone of a pondering checkpoint."""
+
+import sys
+
+from .convert import add_source_and_destination, writing_arguments
+from .fields import errors_named_by_flags
+
+
+def add_parser(subparsers):
+    parser = subparsers.add_parser(
+        "export",
+        help="write the plain backbone of a pondering checkpoint",
+        description="Write the plain backbone of a pondering checkpoint, as transformers itself would save it. "
+        "Pondering is lost: a model that was trained to ponder predicts differently without.",
+    )
+    add_source_and_destination(parser)
+    return parser
+
+
+def run(args):
+    from ponder_hf.conversion import export
+
+    with errors_named_by_flags(["max_shard_size"]):
+        result = export(args.source, args.destination, **writing_arguments(args))
+    print(
+        f"{args.destination}: {result['model_type']} with {result['parameters']:,} parameters in {result['dtype']}",
+        file=sys.stderr,
+    )
+    for warning in result["warnings"]:
+        print(f"ponder-hf: warning: {warning}", file=sys.stderr)
+    return result

@@ -1,0 +1,136 @@
+"""`ponder-hf generate`: continue a text with a pondering checkpoint."""
+
+import sys
+import time
+
+from ponder_hf import PonderingError
+from ponder_hf.errors import reading, understanding
+
+
+def add_parser(subparsers):
+    parser = subparsers.add_parser(
+        "generate",
+        help="continue a text",
+        description="Continue a text with a pondering checkpoint, greedily unless a flag of sampling is given. The "
+        "text and its continuation go to standard output as they come.",
+    )
+    parser.add_argument("source", metavar="SOURCE", help="a pondering checkpoint: a folder or a Hub id")
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue; -: from standard input")
+    parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="Default: 100.")
+    parser.add_argument("--pondering-steps", type=int, metavar="S", help="in place of the checkpoint's own")
+    parser.add_argument("--do-sample", action="store_true", help="sample, as the next two flags do too")
+    parser.add_argument("--temperature", type=float, metavar="T", help="> 0; larger is more random")
+    parser.add_argument("--top-p", type=float, metavar="P", help="sample from the most probable P of the distribution")
+    parser.add_argument("--seed", type=int, metavar="N", help="of the sampling, to get the same text again")
+    parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
+    return parser
+
+
+def run(args):
+    _check(args)
+    prompt = _read_prompt(args.prompt)
+
+    import torch
+    from transformers import TextStreamer, set_seed
+
+    from ponder_hf.conversion import load_pondering, open_source
+
+    source = open_source(args.source, args.revision)
+    tokenizer = load_tokenizer(source)
+    model = load_pondering(source)
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    _check_tokens(inputs["input_ids"], args.max_new_tokens, model.config, source.name)
+    if args.seed is not None:
+        set_seed(args.seed)
+    sampling = {"do_sample": args.do_sample or args.temperature is not None or args.top_p is not None}
+    sampling |= {name: getattr(args, name) for name in ("temperature", "top_p") if getattr(args, name) is not None}
+    if args.pondering_steps is not None:
+        sampling["pondering_steps"] = args.pondering_steps
+    start = time.perf_counter()
+    output = model.generate(
+        **inputs.to(model.device),
+        max_new_tokens=args.max_new_tokens,
+        pad_token_id=_pad_token(model, tokenizer),
+        streamer=None if args.json else TextStreamer(tokenizer, skip_special_tokens=True),
+        **sampling,
+    )[0]
+    seconds = time.perf_counter() - start
+    new_tokens = len(output) - inputs["input_ids"].shape[1]
+    whole, before = (
+        tokenizer.decode(ids, skip_special_tokens=True) for ids in (output, inputs["input_ids"][0].tolist())
+    )
+    steps = model.config.pondering_steps if args.pondering_steps is None else args.pondering_steps
+    return {
+        "source": source.name,
+        "prompt": prompt,
+        "text": whole[len(before) :],
+        "new_tokens": new_tokens,
+        "pondering_steps": steps,
+        "do_sample": sampling["do_sample"],
+        "seed": args.seed,
+        "tokens_per_second": round(new_tokens / seconds, 2),
+    }
+
+
+def load_tokenizer(source):
+    """The tokenizer in the checkpoint `source`, a Source.
+
+    Raises:
+        PonderingError: there is none, or its files are broken.
+    """
+    from transformers import AutoTokenizer
+
+    from ponder_hf.conversion.travel import TOKENIZER_FILES
+
+    if not any((source.folder / name).is_file() for name in TOKENIZER_FILES):
+        raise PonderingError(f"{source.name} has no tokenizer: put its tokenizer.json and tokenizer_config.json there")
+    with reading(source.name), understanding(source.name, "the tokenizer"):
+        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
+
+
+def _check(args):
+    if args.max_new_tokens < 1:
+        raise PonderingError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
+    if args.pondering_steps is not None and args.pondering_steps < 0:
+        raise PonderingError(f"--pondering-steps must be at least 0 (no pondering), got {args.pondering_steps}")
+    if args.temperature is not None and not 0 < args.temperature < float("inf"):
+        raise PonderingError(f"--temperature must be a finite number > 0, got {args.temperature}")
+    if args.top_p is not None and not 0 < args.top_p <= 1:
+        raise PonderingError(f"--top-p must be > 0 and at most 1, got {args.top_p}")
+
+
+def _read_prompt(prompt):
+    if prompt == "-":
+        with reading("standard input"):
+            prompt = sys.stdin.read()
+    if not prompt.strip():
+        raise PonderingError("the prompt is empty: give some text with --prompt, or on standard input with --prompt -")
+    return prompt
+
+
+def _check_tokens(ids, max_new_tokens, config, name):
+    """Raise unless the model has an embedding for every token id and a position for every token."""
+    count = ids.shape[1]
+    if count == 0:
+        raise PonderingError("the prompt is empty to this tokenizer: give a longer text")
+    if ids.max() >= config.vocab_size:
+        raise PonderingError(
+            f"the tokenizer in {name} gives token id {ids.max().item()}, but the model's vocabulary has "
+            f"{config.vocab_size} entries: put the model's own tokenizer there"
+        )
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and count + max_new_tokens > positions:
+        raise PonderingError(
+            f"{count} tokens of prompt and {max_new_tokens} new ones are more than the {positions} positions of the "
+            f"model: use --max-new-tokens {positions - count} or less"
+            if count < positions
+            else f"the prompt has {count} tokens, but the model has only {positions} positions: give a shorter text"
+        )
+
+
+def _pad_token(model, tokenizer):
+    # One sequence needs no padding; naming a token keeps `generate` from looking for one.
+    eos = model.generation_config.eos_token_id
+    first = eos[0] if isinstance(eos, list) and eos else eos
+    return next((token for token in (tokenizer.pad_token_id, first) if token is not None), None)

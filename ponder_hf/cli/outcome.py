@@ -1,0 +1,48 @@
+"""How a command that did not end well says so: one line on standard error, and an exit code."""
+
+import os
+import sys
+import traceback
+
+from ponder_hf.errors import first_line
+
+
+UNEXPECTED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+DEBUG = "PONDER_HF_DEBUG"
+
+
+def is_debugging():
+    """Whether the user wants to see tracebacks and what the libraries log."""
+    return os.environ.get(DEBUG, "") not in ("", "0")
+
+
+def bad_input(error):
+    """Say what is wrong with the input and what to do."""
+    _traceback_if_debugging()
+    return _end(BAD_INPUT, f"error: {' '.join(str(error).split())}")
+
+
+def unexpected(error):
+    """Say what went wrong although the input seemed fine, and how to see more."""
+    if isinstance(error, BrokenPipeError):  # the reader of our output is gone (`| head`): nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return UNEXPECTED
+    _traceback_if_debugging()
+    hint = "" if is_debugging() else f" ({DEBUG}=1 shows the traceback)"
+    return _end(UNEXPECTED, f"error: unexpected {type(error).__name__}: {first_line(error)}{hint}")
+
+
+def interrupted():
+    """Say that the user stopped it."""
+    _traceback_if_debugging()
+    return _end(INTERRUPTED, "interrupted")
+
+
+def _end(code, message):
+    print(f"ponder-hf: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+def _traceback_if_debugging():
+    if is_debugging():
+        traceback.print_exc()

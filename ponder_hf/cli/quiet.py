@@ -1,0 +1,56 @@
+"""Keep what libraries print out of the way: standard error is for one clear line, standard output for the result."""
+
+import contextlib
+import logging
+import sys
+import warnings
+
+import transformers
+
+from .outcome import is_debugging
+
+
+_LOGGERS = ("transformers", "huggingface_hub", "torch")
+
+
+@contextlib.contextmanager
+def quiet_libraries():
+    """A context in which libraries log nothing and warn nobody on standard error, unless the user is debugging.
+
+    Handlers and filters that others installed (a test suite's) still see everything. Progress bars of downloads stay;
+    the one of loading weights goes, for it is over at once.
+    """
+    if is_debugging():
+        yield
+        return
+    handlers = {name: logging.getLogger(name).handlers for name in _LOGGERS}
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    for name, installed in handlers.items():
+        # Without any handler Python would print the message itself.
+        logging.getLogger(name).handlers = [logging.NullHandler(), *filter(_is_silent, installed)]
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_nothing
+            yield
+    finally:
+        for name, installed in handlers.items():
+            logging.getLogger(name).handlers = installed
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def standard_output_for_json():
+    """A context that gives the real standard output, while whatever else is printed goes to standard error."""
+    output = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):
+        yield output
+
+
+def _is_silent(handler):
+    return type(handler) is not logging.StreamHandler
+
+
+def _show_nothing(*args, **kwargs):
+    pass

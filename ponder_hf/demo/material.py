@@ -1,0 +1,169 @@
+"""What the demo trains on: Python's own source files or the user's text, split in two, and a tokenizer for it."""
+
+import contextlib
+import hashlib
+import os
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GPTNeoXTokenizerFast
+
+from ponder_hf.modeling import PonderingError
+from ponder_hf.text import Piece, cut, read_text
+
+
+END_OF_TEXT = "<|endoftext|>"
+HELD_OUT_SHARE = 0.05
+FEW_DOCUMENTS = 40  # below this number, every document gives its end to the held-out text
+# Tests, other people's packages, and tables of data in the form of code.
+_SKIPPED_FOLDERS = frozenset(
+    "site-packages dist-packages test tests idle_test __pycache__ encodings lib2to3 pydoc_data turtledemo".split()
+)
+_SKIPPED_STARTS = ("_sysconfigdata", "config-")
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text and the name of where it comes from."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Material:
+    """Documents to train on and documents, or ends of documents, that are held out.
+
+    source: what the text is, in words. held_out_rule: how it was split, in words.
+    """
+
+    source: str
+    held_out_rule: str
+    training: list
+    held_out: list
+
+    @property
+    def training_characters(self):
+        return sum(len(document.text) for document in self.training)
+
+
+def standard_library(limit):
+    """Source files of the running Python as Material, up to `limit` characters to train on.
+
+    The order, and which files are held out, follow from hashes of their names: on every machine with this Python they
+    are the same.
+    """
+    folder = Path(sysconfig.get_path("stdlib"))
+    names = sorted(_library_files(folder), key=_hash)
+    training = _read_sources(folder, [name for name in names if not _is_held_out(name)], limit)
+    held_out = _read_sources(folder, [name for name in names if _is_held_out(name)], limit // 10)
+    if not training or not held_out:
+        raise PonderingError("this Python comes without its library's source files: give text of your own with --text")
+    rule = f"whole files, about {HELD_OUT_SHARE:.0%} of them, chosen by a hash of their names"
+    return Material("source files of Python's standard library", rule, training, held_out)
+
+
+def own_text(paths, text_field, limit):
+    """The user's files as Material, at most their first `limit` characters.
+
+    Raises:
+        PonderingError: a file cannot be used.
+    """
+    documents, parts, name, left = [], [], "", limit
+    for piece in read_text(paths, text_field):
+        if piece.starts_document and parts:
+            documents.append(Document(name, "".join(parts)))
+            parts = []
+        if piece.starts_document:
+            name = f"{piece.path}:{piece.line}"
+        parts.append(piece.text[:left])
+        left -= len(parts[-1])
+        if left <= 0:
+            break
+    documents.append(Document(name, "".join(parts)))
+    source = ", ".join(str(path) for path in paths)
+    if len(documents) >= FEW_DOCUMENTS:
+        # By content, so that a document that occurs twice is on one side.
+        held_out = [document for document in documents if _is_held_out(document.text)]
+        training = [document for document in documents if not _is_held_out(document.text)]
+        if training and held_out:
+            rule = f"whole documents, about {HELD_OUT_SHARE:.0%} of them, chosen by a hash of their text"
+            return Material(source, rule, training, held_out)
+    halves = [_cut_end(document) for document in documents]
+    training, held_out = ([half for half in side if half.text] for side in zip(*halves, strict=True))
+    return Material(source, f"the last {HELD_OUT_SHARE:.0%} of each document", training, held_out)
+
+
+def pieces(documents):
+    """The documents as pieces, for `ponder_hf.training.pack`."""
+    for document in documents:
+        for index, part in enumerate(cut(document.text)):
+            yield Piece(part, document.name, 1, index == 0)
+
+
+def train_tokenizer(documents, vocab_size, positions):
+    """A byte-level BPE tokenizer, trained on these documents, with one special token.
+
+    Args:
+        vocab_size: at most so many entries; a short text gives fewer.
+        positions: the longest sequence, in tokens, that its model is meant for.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((piece.text for piece in pieces(documents)), trainer)
+    return GPTNeoXTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        unk_token=END_OF_TEXT,
+        model_max_length=positions,
+    )
+
+
+def _library_files(folder):
+    """Names of source files below `folder`, relative to it and with slashes."""
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not (name in _SKIPPED_FOLDERS or name.startswith(_SKIPPED_STARTS))]
+        for name in names:
+            if name.endswith(".py") and not name.startswith(_SKIPPED_STARTS):
+                yield Path(parent, name).relative_to(folder).as_posix()
+
+
+def _read_sources(folder, names, limit):
+    """Documents of the first of these files, as many as together have no more than `limit` characters."""
+    documents, left = [], limit
+    for name in names:
+        with contextlib.suppress(OSError, UnicodeDecodeError):  # one file less does not matter
+            text = (folder / name).read_text(encoding="utf-8")
+            left -= len(text)
+            if left < 0:
+                break
+            if text:
+                documents.append(Document(name, text))
+    return documents
+
+
+def _hash(text):
+    return hashlib.sha256(text.encode("utf-8")).digest()
+
+
+def _is_held_out(text):
+    return int.from_bytes(_hash(f"held out? {text}")[:4], "big") < HELD_OUT_SHARE * 2**32
+
+
+def _cut_end(document):
+    """A document's beginning and its end, cut after a line if there is one near."""
+    position = int(len(document.text) * (1 - HELD_OUT_SHARE))
+    newline = document.text.find("\n", position, position + 1000)
+    position = position if newline < 0 else newline + 1
+    return Document(document.name, document.text[:position]), Document(document.name, document.text[position:])

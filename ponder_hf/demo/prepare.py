@@ -1,0 +1,160 @@
+"""Everything that the demo checks and loads before it writes anything."""
+
+import dataclasses
+import importlib.util
+import math
+import os
+from pathlib import Path
+
+import torch
+
+from ponder_hf import PonderingConfig, PonderingError, PonderingForCausalLM
+from ponder_hf.cli.generate import load_tokenizer
+from ponder_hf.conversion import open_source
+from ponder_hf.conversion.writer import check_destination
+from ponder_hf.errors import fitting, reading, understanding
+from ponder_hf.modeling.configuration_pondering import PONDERING_FIELDS
+from ponder_hf.modeling.pondering_base import is_authors_config
+from ponder_hf.training import Blocks, pack_all
+
+from .experiment import FULL, QUICK, Size, make_base, spread
+from .material import Material, own_text, pieces, standard_library, train_tokenizer
+
+
+_PACKAGES = ("accelerate", "matplotlib")
+_PROMPTS = ("def ", "import ")  # for a model of Python's source files
+_PROMPT_TOKENS = 16  # for any other: the beginnings of held-out blocks
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the user can choose; see `ponder-hf demo --help`. None: the demo's own choice."""
+
+    output: str = "ponder-demo"
+    overwrite: bool = False
+    text: tuple = ()
+    text_field: str = "text"
+    base: str | None = None
+    pondering_steps: int = 3
+    pondering_gate: str = "none"
+    seed: int = 0
+    steps: int | None = None
+    base_steps: int | None = None
+    learning_rate: float | None = None
+    quick: bool = False
+
+    @property
+    def pondering_fields(self):
+        return {"pondering_steps": self.pondering_steps, "pondering_gate": self.pondering_gate}
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What the experiment needs.
+
+    base: a plain model, with random weights where none was given. watched: the held-out blocks that losses are
+    measured on. bytes_per_token: of the held-out text.
+    """
+
+    options: Options
+    size: Size
+    learning_rate: float
+    material: Material
+    tokenizer: object
+    base: torch.nn.Module
+    training: Blocks
+    watched: Blocks
+    bytes_per_token: float
+    prompts: tuple
+
+    @property
+    def base_is_given(self):
+        return self.options.base is not None
+
+
+def prepare(options):
+    """Check the options, read the text, and load the base or make one.
+
+    Raises:
+        PonderingError: something cannot be used. Nothing was written.
+    """
+    size = QUICK if options.quick else FULL
+    _check_options(options)
+    if options.text:
+        material = own_text(options.text, options.text_field, size.characters)
+    else:
+        material = standard_library(size.characters)
+    if options.base is None:
+        learning_rate = size.learning_rate
+        tokenizer = train_tokenizer(material.training, size.vocab_size, size.positions)
+        base = make_base(size, len(tokenizer), options.seed)
+    else:
+        learning_rate = size.given_learning_rate
+        tokenizer, base = _load_base(options)
+        positions = getattr(base.config, "max_position_embeddings", None) or size.block_size
+        size = dataclasses.replace(size, block_size=min(size.block_size, positions))
+    training = pack_all(pieces(material.training), tokenizer, size.block_size, "the text").shuffled(options.seed)
+    held_out = pack_all(pieces(material.held_out), tokenizer, size.block_size, "the held-out part of the text")
+    watched = spread(held_out, size.held_out_blocks)
+    held_out_bytes = sum(len(document.text.encode("utf-8")) for document in material.held_out)
+    return Setup(
+        options=options,
+        size=size,
+        learning_rate=options.learning_rate or learning_rate,
+        material=material,
+        tokenizer=tokenizer,
+        base=base,
+        training=training,
+        watched=watched,
+        bytes_per_token=held_out_bytes / held_out.rows.numel(),
+        prompts=_choose_prompts(options, tokenizer, watched),
+    )
+
+
+def _check_options(options):
+    for name in ("pondering_steps", "pondering_gate"):
+        PONDERING_FIELDS[name][1](name, getattr(options, name))
+    for name in ("steps", "base_steps"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise PonderingError(f"`{name}` must be at least 1, got {value}")
+    if options.base is not None and options.base_steps is not None:
+        raise PonderingError("`base_steps` is for the demo's own base; one that is given is not trained: leave it out")
+    rate = options.learning_rate
+    if rate is not None and not (math.isfinite(rate) and rate > 0):
+        raise PonderingError(f"`learning_rate` must be a finite number > 0, got {rate}")
+    if not 0 <= options.seed < 2**32:
+        raise PonderingError(f"`seed` must be at least 0 and below 2 ** 32, got {options.seed}")
+    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise PonderingError(f'the demo needs {" and ".join(missing)}: pip install "ponder-hf[train,viz]"')
+    base_folder = options.base if options.base and Path(options.base).expanduser().is_dir() else None
+    destination = check_destination(options.output, options.overwrite, base_folder)
+    for path in options.text:
+        if destination in Path(os.path.realpath(Path(path).expanduser())).parents:
+            raise PonderingError(f"{path} lies in {options.output}, which would be replaced: give another output")
+
+
+def _load_base(options):
+    """The tokenizer and the plain model, in float32, of the checkpoint that the user named."""
+    found = open_source(options.base)
+    if found.is_pondering or is_authors_config(found.config):
+        raise PonderingError(f"{found.name} ponders already: give a plain checkpoint as the base")
+    tokenizer = load_tokenizer(found)
+    with understanding(found.name):
+        config = PonderingConfig.from_dict({"base_config": found.config, **options.pondering_fields})
+        if len(tokenizer) > config.vocab_size:
+            raise PonderingError(
+                f"the tokenizer of {found.name} has {len(tokenizer)} entries, its model only {config.vocab_size}: "
+                "give a checkpoint with its own tokenizer"
+            )
+    with reading(found.name), fitting(found.name):
+        model = PonderingForCausalLM.from_base(found.folder, dtype=torch.float32, **options.pondering_fields)
+    return tokenizer, model.to_base().eval()
+
+
+def _choose_prompts(options, tokenizer, watched):
+    if not options.text:
+        return _PROMPTS
+    rows = watched.rows[[0, len(watched) // 2], :_PROMPT_TOKENS].tolist()
+    return tuple(dict.fromkeys(tokenizer.decode(row, skip_special_tokens=True) for row in rows))

@@ -1,0 +1,143 @@
+"""The demo's results as one dict that JSON can hold; the report and the summary say nothing that is not in it."""
+
+import dataclasses
+import datetime
+import json
+import math
+import os
+import platform
+import shlex
+
+import torch
+import transformers
+
+from ponder_hf import __version__
+
+
+def gather(setup, plan, outcome, checked, control_texts, seconds):
+    """Everything that the demo found out.
+
+    Args:
+        setup, plan, outcome: of prepare.py and experiment.py.
+        checked: what check_checkpoint gave.
+        control_texts: how the control continues the prompts.
+        seconds: of each phase.
+    """
+    size, material = setup.size, setup.material
+    rates = {"control": outcome.control_run.tokens_per_second, "pondering": outcome.pondering_run.tokens_per_second}
+    losses = {
+        "base": outcome.base_loss,
+        "control": outcome.control_loss,
+        "converted": outcome.converted_losses[-1],
+        "pondering": outcome.pondering_losses[-1],
+    }
+    results = {
+        "output": str(setup.options.output),
+        "held_out_loss": losses,
+        "loss_difference": losses["pondering"] - losses["control"],
+        "bits_per_byte": {name: loss / math.log(2) / setup.bytes_per_token for name, loss in losses.items()},
+        "loss_of_each_pass": {"converted": outcome.converted_losses, "pondering": outcome.pondering_losses},
+        "tokens_per_second": {**rates, "ratio": rates["control"] / rates["pondering"]},
+        "samples": [
+            {"prompt": prompt, "control": control, "pondering": pondering}
+            for prompt, control, pondering in zip(setup.prompts, control_texts, checked["texts"], strict=True)
+        ],
+        "checkpoint": {key: checked[key] for key in ("class", "loss", "expected_loss", "same_bits")},
+        "base": _describe_base(setup, plan),
+        "text": {
+            "source": material.source,
+            "held_out": material.held_out_rule,
+            "training_documents": len(material.training),
+            "training_tokens": setup.training.rows.numel(),
+            "held_out_documents": len(material.held_out),
+            "held_out_tokens": setup.watched.rows.numel(),
+            "bytes_per_token": setup.bytes_per_token,
+        },
+        "settings": {
+            **setup.options.pondering_fields,
+            "seed": setup.options.seed,
+            "quick": setup.options.quick,
+            "base_steps": plan.base_steps,
+            "steps": plan.steps,
+            "share_of_schedule": plan.share,
+            "batch_size": size.batch_size,
+            "block_size": size.block_size,
+            "tokens": size.tokens(plan.steps),
+            "learning_rate": setup.learning_rate,
+            "threads": plan.threads,
+        },
+        "repeat": _repeat_command(setup.options, plan),
+        "curves": {
+            "base": _curve(outcome.base_run),
+            "control": _curve(outcome.control_run),
+            "pondering": _curve(outcome.pondering_run),
+        },
+        "versions": {
+            "ponder_hf": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "machine": {
+            "system": f"{platform.system()} {platform.machine()}",
+            "cores": _cores(),
+            "device": _device_name(),
+        },
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "seconds": seconds,
+    }
+    return _without_nan(results)
+
+
+def write_json(results, path):
+    path.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _repeat_command(options, plan):
+    """The command line that gives the same numbers on the same machine."""
+    words = ["ponder-hf", "demo"]
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if field.name in ("output", "overwrite", "steps", "base_steps") or value == field.default:
+            continue
+        values = [] if value is True else value if isinstance(value, (list, tuple)) else [value]
+        words += [f"--{field.name.replace('_', '-')}", *map(str, values)]
+    words += ["--steps", str(plan.steps)]
+    if plan.base_steps:
+        words += ["--base-steps", str(plan.base_steps)]
+    return shlex.join(words)
+
+
+def _describe_base(setup, plan):
+    parameters = sum(parameter.numel() for parameter in setup.base.parameters())
+    return {
+        "name": setup.options.base or "made and trained by the demo",
+        "model_type": setup.base.config.model_type,
+        "parameters": parameters,
+        "tokens": None if setup.base_is_given else setup.size.tokens(plan.base_steps),
+        "learning_rate": None if setup.base_is_given else setup.size.base_learning_rate,
+    }
+
+
+def _curve(run):
+    return None if run is None else {"training": run.losses, "held_out": run.passes}
+
+
+def _cores():
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on every system
+        return os.cpu_count()
+
+
+def _device_name():
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def _without_nan(value):
+    """The same with null for every number that JSON does not have: the losses of a model that diverged."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,105 @@
+"""The demo from its options to the folder that it writes."""
+
+import sys
+import time
+from contextlib import contextmanager
+
+import torch
+
+from ponder_hf.conversion.writer import whole_folder
+
+from .experiment import make_plan, run_experiment, torch_threads
+from .figure import draw_curves
+from .load_and_run import continuations
+from .prepare import prepare
+from .report import write_report
+from .results import gather, write_json
+from .separate_process import check_checkpoint
+
+
+CHECKPOINT, CURVES, REPORT, RESULTS = "checkpoint", "curves.png", "report.html", "results.json"
+_SMALL_THREADS = 2  # more do not make the demo's own small model faster
+_CHECKED_ROWS = 4
+_NEW_TOKENS = 80
+_SAMPLING = {"do_sample": True, "temperature": 0.8, "top_k": 50}
+
+
+class Clock:
+    """Announces each phase on standard error and keeps its seconds."""
+
+    def __init__(self):
+        self.seconds = {}
+
+    @contextmanager
+    def phase(self, name, announcement):
+        print(announcement, file=sys.stderr, flush=True)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 1)
+
+
+def run_demo(options):
+    """Run the demo and write its folder, whole or not at all.
+
+    Returns:
+        The results as a dict that JSON can hold.
+
+    Raises:
+        PonderingError: an option, a text, the base or the destination cannot be used; nothing was written.
+    """
+    clock = Clock()
+    most_threads = torch.get_num_threads() if options.base else min(_SMALL_THREADS, torch.get_num_threads())
+    with torch_threads(most_threads):
+        with clock.phase("prepare", "Reading the text and making tokens of it."):
+            setup = prepare(options)
+        with whole_folder(options.output, options.overwrite) as folder:
+            return _run(setup, folder, clock)
+
+
+def _run(setup, folder, clock):
+    with clock.phase("plan", "Measuring a few steps to plan the rest."):
+        plan = make_plan(setup)
+    print(_describe(setup, plan), file=sys.stderr, flush=True)
+    with torch_threads(plan.threads):
+        with clock.phase("train", "Training."):
+            outcome = run_experiment(setup, plan)
+        with clock.phase("save", "Saving the checkpoint and loading it in another process, from its own code."):
+            outcome.pondering.save_pretrained(folder / CHECKPOINT)
+            setup.tokenizer.save_pretrained(folder / CHECKPOINT)
+            writing = {"seed": setup.options.seed, "max_new_tokens": _new_tokens(setup), **_SAMPLING}
+            control_texts = continuations(outcome.control, setup.tokenizer, setup.prompts, **writing)
+            checked = check_checkpoint(
+                folder / CHECKPOINT,
+                outcome.pondering,
+                setup.watched.rows[:_CHECKED_ROWS].long(),
+                prompts=setup.prompts,
+                threads=plan.threads,
+                writing=writing,
+            )
+    results = gather(setup, plan, outcome, checked, control_texts, clock.seconds)
+    print("Writing the report.", file=sys.stderr, flush=True)
+    (folder / CURVES).write_bytes(draw_curves(results))
+    (folder / REPORT).write_text(write_report(results), encoding="utf-8")
+    write_json(results, folder / RESULTS)
+    return results
+
+
+def _describe(setup, plan):
+    """One line about what comes, before it comes."""
+    size = setup.size
+    plain, pondering = plan.step_seconds
+    seconds = plan.base_steps * plain + plan.steps * (plain + pondering)
+    parts = [f"{size.tokens(plan.base_steps):,} tokens for the base, then " if plan.base_steps else ""]
+    parts.append(f"{size.tokens(plan.steps):,} for the control and the same for the pondering model")
+    if plan.share < 1:
+        parts.append(f"; the full schedule, cut to 1/{round(1 / plan.share)} because this machine is slow or busy")
+    return f"Training on {''.join(parts)}: about {seconds / 60:.1f} minutes on {plan.threads} threads."
+
+
+def _new_tokens(setup):
+    """As many as fit behind the longest prompt."""
+    positions = getattr(setup.base.config, "max_position_embeddings", None)
+    if positions is None:
+        return _NEW_TOKENS
+    longest = max(len(setup.tokenizer(prompt)["input_ids"]) for prompt in setup.prompts)
+    return max(1, min(_NEW_TOKENS, positions - longest))

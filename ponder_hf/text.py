@@ -1,0 +1,147 @@
+"""Read text files piece by piece: plain text, .jsonl with one document a line, and both of them as .gz.
+
+No file is ever held as a whole. Errors name the file, and the line where there is one.
+"""
+
+import codecs
+import contextlib
+import gzip
+import json
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from .modeling import PonderingError
+
+
+PIECE_SIZE = 1 << 16  # bytes of a file that are read at once, characters of a document in one piece
+MAX_JSON_LINE = 1 << 26  # bytes; a line must be held as a whole to be understood
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a document, cut at the end of a line where lines are not overlong.
+
+    text: never empty. path, line: where it begins, the path as the user gave it. starts_document: it is the first.
+    """
+
+    text: str
+    path: str
+    line: int
+    starts_document: bool
+
+
+def read_text(paths, text_field="text"):
+    """Yield the pieces of all documents in these files, in order. A plain text file is one document.
+
+    Args:
+        paths: files. The name decides: .jsonl is one JSON object a line, .gz is decompressed, all else is plain text.
+        text_field: the field of a .jsonl object that holds the text. Lines where it is empty are passed over.
+
+    Raises:
+        PonderingError: a file is missing, damaged, not text, or holds no text.
+    """
+    for path in paths:
+        has_text = False
+        for piece in _read_file(str(path), text_field):
+            has_text = has_text or not piece.text.isspace()
+            yield piece
+        if not has_text:
+            raise PonderingError(f"{path} holds no text: give a file that does")
+
+
+def cut(text):
+    """Yield `text` in parts of about PIECE_SIZE characters that end with a line, or within one that is overlong."""
+    start = 0
+    while start < len(text):
+        newline = text.find("\n", start + PIECE_SIZE - 1, start + 2 * PIECE_SIZE)
+        end = start + PIECE_SIZE if newline < 0 else newline + 1
+        yield text[start:end]
+        start = end
+
+
+def _read_file(path, text_field):
+    place = Path(path).expanduser()
+    name = place.name.lower()
+    is_gzip = name.endswith(".gz")
+    if place.is_dir():
+        raise PonderingError(f"{path} is a folder: give the files in it")
+    try:
+        with gzip.open(place, "rb") if is_gzip else place.open("rb") as file:
+            if name.removesuffix(".gz").endswith(".jsonl"):
+                yield from _read_jsonl(file, path, text_field)
+            else:
+                yield from _read_plain(file, path)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise PonderingError(f"{path} is not a whole gzip file ({error}): get it again") from error
+    except FileNotFoundError as error:
+        raise PonderingError(f"there is no file {path}: check the path") from error
+    except OSError as error:
+        raise PonderingError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _read_plain(file, path):
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    line, starts_document = 1, True
+    while raw := file.read(PIECE_SIZE):
+        if not raw.endswith(b"\n"):
+            raw += file.readline(PIECE_SIZE)
+        text = _decode(decoder, raw, path, line)
+        if text:  # a character of an overlong line may still be incomplete
+            yield Piece(text, path, line, starts_document)
+            starts_document = False
+        line += raw.count(b"\n")
+    _decode(decoder, b"", path, line, final=True)
+
+
+def _read_jsonl(file, path, text_field):
+    line = 0
+    while raw := file.readline(MAX_JSON_LINE + 1):
+        line += 1
+        if len(raw) > MAX_JSON_LINE:
+            raise PonderingError(
+                f"line {line} of {path} is longer than {MAX_JSON_LINE >> 20} MiB: split the document into several"
+            )
+        content = _decode(codecs.getincrementaldecoder("utf-8")(), raw, path, line, final=True).strip()
+        if content:
+            text = _field(content, path, line, text_field)
+            for index, part in enumerate(cut(text)):
+                yield Piece(part, path, line, index == 0)
+
+
+def _decode(decoder, raw, path, line, final=False):
+    """Decode bytes that begin in this line of the file; a byte order mark at its very beginning is dropped."""
+    if b"\0" in raw:
+        line += raw[: raw.index(b"\0")].count(b"\n")
+        raise PonderingError(f"{path} is not text (line {line} has a NUL byte): give a text file in UTF-8")
+    try:
+        text = decoder.decode(raw, final)
+    except UnicodeDecodeError as error:
+        line += error.object[: error.start].count(b"\n")
+        raise PonderingError(
+            f"{path} is not UTF-8 text (line {line} has the byte 0x{error.object[error.start]:02x}): convert it"
+        ) from error
+    if line == 1:
+        text = text.removeprefix("\ufeff")
+    return text.replace("\r\n", "\n")
+
+
+def _field(content, path, line, text_field):
+    try:
+        row = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise PonderingError(f"line {line} of {path} is not JSON ({error}): one object a line is needed") from error
+    if not isinstance(row, dict):
+        raise PonderingError(f"line {line} of {path} is not a JSON object: one with a field of text is needed")
+    if text_field not in row:
+        has = ", ".join(map(repr, row)) or "none"
+        raise PonderingError(
+            f"line {line} of {path} has no field {text_field!r} (its fields: {has}): name the one that holds the text"
+        )
+    text = row[text_field]
+    if not isinstance(text, str):
+        raise PonderingError(f"line {line} of {path}: the field {text_field!r} is not text but {type(text).__name__}")
+    with contextlib.suppress(UnicodeEncodeError):
+        text.encode("utf-8")
+        return text
+    raise PonderingError(f"line {line} of {path} has half a character (a lone surrogate) in its text: repair the line")

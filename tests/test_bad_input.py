@@ -1,0 +1,554 @@
+"""Bad input: exit code 2, one line that says what is wrong and what to do, and nothing left behind."""
+
+import errno
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import checkpoints
+import pytest
+import safetensors.torch
+import tiny
+import torch
+from checkpoints import change_config, change_tensors, listing
+from transformers import T5Config
+
+from ponder_hf import conversion
+
+
+@pytest.fixture(scope="module")
+def made_once(tmp_path_factory):
+    """A plain checkpoint `base` (GPT-NeoX with a tokenizer, in two shards `sharded`) and a `pondering` one."""
+    folder = tmp_path_factory.mktemp("made once")
+    torch.manual_seed(0)
+    checkpoints.save_base(folder / "base", tokenizer=True)
+    checkpoints.save_base(folder / "sharded", shard_size="60KB")
+    conversion.convert(folder / "base", folder / "pondering")
+    return folder
+
+
+@pytest.fixture
+def place(made_once, tmp_path, monkeypatch):
+    """A fresh copy of those three, in the current folder."""
+    shutil.copytree(made_once, tmp_path / "place")
+    monkeypatch.chdir(tmp_path / "place")
+    return tmp_path / "place"
+
+
+@pytest.fixture
+def refuse(place, capsys):
+    """Run a command line that must be refused. Returns the one line without its `ponder-hf: error: `."""
+
+    def run(*arguments, words=()):
+        before = listing(place.parent)
+        capsys.readouterr()
+        code = checkpoints.run(*arguments)
+        output = capsys.readouterr()
+        return refused(code, output.out, output.err, before, listing(place.parent), words)
+
+    return run
+
+
+def refused(code, out, err, before, after, words):
+    assert code == 2, err
+    assert out == ""
+    assert err.endswith("\n")
+    (line,) = err.splitlines()
+    assert line.startswith("ponder-hf: error: ")
+    assert after == before, "something was left behind or changed"
+    for word in words:
+        assert word in line
+    return line.removeprefix("ponder-hf: error: ")
+
+
+# Sources that are no checkpoint, or a broken one. Each function spoils the copy and gives back the source to name.
+
+
+def not_a_model(place):
+    (place / "folder").mkdir()
+    (place / "folder/notes.txt").write_text("nothing")
+    return "folder"
+
+
+def a_file(place):
+    (place / "model.safetensors").write_bytes((place / "base/model.safetensors").read_bytes())
+    return "model.safetensors"
+
+
+def encoder_decoder(place):
+    T5Config(d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2).save_pretrained(place / "t5")
+    shutil.copyfile(place / "base/model.safetensors", place / "t5/model.safetensors")
+    return "t5"
+
+
+def unknown_model_type(place):
+    change_config(place / "base", model_type="gpt_nix")
+    return "base"
+
+
+def code_of_its_own(place):
+    change_config(place / "base", model_type="special", auto_map={"AutoConfig": "configuration_special.Special"})
+    return "base"
+
+
+def quantised(place):
+    change_config(place / "base", quantization_config={"quant_method": "gptq", "bits": 4})
+    return "base"
+
+
+def float8(place):
+    change_tensors(
+        place / "base", lambda t: t.update({"embed_out.weight": t["embed_out.weight"].to(torch.float8_e4m3fn)})
+    )
+    return "base"
+
+
+def truncated(place):
+    file = place / "base/model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    return "base"
+
+
+def truncated_in_its_header(place):
+    file = place / "base/model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    return "base"
+
+
+def empty_weights(place):
+    (place / "base/model.safetensors").write_bytes(b"")
+    return "base"
+
+
+def truncated_shard(place):
+    file = sorted((place / "sharded").glob("*.safetensors"))[-1]
+    file.write_bytes(file.read_bytes()[:-8])
+    return "sharded"
+
+
+def too_long(place):
+    with open(place / "base/model.safetensors", "ab") as file:
+        file.write(b"more")
+    return "base"
+
+
+def renamed(place):
+    (place / "base/model.safetensors").rename(place / "base/weights.safetensors")
+    return "base"
+
+
+def renamed_shard(place):
+    file = sorted((place / "sharded").glob("*.safetensors"))[0]
+    file.rename(file.with_name("first.safetensors"))
+    return "sharded"
+
+
+def swapped_shards(place):
+    first, second = sorted((place / "sharded").glob("*.safetensors"))[:2]
+    second.write_bytes(first.read_bytes())
+    return "sharded"
+
+
+def index_out_of_the_folder(place):
+    index = place / "sharded/model.safetensors.index.json"
+    index.write_text(re.sub(r"model-00001-of-\d+", "../base/model", index.read_text()))
+    assert "../base/model.safetensors" in index.read_text()
+    return "sharded"
+
+
+def pickle_under_another_name(place):
+    (place / "base/model.safetensors").write_bytes(b"PK\x03\x04" + b"\0" * 100)
+    return "base"
+
+
+def pickle_only(place):
+    (place / "base/model.safetensors").rename(place / "base/pytorch_model.bin")
+    return "base"
+
+
+def lfs_pointer(place):
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:0000\nsize 12345\n"
+    (place / "base/model.safetensors").write_text(text)
+    return "base"
+
+
+def no_weights(place):
+    (place / "base/model.safetensors").unlink()
+    return "base"
+
+
+def adapter(place):
+    (place / "base/config.json").rename(place / "base/adapter_config.json")
+    return "base"
+
+
+def config_is_no_json(place):
+    (place / "base/config.json").write_text('{"model_type": ')
+    return "base"
+
+
+def config_is_a_list(place):
+    (place / "base/config.json").write_text("[1, 2]")
+    return "base"
+
+
+def config_is_binary(place):
+    (place / "base/config.json").write_bytes(b"\xff\xfe\x00\x01")
+    return "base"
+
+
+def tokenizer_is_no_json(place):
+    (place / "base/tokenizer.json").write_text("{")
+    return "base"
+
+
+def generation_config_of_a_wrong_value(place):
+    (place / "base/generation_config.json").write_text('{"max_new_tokens": -4}')
+    return "base"
+
+
+def wrong(**fields):
+    def change(place):
+        change_config(place / "base", **fields)
+        return "base"
+
+    return change
+
+
+BROKEN_SOURCES = {
+    "unknown Hub id": (lambda place: "nobody/nothing", ["nobody/nothing"]),
+    "unknown path": (lambda place: "./nothing", ["there is no folder ./nothing"]),
+    "unknown absolute path": (lambda place: place / "nothing", ["there is no folder"]),
+    "neither path nor id": (lambda place: "a/b/c", ["there is no folder a/b/c"]),
+    "empty name": (lambda place: "", ["empty"]),
+    "a name of two lines": (lambda place: "./no\nthing", ["there is no folder ./no thing"]),
+    "not a model": (not_a_model, ["folder is not a model", "config.json"]),
+    "a file": (a_file, ["model.safetensors is a file", "folder"]),
+    "an encoder-decoder": (encoder_decoder, ["'t5'", "encoder-decoder"]),
+    "unknown model_type": (unknown_model_type, ["'gpt_nix'"]),
+    "code of its own": (code_of_its_own, ["code of its own"]),
+    "quantised": (quantised, ["quantised"]),
+    "float8 weights": (float8, ["quantised", "embed_out.weight"]),
+    "truncated": (truncated, ["base/model.safetensors is truncated", "get it again"]),
+    "truncated in its header": (truncated_in_its_header, ["base/model.safetensors is truncated"]),
+    "empty weights": (empty_weights, ["base/model.safetensors is not a safetensors file"]),
+    "truncated shard": (truncated_shard, ["sharded/model-", "is truncated"]),
+    "too long": (too_long, ["bytes that belong to no weight"]),
+    "renamed": (renamed, ["weights.safetensors", "model.safetensors"]),
+    "renamed shard": (renamed_shard, ["sharded lacks model-00001-of-"]),
+    "swapped shards": (swapped_shards, ["names the weight"]),
+    "index out of the folder": (index_out_of_the_folder, ["model.safetensors.index.json"]),
+    "pickle under another name": (pickle_under_another_name, ["is not a safetensors file"]),
+    "pickle only": (pickle_only, ["pytorch_model.bin", "convert it to safetensors first"]),
+    "LFS pointer": (lfs_pointer, ["git lfs pull"]),
+    "no weights": (no_weights, ["has no weights"]),
+    "an adapter": (adapter, ["merge it"]),
+    "config is no JSON": (config_is_no_json, ["base/config.json is not valid JSON"]),
+    "config is a list": (config_is_a_list, ["base/config.json"]),
+    "config is binary": (config_is_binary, ["base/config.json is not valid JSON"]),
+    "tokenizer is no JSON": (tokenizer_is_no_json, ["base/tokenizer.json is not valid JSON"]),
+    "generation config of a wrong value": (generation_config_of_a_wrong_value, ["max_new_tokens"]),
+    "hidden_size: 'big'": (wrong(hidden_size="big"), ["config.json of base", "hidden_size", "'big'"]),
+    "num_hidden_layers: null": (wrong(num_hidden_layers=None), ["config.json of base", "num_hidden_layers"]),
+    "num_attention_heads: 0": (wrong(num_attention_heads=0), ["config.json of base"]),
+    "unknown activation": (wrong(hidden_act="glue"), ["config.json of base", "glue"]),
+    "no model_type": (wrong(model_type=None), ["no model_type"]),
+    "another vocabulary": (wrong(vocab_size=99), ["base"]),
+    "another hidden size": (wrong(hidden_size=48), ["base"]),
+    "more layers": (wrong(num_hidden_layers=3), ["lacks the weight gpt_neox.layers.2."]),
+    "fewer layers": (wrong(num_hidden_layers=1), ["has the weight gpt_neox.layers.1."]),
+    "pondering already": (lambda place: "pondering", ["pondering checkpoint already", "ponder-hf export"]),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_SOURCES)
+def test_a_source_that_cannot_be_converted(place, refuse, case):
+    spoil, words = BROKEN_SOURCES[case]
+    refuse("convert", spoil(place), "out", words=words)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--pondering-steps", "-1"], ["--pondering-steps", "-1"]),
+        (["--pondering-steps", "three"], ["--pondering-steps", "'three'"]),
+        (["--pondering-steps", "1.5"], ["--pondering-steps", "1.5"]),
+        (["--pondering-steps", "null"], ["--pondering-steps"]),
+        (["--pondering-steps", "true"], ["--pondering-steps"]),
+        (["--pondering-steps"], ["--pondering-steps", "--help"]),
+        (["--pondering-top-k", "0"], ["--pondering-top-k", "0"]),
+        (["--pondering-top-k", str(tiny.VOCAB_SIZE + 1)], ["--pondering-top-k", f"at most {tiny.VOCAB_SIZE}"]),
+        (["--pondering-temperature", "0"], ["--pondering-temperature"]),
+        (["--pondering-temperature", "hot"], ["--pondering-temperature", "'hot'"]),
+        (["--embedding-scale", "nan"], ["--embedding-scale", "nan"]),
+        (["--input-scale", "-2"], ["--input-scale"]),
+        (["--intermediate-loss-weight", "-0.1"], ["--intermediate-loss-weight"]),
+        (["--pondering-gate", "ajar"], ["--pondering-gate", "zero_init"]),
+        (["--max-shard-size", "huge"], ["--max-shard-size", "5GB"]),
+        (["--revision", "main"], ["revision"]),
+        (["--pondering-stepps", "3"], ["--pondering-stepps", "did you mean --pondering-steps"]),
+        (["a third"], ["a third"]),
+    ],
+    ids=" ".join,
+)
+def test_a_flag_that_cannot_be(refuse, flags, words):
+    refuse("convert", "base", "out", *flags, words=words)
+
+
+# Destinations. Each function gets the current folder and the source, and gives back the destination to name.
+
+
+def file_as_destination(place, source):
+    (place / "out").write_text("mine")
+    return "out"
+
+
+def below_a_file(place, source):
+    (place / "file").write_text("mine")
+    return "file/out"
+
+
+def filled(place, source):
+    (place / "out").mkdir()
+    (place / "out/.hidden").write_text("mine")
+    return "out"
+
+
+def link_to_the_source(place, source):
+    (place / "link").symlink_to(source)
+    return "link"
+
+
+def above_the_source(place, source):
+    os.chdir(place.parent)
+    return place
+
+
+def current_folder(place, source):
+    os.chdir(place / filled(place, source))
+    return "."
+
+
+DESTINATIONS = {
+    "a file": (file_as_destination, [], "out is a file"),
+    "a file, to overwrite": (file_as_destination, ["--overwrite"], "out is a file"),
+    "below a file": (below_a_file, [], "file is a file"),
+    "not empty": (filled, [], "--overwrite"),
+    "the source": (lambda place, source: source, ["--overwrite"], "is the source itself"),
+    "a link to the source": (link_to_the_source, ["--overwrite"], "is the source itself"),
+    "above the source": (above_the_source, ["--overwrite"], "contains the source"),
+    "the current folder": (current_folder, ["--overwrite"], "current folder"),
+    "empty name": (lambda place, source: "", [], "empty"),
+}
+
+
+@pytest.mark.parametrize("case", DESTINATIONS)
+@pytest.mark.parametrize("command", ["convert", "export"])
+def test_a_destination_that_may_not_be_written(place, refuse, command, case):
+    source = place / {"convert": "base", "export": "pondering"}[command]
+    prepare, flags, words = DESTINATIONS[case]
+    refuse(command, source, prepare(place, source), *flags, words=[words])
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="the superuser may write anywhere")
+def test_a_folder_without_permission(place, refuse):
+    (place / "locked").mkdir(mode=0o500)
+    refuse("convert", "base", "locked/out", words=["locked"])
+
+
+SAVED = {
+    "pondering_steps: 'three'": ({"pondering_steps": "three"}, "`pondering_steps`"),
+    "pondering_top_k: 1000": ({"pondering_top_k": 1000}, "`pondering_top_k`"),
+    "unknown field": ({"pondering_stops": 3}, "did you mean `pondering_steps`"),
+    "newer format": ({"pondering_format_version": 99}, "newer ponder_hf"),
+    "base_config: 3": ({"base_config": 3}, "`base_config`"),
+    "base_config without model_type": ({"base_config": {}}, "`base_config`"),
+}
+
+
+@pytest.mark.parametrize("case", SAVED)
+@pytest.mark.parametrize("command", ["export", "generate", "doctor"])
+def test_a_saved_configuration_that_cannot_be(place, refuse, command, case):
+    fields, words = SAVED[case]
+    change_config(place / "pondering", **fields)
+    rest = {"export": ["pondering", "out"], "generate": ["pondering", "--prompt", "cat"]}
+    line = refuse(command, *rest.get(command, ["--checkpoint", "pondering"]), words=[words])
+    assert line.startswith("config.json of pondering: ")
+
+
+def test_a_saved_backbone_that_cannot_be(place, refuse):
+    saved = json.loads((place / "pondering/config.json").read_text())["base_config"]
+    change_config(place / "pondering", base_config={**saved, "hidden_size": "big"})
+    refuse("export", "pondering", "out", words=["config.json of pondering", "hidden_size"])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.pop("backbone.embed_out.weight"), "lacks the weight backbone.lm_head.weight"),
+        (lambda t: t.update({"backbone.more": torch.ones(1)}), "has the weight backbone.more"),
+        (lambda t: t.update({"backbone.embed_out.weight": torch.ones(9, 32)}), "lm_head.weight with shape (9, 32)"),
+    ],
+    ids=["missing", "unknown", "another shape"],
+)
+def test_weights_that_do_not_fit_a_pondering_configuration(place, refuse, change, words):
+    change_tensors(place / "pondering", change)
+    refuse("export", "pondering", "out", words=[words])
+    refuse("generate", "pondering", "--prompt", "cat", words=[words])
+
+
+def test_export_of_a_plain_checkpoint(refuse):
+    refuse("export", "base", "out", words=["plain checkpoint already"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["base", "--prompt", "cat"], "ponder-hf convert base"),
+        (["nothing/here", "--prompt", "cat"], "nothing/here"),
+        (["pondering", "--prompt", ""], "prompt is empty"),
+        (["pondering", "--prompt", " \n"], "prompt is empty"),
+        (["pondering"], "--prompt"),
+        (["pondering", "--prompt", "cat", "--pondering-steps", "-1"], "--pondering-steps"),
+        (["pondering", "--prompt", "cat", "--pondering-steps", "x"], "--pondering-steps"),
+        (["pondering", "--prompt", "cat", "--max-new-tokens", "0"], "--max-new-tokens"),
+        (["pondering", "--prompt", "cat", "--max-new-tokens", "64"], "--max-new-tokens 63"),
+        (["pondering", "--prompt", "cat " * 64], "shorter"),
+        (["pondering", "--prompt", "cat", "--temperature", "0"], "--temperature"),
+        (["pondering", "--prompt", "cat", "--temperature", "nan"], "--temperature"),
+        (["pondering", "--prompt", "cat", "--top-p", "1.5"], "--top-p"),
+    ],
+    ids=" ".join,
+)
+def test_generate_refuses(refuse, arguments, words):
+    refuse("generate", *arguments, words=[words])
+
+
+def break_tokenizer(place):
+    path = place / "pondering/tokenizer.json"
+    path.write_text(path.read_text().replace('"WordLevel"', '"Nothing"'))
+
+
+def empty_tokenizer(place):
+    (place / "pondering/tokenizer.json").write_text("{}")
+
+
+def remove_tokenizer(place):
+    for path in (place / "pondering").glob("*"):
+        if "token" in path.name or "chat" in path.name:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def foreign_tokenizer(place):
+    path = place / "pondering/tokenizer.json"
+    path.write_text(re.sub(r'"cat": \d+', '"cat": 4321', path.read_text()))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (break_tokenizer, ["the tokenizer of pondering cannot be used"]),
+        (empty_tokenizer, ["the tokenizer of pondering cannot be used"]),
+        (remove_tokenizer, ["has no tokenizer"]),
+        (foreign_tokenizer, ["token id 4321", f"{tiny.VOCAB_SIZE} entries"]),
+    ],
+    ids=["broken", "empty", "none", "ids that the model does not have"],
+)
+def test_generate_with_a_tokenizer_that_cannot_be(place, refuse, spoil, words):
+    spoil(place)
+    refuse("generate", "pondering", "--prompt", "one cat", words=words)
+
+
+def fail_at(monkeypatch, function, error, call):
+    """Have `function` of safetensors.torch, through which transformers writes, write half a file and then fail."""
+    original, calls = getattr(safetensors.torch, function), []
+
+    def failing(tensors, filename, metadata=None):
+        calls.append(filename)
+        original(tensors, filename, metadata=metadata)
+        if len(calls) == call:
+            os.truncate(filename, os.path.getsize(filename) // 2)
+            raise error
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", failing)
+    return calls
+
+
+FULL_DISK = {
+    "ENOSPC": OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+    "EDQUOT": OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
+    "as safetensors says it": safetensors.SafetensorError(
+        "Error while serializing: I/O error: No space left on device (os error 28)"
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FULL_DISK)
+@pytest.mark.parametrize("overwrite", [False, True], ids=["new", "overwrite"])
+@pytest.mark.parametrize("command", ["convert", "export"])
+def test_a_disk_that_fills_up_in_the_middle(place, refuse, monkeypatch, command, overwrite, kind):
+    flags = ["--max-shard-size", "60KB"]
+    if overwrite:
+        filled(place, source=None)
+        flags.append("--overwrite")
+    calls = fail_at(monkeypatch, "save_file", FULL_DISK[kind], call=2)
+    source = {"convert": "base", "export": "pondering"}[command]
+    refuse(command, source, "out" if overwrite else "new/folders/out", *flags, words=["no space left", "another disk"])
+    assert len(calls) == 2
+
+
+def test_a_disk_that_is_too_small_from_the_start(place, refuse, monkeypatch):
+    usage = shutil.disk_usage(place)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    refuse("convert", "base", "out", words=["no space left", "1,000 are free"])
+
+
+def test_a_disk_that_fails(place, refuse, monkeypatch):
+    fail_at(monkeypatch, "save_file", OSError(errno.EIO, os.strerror(errno.EIO)), call=1)
+    refuse("convert", "base", "out", words=["cannot write out", "Input/output error"])
+
+
+def test_a_small_disk_of_its_own(place, capsys, monkeypatch):
+    """A real file system of 300 KB; the space check is told otherwise, so that writing itself must fail."""
+    disk = place / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("mounting a small tmpfs needs Linux and the superuser")
+    try:
+        usage = shutil.disk_usage(disk)
+        before = listing(place)
+        for free in (usage.free, 10**12):
+            monkeypatch.setattr(shutil, "disk_usage", lambda folder, free=free: usage._replace(free=free))
+            (disk / "filler").write_bytes(b"x" * 200_000)
+            code = checkpoints.run("convert", "base", disk / "out")
+            output = capsys.readouterr()
+            (disk / "filler").unlink()
+            refused(code, output.out, output.err, before, listing(place), ["no space left"])
+        assert checkpoints.run("convert", "base", disk / "out") == 0, "without the filler it fits"
+    finally:
+        subprocess.run(["umount", str(disk)], check=True, capture_output=True)
+
+
+def test_an_interruption_leaves_nothing(place, capsys, monkeypatch):
+    before = listing(place)
+    fail_at(monkeypatch, "save_file", KeyboardInterrupt(), call=1)
+    assert checkpoints.run("convert", "base", "new/out") == 130
+    assert capsys.readouterr().err == "ponder-hf: interrupted\n"
+    assert listing(place) == before
+
+
+def test_through_a_real_process(place):
+    """What the other tests see in this process is what a shell sees."""
+    truncated(place)
+    before = listing(place)
+    environment = {**os.environ, "HF_HOME": str(place.parent / "home")}
+    for source, words in (("base", "is truncated"), ("nobody/nothing", "nobody/nothing")):
+        command = [sys.executable, "-c", "import sys; from ponder_hf.cli import main; sys.exit(main())"]
+        result = subprocess.run(
+            [*command, "convert", source, "out"], cwd=place, env=environment, capture_output=True, text=True
+        )
+        refused(result.returncode, result.stdout, result.stderr, before, listing(place), [words])

@@ -1,0 +1,441 @@
+"""The command line: what goes to which stream, with which exit code, and what the commands do with good input."""
+
+import io
+import json
+import logging
+import os
+import subprocess
+import sys
+import warnings
+
+import checkpoints
+import pytest
+import tiny_hub
+import torch
+import transformers
+from checkpoints import WORDS, run
+from huggingface_hub import constants
+from transformers import AutoTokenizer
+
+from ponder_hf import PonderingForCausalLM, __version__
+from ponder_hf.cli import COMMANDS, build_parser, doctor
+from ponder_hf.cli.fields import FLAG_FIELDS, flag_of, given_fields
+from ponder_hf.conversion import convert
+from ponder_hf.modeling.configuration_pondering import PONDERING_FIELDS
+
+
+IN_A_PROCESS = [sys.executable, "-c", "import sys; from ponder_hf.cli import main; sys.exit(main())"]
+
+
+@pytest.fixture(scope="module")
+def made_once(tmp_path_factory):
+    """A plain checkpoint `base` and a pondering one, `pondering`, whose every token id is a word."""
+    folder = tmp_path_factory.mktemp("made once")
+    torch.manual_seed(0)
+    checkpoints.save_base(folder / "base", tokenizer=True, vocab_size=len(WORDS))
+    convert(folder / "base", folder / "pondering", pondering_steps=2)
+    return folder
+
+
+@pytest.fixture
+def pondering(made_once):
+    return made_once / "pondering"
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """Have `ponder-hf doctor` do what the test says."""
+
+    def replace(function):
+        monkeypatch.setattr(doctor, "run", function)
+
+    return replace
+
+
+def one_object(text):
+    """The one JSON object that `text` is, with nothing around it but the end of the line."""
+    assert text.endswith("\n")
+    assert len(text.splitlines()) == 1
+    content = json.loads(text)
+    assert isinstance(content, dict)
+    return content
+
+
+# Help, and command lines that are none.
+
+
+def test_help_lists_every_command(capsys):
+    assert run("--help") == 0
+    output = capsys.readouterr()
+    listed = {line.split()[0]: line.split()[1:] for line in output.out.splitlines() if line.startswith("    ")}
+    assert set(COMMANDS) == set(listed)
+    assert all(listed.values()), "a command has no description"
+    assert output.err == ""
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_and_json(capsys, name):
+    assert run(name, "--help") == 0
+    assert "--json" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"ponder-hf {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "no command given"),
+        (["covert", "a", "b"], "did you mean convert"),
+        (["genrate"], "did you mean generate"),
+        (["xyzzy"], "the commands are demo, convert"),
+        (["doctor", "--jsn"], "did you mean --json?"),
+        (["convert", "a"], "DEST"),
+        (["convert"], "SOURCE, DEST"),
+        (["--jsn"], "no command given"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_command_line_is_one_line(capsys, arguments, words):
+    assert run(*arguments) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert len(output.err.splitlines()) == 1
+    assert output.err.startswith("ponder-hf: error: ")
+    assert words in output.err
+
+
+# Streams and exit codes.
+
+
+@pytest.mark.parametrize("name", ["convert", "export"])
+def test_what_convert_and_export_say(made_once, tmp_path, capsys, name):
+    source = made_once / {"convert": "base", "export": "pondering"}[name]
+    assert run(name, source, tmp_path / "out") == 0
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert "gpt_neox" in output.err
+    assert run(name, source, tmp_path / "out", "--json", "--overwrite") == 0
+    output = capsys.readouterr()
+    result = one_object(output.out)
+    assert output.err, "people's text goes to standard error"
+    assert result["source"] == str(source)
+    assert result["destination"] == str(tmp_path / "out")
+    assert set(result["files"]) == {p.name for p in (tmp_path / "out").iterdir() if p.is_file()} | {
+        "additional_chat_templates/tools.jinja"
+    }
+    assert result["parameters"] == PonderingForCausalLM.from_pretrained(made_once / "pondering").num_parameters()
+    assert result["dtype"] == "float32"
+
+
+def test_a_new_pondering_model_says_that_it_needs_training(made_once, tmp_path, capsys):
+    said = {}
+    for flags in (["--pondering-steps", 2], ["--pondering-steps", 0], ["--pondering-gate", "zero_init"]):
+        run("convert", made_once / "base", tmp_path / "out", "--overwrite", *flags)
+        said[flags[1]] = "train it before use" in capsys.readouterr().err
+    assert said == {2: True, 0: False, "zero_init": False}
+
+
+def test_what_libraries_print_stays_out_of_the_json(capsys, command):
+    def chatty(args):
+        print("loading")
+        return {"answer": 3}
+
+    command(chatty)
+    assert run("doctor", "--json") == 0
+    output = capsys.readouterr()
+    assert one_object(output.out) == {"answer": 3}
+    assert output.err == "loading\n"
+
+
+def failing(error):
+    def function(args):
+        raise error
+
+    return function
+
+
+LONG = RuntimeError("\n\n  first line " + "x" * 1000 + "\nsecond line")
+
+
+def test_an_unexpected_failure_is_one_short_line(capsys, command):
+    command(failing(LONG))
+    assert run("doctor") == 1
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert len(output.err.splitlines()) == 1
+    assert output.err.startswith("ponder-hf: error: unexpected RuntimeError: first line x")
+    assert "second line" not in output.err
+    assert len(output.err) < 450
+    assert "PONDER_HF_DEBUG=1" in output.err
+
+
+@pytest.mark.parametrize("value", ["1", "0"])
+def test_debugging_shows_the_traceback(capsys, command, monkeypatch, value):
+    monkeypatch.setenv("PONDER_HF_DEBUG", value)
+    command(failing(LONG))
+    assert run("doctor") == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert (lines[0] == "Traceback (most recent call last):") == (value == "1")
+    assert lines[-1].startswith("ponder-hf: error: unexpected RuntimeError")
+
+
+def test_an_interruption(capsys, command):
+    command(failing(KeyboardInterrupt()))
+    assert run("doctor", "--json") == 130
+    assert capsys.readouterr() == ("", "ponder-hf: interrupted\n")
+
+
+def test_a_reader_that_is_gone(pondering):
+    # Python must buffer its output, as it does by default: the pipe then breaks only when the buffer is flushed.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([*IN_A_PROCESS, "doctor"], env=environment, **pipes) as process:
+        process.stdout.close()
+        assert process.wait(timeout=120) == 1
+        assert process.stderr.read() == ""
+
+
+def warn_everybody(args):
+    logging.getLogger("transformers.models").warning("a report\nof many lines")
+    warnings.warn("careful", UserWarning, stacklevel=1)
+
+
+@pytest.mark.parametrize("debug", [False, True], ids=["quiet", "debugging"])
+def test_what_libraries_log_is_shown_only_while_debugging(capfd, recwarn, command, monkeypatch, debug):
+    monkeypatch.setenv("PONDER_HF_DEBUG", str(int(debug)))
+    handlers = transformers.utils.logging.get_logger("transformers").handlers
+    before = list(handlers)
+    heard = []
+    listener = logging.Handler()
+    listener.emit = heard.append
+    stream = logging.StreamHandler(sys.stderr)
+    command(warn_everybody)
+    try:
+        handlers.extend([listener, stream])
+        assert run("doctor") == 0
+    finally:
+        handlers.remove(listener)
+        handlers.remove(stream)
+    assert ("of many lines" in capfd.readouterr().err) == debug
+    assert [str(warning.message) for warning in recwarn] == ["careful"] * debug
+    assert len(heard) == 1, "a listener of somebody else hears everything"
+    assert transformers.utils.logging.get_logger("transformers").handlers == before
+    assert transformers.utils.logging.is_progress_bar_enabled()
+
+
+# Fields as flags.
+
+
+def parse_fields(*flags):
+    return given_fields(build_parser().parse_args(["convert", "a", "b", *flags]))
+
+
+def test_every_field_has_a_flag_with_help(capsys):
+    assert set(FLAG_FIELDS) == set(PONDERING_FIELDS) - {"pondering_format_version"}
+    run("convert", "--help")
+    text = " ".join(capsys.readouterr().out.split())
+    for name in FLAG_FIELDS:
+        assert flag_of(name) in text
+        assert "_" not in flag_of(name)
+
+
+def test_flags_that_are_not_used_say_nothing():
+    assert parse_fields() == {}
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--pondering-steps 0", {"pondering_steps": 0}),
+        ("--pondering-top-k 100", {"pondering_top_k": 100}),
+        ("--pondering-top-k null", {"pondering_top_k": None}),
+        ("--pondering-temperature 2", {"pondering_temperature": 2.0}),
+        ("--embedding-scale=22.6 --input-scale 1e0", {"embedding_scale": 22.6, "input_scale": 1.0}),
+        ("--pondering-gate none", {"pondering_gate": "none"}),
+        ("--intermediate-loss-weight .1", {"intermediate_loss_weight": 0.1}),
+        ("--pondering-steps 3.0", {"pondering_steps": 3.0}),
+        ("--pondering-steps three", {"pondering_steps": "three"}),
+    ],
+)
+def test_values_of_flags(flags, expected):
+    found = parse_fields(*flags.split())
+    assert found == expected
+    assert [type(value) for value in found.values()] == [type(value) for value in expected.values()]
+
+
+# generate
+
+
+def expected_tokens(folder, prompt, **kwargs):
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), PonderingForCausalLM.from_pretrained(folder)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    tokens = model.generate(**inputs, max_new_tokens=12, **{"do_sample": False, **kwargs})[0]
+    return tokenizer.decode(tokens, skip_special_tokens=True), len(tokens) - inputs["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("steps", [None, 0, 1])
+def test_generate_is_what_the_model_generates(pondering, capsys, steps):
+    flags = [] if steps is None else ["--pondering-steps", steps]
+    kwargs = {} if steps is None else {"pondering_steps": steps}
+    text, count = expected_tokens(pondering, "once upon a", **kwargs)
+    assert run("generate", pondering, "--prompt", "once upon a", "--max-new-tokens", 12, *flags) == 0
+    assert capsys.readouterr().out == text + "\n"
+    assert run("generate", pondering, "--prompt", "once upon a", "--max-new-tokens", 12, "--json", *flags) == 0
+    output = capsys.readouterr()
+    result = one_object(output.out)
+    assert result["prompt"] + result["text"] == text
+    assert result["new_tokens"] == count
+    assert result["pondering_steps"] == (2 if steps is None else steps)
+    assert output.err == ""
+
+
+def test_the_steps_of_a_call_matter(pondering):
+    assert expected_tokens(pondering, "once upon a") != expected_tokens(pondering, "once upon a", pondering_steps=0)
+
+
+def test_the_prompt_from_standard_input(pondering, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("once upon a"))
+    assert run("generate", pondering, "--prompt", "-", "--max-new-tokens", 12) == 0
+    assert capsys.readouterr().out == expected_tokens(pondering, "once upon a")[0] + "\n"
+
+
+def test_sampling(pondering, capsys):
+    def sample(*flags):
+        assert run("generate", pondering, "--prompt", "the sea", "--max-new-tokens", 30, "--json", *flags) == 0
+        return one_object(capsys.readouterr().out)
+
+    hot = ["--temperature", 3.0]
+    assert not sample()["do_sample"]
+    assert sample(*hot, "--seed", 1)["text"] == sample(*hot, "--seed", 1)["text"]
+    assert len({sample(*hot, "--seed", seed)["text"] for seed in range(4)}) > 1
+    assert sample("--top-p", 0.5)["do_sample"]
+    assert sample("--do-sample")["do_sample"]
+    assert sample("--temperature", 1e-4, "--seed", 1)["text"] == sample()["text"], "cold sampling is greedy"
+
+
+def test_generate_a_story(shared, tmp_path, capsys):
+    convert(shared / "data/models/stories260K-llama", tmp_path / "pondering", pondering_gate="zero_init")
+    assert run("generate", tmp_path / "pondering", "--prompt", "Once upon a time", "--max-new-tokens", 20) == 0
+    assert capsys.readouterr().out.startswith("Once upon a time, there was a little girl named Lily.")
+
+
+# doctor
+
+
+def test_doctor_reports_versions_and_devices(pondering, capsys):
+    assert run("doctor", "--json", "--checkpoint", pondering) == 0
+    report = one_object(capsys.readouterr().out)
+    assert report["packages"]["torch"] == torch.__version__
+    assert report["packages"]["transformers"] == transformers.__version__
+    assert report["ponder_hf"] == __version__
+    assert report["devices"]["cpu_threads"] == torch.get_num_threads()
+    assert report["transformers"]["good_for_checkpoints"]
+    assert report["checkpoint"]["pondering_steps"] == 2
+    assert report["hub"]["cache"] == constants.HF_HUB_CACHE
+    assert report["hub"]["cache_is_writable"]
+    assert run("doctor", "--checkpoint", pondering) == 0
+    table = capsys.readouterr().out
+    assert f"transformers     {transformers.__version__}" in table
+    assert f"{pondering} loads: gpt_neox, S = 2" in table
+
+
+@pytest.mark.parametrize("token", ["hf_thisisasecret", None])
+def test_doctor_never_shows_a_token(capsys, monkeypatch, token):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    if token is not None:
+        monkeypatch.setenv("HF_TOKEN", token)
+    for flags in ([], ["--json"]):
+        assert run("doctor", *flags) == 0
+        output = capsys.readouterr()
+        assert "thisisasecret" not in output.out + output.err
+    assert json.loads(output.out)["hub"]["token_is_set"] == (token is not None)
+
+
+def test_doctor_says_what_an_extra_would_add(capsys, monkeypatch):
+    version = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: {"peft": None, "datasets": "2.0"}.get(name, version(name)))
+    extras = doctor.find_extras()
+    if not extras:
+        pytest.skip("ponder-hf is not installed here, so its extras are not known")
+    assert [line.partition(">")[0] for line in extras["train"]] == ["datasets", "peft"]
+    assert "all" not in extras
+    run("doctor")
+    assert 'pip install "ponder-hf[train]" adds datasets' in capsys.readouterr().out
+
+
+def test_doctor_finds_what_gets_in_the_way(capsys, monkeypatch, tmp_path):
+    version = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: "3.9" if name == "transformers" else version(name))
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file/cache"))
+    assert run("doctor", "--json") == 0
+    report = one_object(capsys.readouterr().out)
+    assert not report["transformers"]["good_for_checkpoints"]
+    assert not report["hub"]["cache_is_writable"]
+    assert any("transformers 3.9" in problem or "not 3.9" in problem for problem in report["problems"])
+    assert any("HF_HOME" in problem for problem in report["problems"])
+
+
+# The Hub
+
+SEVERAL = """
+import contextlib, io, json, sys
+from ponder_hf.cli import main
+results = []
+for line in json.loads(sys.argv[1]):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(line)
+    results.append([code, out.getvalue(), err.getvalue()])
+print(json.dumps(results))
+"""
+
+
+def test_a_model_on_the_hub(made_once, tmp_path):
+    base = tmp_path / "repository"
+    checkpoints.save_base(base, "llama", shard_size="30KB", tokenizer=True)
+    shards = {path.name for path in base.glob("*.safetensors")}
+    assert len(shards) > 1
+    for name in ("pytorch_model.bin", "modeling_special.py", "README.md", "model.fp16.safetensors"):
+        (base / name).write_text("not to be downloaded")
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    (pickled / "config.json").write_bytes((base / "config.json").read_bytes())
+    (pickled / "pytorch_model.bin").write_text("pickled")
+    lines = [
+        ["convert", "somebody/model", "out", "--json"],
+        ["convert", "somebody/model", "again", "--revision", tiny_hub.COMMIT, "--json"],
+        ["convert", "somebody/model", "no", "--revision", "nothing"],
+        ["convert", "somebody/gated", "no"],
+        ["convert", "nobody/model", "no"],
+        ["convert", "somebody/pickled", "no"],
+    ]
+    with tiny_hub.serving({"somebody/model": base, "somebody/pickled": pickled}) as hub:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+        environment |= {"NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        result = subprocess.run(
+            [sys.executable, "-c", SEVERAL, json.dumps(lines)],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stderr
+    ended = json.loads(result.stdout.splitlines()[-1])
+    assert [code for code, _, _ in ended] == [0, 0, 2, 2, 2, 2], ended
+    assert one_object(ended[0][1])["revision"] == tiny_hub.COMMIT
+    wanted = {path.relative_to(base).as_posix() for path in base.rglob("*") if path.is_file()}
+    wanted -= {"pytorch_model.bin", "modeling_special.py", "README.md", "model.fp16.safetensors"}
+    assert sorted(hub.served) == sorted([*wanted, "config.json"]), "each file once, and none that is not needed"
+    for folder in ("out", "again"):
+        PonderingForCausalLM.from_pretrained(tmp_path / folder)
+    refusals = ["no such revision", "is gated", "no such model on the Hub", "no weights"]
+    for words, (_, out, err) in zip(refusals, ended[2:], strict=True):
+        assert out == ""
+        assert len(err.splitlines()) == 1
+        assert words in err
+    assert not (tmp_path / "no").exists()
