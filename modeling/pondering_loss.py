@@ -4,7 +4,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from .pondering_readout import Readout, add_product, chunks, compute_dtype
+from .pondering_readout import Readout, add_product, chunks, compute_dtype, wide_dtype, zero_gradients
 
 
 def causal_lm_loss(logits, labels, num_items_in_batch=None, ignore_index=-100, shift_labels=None):
@@ -41,11 +41,9 @@ def _loss_and_gradients(hidden_states, weight, bias, labels, cap, factor, ignore
     """The summed loss and the gradients of hidden states, weight and bias that are needed, None for the others."""
     hidden, rows = hidden_states.to(dtype), weight.to(dtype)
     readout = Readout(rows, bias if bias is None else bias.to(dtype), cap, factor)
-    wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-    total = hidden.new_zeros((), dtype=wide)
+    total = hidden.new_zeros((), dtype=wide_dtype(dtype))
     hidden_gradient = torch.empty_like(hidden) if needs[0] else None
-    weight_gradient = torch.zeros_like(rows, dtype=wide) if needs[1] else None
-    bias_gradient = torch.zeros_like(bias, dtype=wide) if needs[2] else None
+    weight_gradient, bias_gradient = zero_gradients((rows, readout.bias), needs[1:])
     for part in chunks(hidden, len(rows)):
         scores = readout.scores(hidden[part])
         logits = readout.finish(scores)

@@ -53,6 +53,19 @@ def chunks(hidden_states, vocab_size):
         yield slice(first, first + size)
 
 
+def wide_dtype(dtype):
+    """What sums over many chunks are kept in: half precision would lose the small terms."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def zero_gradients(tensors, needed):
+    """A buffer of zeros, in `wide_dtype`, for each tensor whose gradient is needed, None for the others."""
+    return [
+        torch.zeros_like(tensor, dtype=wide_dtype(tensor.dtype)) if is_needed else None
+        for tensor, is_needed in zip(tensors, needed, strict=True)
+    ]
+
+
 def compute_dtype(tensor):
     """The dtype that autocast would multiply this tensor's matrices in, or its own where autocast is off."""
     device_type = tensor.device.type

@@ -10,7 +10,7 @@ embedding table. A (tokens, vocabulary) tensor exists for one chunk at a time on
 import torch
 from torch.autograd.function import once_differentiable
 
-from .pondering_readout import Readout, add_product, chunks, compute_dtype
+from .pondering_readout import Readout, add_product, chunks, compute_dtype, wide_dtype, zero_gradients
 
 
 class _VocabularyEmbedding(torch.autograd.Function):
@@ -40,12 +40,10 @@ class _VocabularyEmbedding(torch.autograd.Function):
         readout = Readout(rows, bias if bias is None else bias.to(dtype), cap, factor)
         gradient = gradient.to(dtype)
         needs = ctx.needs_input_grad
-        # Sums over many chunks: half precision would lose the small ones.
-        wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+        wide = wide_dtype(dtype)
         hidden_gradient = torch.empty_like(hidden) if needs[0] else None
-        weight_gradient = torch.zeros_like(rows, dtype=wide) if needs[1] else None
-        bias_gradient = torch.zeros_like(bias, dtype=wide) if needs[2] else None
-        table_gradient = torch.zeros_like(values, dtype=wide) if needs[3] else None
+        buffers = zero_gradients((rows, readout.bias, values), needs[1:4])
+        weight_gradient, bias_gradient, table_gradient = buffers
         mean = (gradient.to(wide) * embedding.to(wide)).sum(-1, keepdim=True)
         for part in chunks(hidden, len(table)):
             scores = readout.scores(hidden[part])
@@ -64,7 +62,7 @@ class _VocabularyEmbedding(torch.autograd.Function):
                 torch.mm(score_gradient, rows, out=hidden_gradient[part])
             if needs[1]:
                 add_product(weight_gradient, score_gradient, hidden[part])
-        gradients = (hidden_gradient, weight_gradient, bias_gradient, table_gradient)
+        gradients = (hidden_gradient, *buffers)
         inputs = (hidden_states, weight, bias, table)
         return *(g if g is None else g.to(i.dtype) for g, i in zip(gradients, inputs, strict=True)), None, None, None
 

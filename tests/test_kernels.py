@@ -49,7 +49,7 @@ def plain(hidden, readout, table, temperature, top_k):
     return plain_embedding(readout.finish(readout.scores(hidden)), table, temperature, top_k)
 
 
-def compare(tensors, function, reference, tolerance):
+def check_against(tensors, function, reference, tolerance):
     """Values and gradients of two functions of the same leaves, against the reference computed in float64."""
     wide = [None if tensor is None else tensor.detach().double().requires_grad_() for tensor in tensors]
     if tensors[3] is tensors[1]:
@@ -71,7 +71,7 @@ def compare(tensors, function, reference, tolerance):
 @pytest.mark.parametrize("top_k", TOP_K, ids="K={}".format)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_embedding_equals_plain(dtype, tokens, top_k, tied):
-    compare(
+    check_against(
         leaves(tokens, dtype, tied),
         lambda h, w, b, e: fast(h, Readout(w), e, 0.7, top_k),
         lambda h, w, b, e: plain(h, Readout(w), e, 0.7, top_k),
@@ -83,7 +83,7 @@ def test_embedding_equals_plain(dtype, tokens, top_k, tied):
 @pytest.mark.parametrize("tokens", [1, 63, 257], ids="T={}".format)
 @pytest.mark.parametrize("top_k", [None, VOCAB_SIZE], ids="K={}".format)
 def test_embedding_in_bfloat16(tokens, top_k):
-    compare(
+    check_against(
         leaves(tokens, torch.bfloat16),
         lambda h, w, b, e: fast(h, Readout(w), e, 1.0, top_k),
         lambda h, w, b, e: plain(h, Readout(w), e, 1.0, top_k),
@@ -113,7 +113,7 @@ def test_top_k_in_bfloat16_equals_plain_in_bfloat16(top_k):
 @pytest.mark.parametrize("top_k", TOP_K, ids="K={}".format)
 def test_heads(head, top_k):
     settings = {key: value for key, value in head.items() if key != "bias"}
-    compare(
+    check_against(
         leaves(33, torch.float64, bias=head.get("bias", False)),
         lambda h, w, b, e: fast(h, Readout(w, b, **settings), e, 1.3, top_k),
         lambda h, w, b, e: plain(h, Readout(w, b, **settings), e, 1.3, top_k),
@@ -154,7 +154,7 @@ def test_autocast(top_k):
             return fast(hidden, Readout(weight), table, 1.0, top_k)
 
     if top_k is None:
-        compare(tensors, under_autocast, lambda h, w, b, e: plain(h, Readout(w), e, 1.0, None), 3e-2)
+        check_against(tensors, under_autocast, lambda h, w, b, e: plain(h, Readout(w), e, 1.0, None), 3e-2)
     else:  # bfloat16 chooses other tokens here and there: most rows agree with the exact choice
         result = under_autocast(*tensors)
         result.sum().backward()
@@ -274,7 +274,7 @@ def test_loss_equals_plain(dtype, head, arguments):
         readout = Readout(weight, bias, **settings)
         return causal_lm_loss(readout.finish(readout.scores(hidden.view(3, 21, -1))), labels, **arguments)
 
-    compare((hidden, weight, bias, None), linear, whole, TOLERANCE[dtype])
+    check_against((hidden, weight, bias, None), linear, whole, TOLERANCE[dtype])
 
 
 def test_loss_gradcheck():
