@@ -19,6 +19,8 @@ from .writer import check_destination, check_space, whole_folder
 
 
 SHARD_SIZE = "5GB"
+# Buffers that transformers once saved and that not every class lists as ignored.
+_BUFFERS = (r"\.masked_bias$", r"rotary_emb\.inv_freq$")
 
 
 def convert(source, destination, *, overwrite=False, max_shard_size=SHARD_SIZE, revision=None, **pondering_fields):
@@ -52,9 +54,8 @@ def convert(source, destination, *, overwrite=False, max_shard_size=SHARD_SIZE, 
             f"{found.name} is a pondering checkpoint already: use it as it is, or get its plain backbone first, with "
             f"`ponder-hf export {found.name} DEST`"
         )
-    authors_fields, model_class = _understand(found, pondering_fields)
-    ignored = [*(model_class._keys_to_ignore_on_load_unexpected or ()), *map(re.escape, AUTHORS_WEIGHTS)]
-    dtype = stored_dtype(found, [*ignored, r"rotary_emb\.inv_freq$"])
+    authors_fields, empty_model = _understand(found, pondering_fields)
+    dtype = stored_dtype(found, _unused(found.tensors, empty_model))
     names = travelling_files(found.folder)
     check_space(path, found.num_bytes)
     with reading(found.name), fitting(found.name):
@@ -78,14 +79,28 @@ def convert(source, destination, *, overwrite=False, max_shard_size=SHARD_SIZE, 
 
 
 def _understand(found, pondering_fields):
-    """What an authors' checkpoint says of pondering, and the backbone's class; raise if none can be built."""
+    """What an authors' checkpoint says of pondering, and the backbone without weights; raise if none can be built."""
     with understanding(found.name):
         base_config, authors_fields = read_base_config(found.folder)
         PonderingConfig(base_config, **{**authors_fields, **pondering_fields})
         model_class = backbone_class(base_config)
         with torch.device("meta"):
-            model_class(base_config)
-    return authors_fields, model_class
+            empty_model = model_class(base_config)
+    return authors_fields, empty_model
+
+
+def _unused(names, empty_model):
+    """Those of the stored `names` that are no weights: the model's class ignores them, or they are dropped here."""
+    expected = set(empty_model.state_dict())
+    prefix = empty_model.base_model_prefix
+    ignored = (*(empty_model._keys_to_ignore_on_load_unexpected or ()), *_BUFFERS, *map(re.escape, AUTHORS_WEIGHTS))
+    return {
+        name
+        for name in names
+        if any(re.search(pattern, name) for pattern in ignored)
+        # The patterns are loose: "attn.bias", a mask of GPT-2's, is also found in "c_attn.bias", a weight.
+        and not {name, f"{prefix}.{name}"} & expected
+    }
 
 
 def _name_tokenizer(config, found):

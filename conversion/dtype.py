@@ -1,6 +1,5 @@
 """The dtype of a checkpoint's weights: what is stored, not what config.json says."""
 
-import re
 from functools import reduce
 
 import torch
@@ -12,18 +11,17 @@ from ponder_hf import PonderingError
 FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def stored_dtype(source, ignored=()):
+def stored_dtype(source, unused=()):
     """The dtype to load `source` in so that no weight loses anything: the widest of those that are stored.
 
     Args:
         source: a Source.
-        ignored: regular expressions for names of stored tensors that the model does not use, such as the mask buffers
-            in old checkpoints, whose dtype is no weight's.
+        unused: names of stored tensors that are no weights of the model, such as the mask buffers of old checkpoints.
 
     Raises:
         PonderingError: the weights are quantised, or none is a floating-point number.
     """
-    used = {name: tensor for name, tensor in source.tensors.items() if not _matches(name, ignored)}
+    used = {name: tensor for name, tensor in source.tensors.items() if name not in unused}
     for name, tensor in used.items():
         if tensor.dtype.startswith(("F8", "F4", "F6")):
             raise PonderingError(
@@ -33,7 +31,3 @@ def stored_dtype(source, ignored=()):
     if not dtypes:
         raise PonderingError(f"{source.name} holds no floating-point weights: it is not a language model's checkpoint")
     return reduce(torch.promote_types, dtypes)
-
-
-def _matches(name, patterns):
-    return any(re.search(pattern, name) for pattern in patterns)

@@ -25,6 +25,14 @@ AUTHORS_FLAGS = {
 }
 # Weights of theirs that no forward pass uses.
 AUTHORS_WEIGHTS = {"adapter.weight": None}
+# Causal masks and rotary frequencies that transformers once saved as buffers; a model makes its own.
+_LEGACY_BUFFERS = (
+    ".attn.bias",
+    ".attn.masked_bias",
+    ".attention.bias",
+    ".attention.masked_bias",
+    ".rotary_emb.inv_freq",
+)
 
 # Fields that configuration files have carried over the years and that transformers still reads or ignores.
 _LEGACY_FIELDS = frozenset(
@@ -97,18 +105,30 @@ def load_backbone(source, base_config, **loading):
     """The plain model in `source`, every weight accounted for; safetensors only.
 
     Raises:
-        PonderingError: the checkpoint lacks a weight, or has one that the model does not know.
+        PonderingError: the checkpoint lacks a weight, or has one of another shape or one that the model does not know.
     """
     loading.setdefault("dtype", "auto")
     backbone, report = AutoModelForCausalLM.from_pretrained(
-        source, config=base_config, use_safetensors=True, output_loading_info=True, **loading
+        source,
+        config=base_config,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # so that they are reported, and raised below
+        **loading,
     )
+    for key, stored, expected in sorted(report["mismatched_keys"]):
+        raise PonderingError(
+            f"{source} has the weight {key} with shape {tuple(stored)}, where its config.json means "
+            f"{tuple(expected)}: get both from the same checkpoint"
+        )
     missing = sorted(report["missing_keys"])
     if missing:
         raise PonderingError(
             f"{source} lacks {_some(missing)}: it is not a whole {type(backbone).__name__} checkpoint"
         )
-    unknown = sorted(key for key in report["unexpected_keys"] if key not in AUTHORS_WEIGHTS)
+    unknown = sorted(
+        key for key in report["unexpected_keys"] if key not in AUTHORS_WEIGHTS and not key.endswith(_LEGACY_BUFFERS)
+    )
     if unknown:
         raise PonderingError(f"{source} has {_some(unknown)}, which {type(backbone).__name__} does not know")
     return backbone

@@ -1,67 +1,19 @@
 """Bad input: exit code 2, one line that says what is wrong and what to do, and nothing left behind."""
 
-import errno
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 
-import checkpoints
 import pytest
-import safetensors.torch
 import tiny
 import torch
 from checkpoints import change_config, change_tensors, listing
 from transformers import T5Config
 
-from ponder_hf import conversion
 
-
-@pytest.fixture(scope="module")
-def made_once(tmp_path_factory):
-    """A plain checkpoint `base` (GPT-NeoX with a tokenizer, in two shards `sharded`) and a `pondering` one."""
-    folder = tmp_path_factory.mktemp("made once")
-    torch.manual_seed(0)
-    checkpoints.save_base(folder / "base", tokenizer=True)
-    checkpoints.save_base(folder / "sharded", shard_size="60KB")
-    conversion.convert(folder / "base", folder / "pondering")
-    return folder
-
-
-@pytest.fixture
-def place(made_once, tmp_path, monkeypatch):
-    """A fresh copy of those three, in the current folder."""
-    shutil.copytree(made_once, tmp_path / "place")
-    monkeypatch.chdir(tmp_path / "place")
-    return tmp_path / "place"
-
-
-@pytest.fixture
-def refuse(place, capsys):
-    """Run a command line that must be refused. Returns the one line without its `ponder-hf: error: `."""
-
-    def run(*arguments, words=()):
-        before = listing(place.parent)
-        capsys.readouterr()
-        code = checkpoints.run(*arguments)
-        output = capsys.readouterr()
-        return refused(code, output.out, output.err, before, listing(place.parent), words)
-
-    return run
-
-
-def refused(code, out, err, before, after, words):
-    assert code == 2, err
-    assert out == ""
-    assert err.endswith("\n")
-    (line,) = err.splitlines()
-    assert line.startswith("ponder-hf: error: ")
-    assert after == before, "something was left behind or changed"
-    for word in words:
-        assert word in line
-    return line.removeprefix("ponder-hf: error: ")
+pytest_plugins = ["refusals"]
 
 
 # Sources that are no checkpoint, or a broken one. Each function spoils the copy and gives back the source to name.
@@ -359,189 +311,7 @@ def test_a_folder_without_permission(place, refuse):
     refuse("convert", "base", "locked/out", words=["locked"])
 
 
-SAVED = {
-    "pondering_steps: 'three'": ({"pondering_steps": "three"}, "`pondering_steps`"),
-    "pondering_top_k: 1000": ({"pondering_top_k": 1000}, "`pondering_top_k`"),
-    "unknown field": ({"pondering_stops": 3}, "did you mean `pondering_steps`"),
-    "newer format": ({"pondering_format_version": 99}, "newer ponder_hf"),
-    "base_config: 3": ({"base_config": 3}, "`base_config`"),
-    "base_config without model_type": ({"base_config": {}}, "`base_config`"),
-}
-
-
-@pytest.mark.parametrize("case", SAVED)
-@pytest.mark.parametrize("command", ["export", "generate", "doctor"])
-def test_a_saved_configuration_that_cannot_be(place, refuse, command, case):
-    fields, words = SAVED[case]
-    change_config(place / "pondering", **fields)
-    rest = {"export": ["pondering", "out"], "generate": ["pondering", "--prompt", "cat"]}
-    line = refuse(command, *rest.get(command, ["--checkpoint", "pondering"]), words=[words])
-    assert line.startswith("config.json of pondering: ")
-
-
-def test_a_saved_backbone_that_cannot_be(place, refuse):
-    saved = json.loads((place / "pondering/config.json").read_text())["base_config"]
-    change_config(place / "pondering", base_config={**saved, "hidden_size": "big"})
-    refuse("export", "pondering", "out", words=["config.json of pondering", "hidden_size"])
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda t: t.pop("backbone.embed_out.weight"), "lacks the weight backbone.lm_head.weight"),
-        (lambda t: t.update({"backbone.more": torch.ones(1)}), "has the weight backbone.more"),
-        (lambda t: t.update({"backbone.embed_out.weight": torch.ones(9, 32)}), "lm_head.weight with shape (9, 32)"),
-    ],
-    ids=["missing", "unknown", "another shape"],
-)
-def test_weights_that_do_not_fit_a_pondering_configuration(place, refuse, change, words):
-    change_tensors(place / "pondering", change)
-    refuse("export", "pondering", "out", words=[words])
-    refuse("generate", "pondering", "--prompt", "cat", words=[words])
-
-
-def test_export_of_a_plain_checkpoint(refuse):
-    refuse("export", "base", "out", words=["plain checkpoint already"])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["base", "--prompt", "cat"], "ponder-hf convert base"),
-        (["nothing/here", "--prompt", "cat"], "nothing/here"),
-        (["pondering", "--prompt", ""], "prompt is empty"),
-        (["pondering", "--prompt", " \n"], "prompt is empty"),
-        (["pondering"], "--prompt"),
-        (["pondering", "--prompt", "cat", "--pondering-steps", "-1"], "--pondering-steps"),
-        (["pondering", "--prompt", "cat", "--pondering-steps", "x"], "--pondering-steps"),
-        (["pondering", "--prompt", "cat", "--max-new-tokens", "0"], "--max-new-tokens"),
-        (["pondering", "--prompt", "cat", "--max-new-tokens", "64"], "--max-new-tokens 63"),
-        (["pondering", "--prompt", "cat " * 64], "shorter"),
-        (["pondering", "--prompt", "cat", "--temperature", "0"], "--temperature"),
-        (["pondering", "--prompt", "cat", "--temperature", "nan"], "--temperature"),
-        (["pondering", "--prompt", "cat", "--top-p", "1.5"], "--top-p"),
-    ],
-    ids=" ".join,
-)
-def test_generate_refuses(refuse, arguments, words):
-    refuse("generate", *arguments, words=[words])
-
-
-def break_tokenizer(place):
-    path = place / "pondering/tokenizer.json"
-    path.write_text(path.read_text().replace('"WordLevel"', '"Nothing"'))
-
-
-def empty_tokenizer(place):
-    (place / "pondering/tokenizer.json").write_text("{}")
-
-
-def remove_tokenizer(place):
-    for path in (place / "pondering").glob("*"):
-        if "token" in path.name or "chat" in path.name:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def foreign_tokenizer(place):
-    path = place / "pondering/tokenizer.json"
-    path.write_text(re.sub(r'"cat": \d+', '"cat": 4321', path.read_text()))
-
-
-@pytest.mark.parametrize(
-    ("spoil", "words"),
-    [
-        (break_tokenizer, ["the tokenizer of pondering cannot be used"]),
-        (empty_tokenizer, ["the tokenizer of pondering cannot be used"]),
-        (remove_tokenizer, ["has no tokenizer"]),
-        (foreign_tokenizer, ["token id 4321", f"{tiny.VOCAB_SIZE} entries"]),
-    ],
-    ids=["broken", "empty", "none", "ids that the model does not have"],
-)
-def test_generate_with_a_tokenizer_that_cannot_be(place, refuse, spoil, words):
-    spoil(place)
-    refuse("generate", "pondering", "--prompt", "one cat", words=words)
-
-
-def fail_at(monkeypatch, function, error, call):
-    """Have `function` of safetensors.torch, through which transformers writes, write half a file and then fail."""
-    original, calls = getattr(safetensors.torch, function), []
-
-    def failing(tensors, filename, metadata=None):
-        calls.append(filename)
-        original(tensors, filename, metadata=metadata)
-        if len(calls) == call:
-            os.truncate(filename, os.path.getsize(filename) // 2)
-            raise error
-
-    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", failing)
-    return calls
-
-
-FULL_DISK = {
-    "ENOSPC": OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
-    "EDQUOT": OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
-    "as safetensors says it": safetensors.SafetensorError(
-        "Error while serializing: I/O error: No space left on device (os error 28)"
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", FULL_DISK)
-@pytest.mark.parametrize("overwrite", [False, True], ids=["new", "overwrite"])
-@pytest.mark.parametrize("command", ["convert", "export"])
-def test_a_disk_that_fills_up_in_the_middle(place, refuse, monkeypatch, command, overwrite, kind):
-    flags = ["--max-shard-size", "60KB"]
-    if overwrite:
-        filled(place, source=None)
-        flags.append("--overwrite")
-    calls = fail_at(monkeypatch, "save_file", FULL_DISK[kind], call=2)
-    source = {"convert": "base", "export": "pondering"}[command]
-    refuse(command, source, "out" if overwrite else "new/folders/out", *flags, words=["no space left", "another disk"])
-    assert len(calls) == 2
-
-
-def test_a_disk_that_is_too_small_from_the_start(place, refuse, monkeypatch):
-    usage = shutil.disk_usage(place)._replace(free=1000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
-    refuse("convert", "base", "out", words=["no space left", "1,000 are free"])
-
-
-def test_a_disk_that_fails(place, refuse, monkeypatch):
-    fail_at(monkeypatch, "save_file", OSError(errno.EIO, os.strerror(errno.EIO)), call=1)
-    refuse("convert", "base", "out", words=["cannot write out", "Input/output error"])
-
-
-def test_a_small_disk_of_its_own(place, capsys, monkeypatch):
-    """A real file system of 300 KB; the space check is told otherwise, so that writing itself must fail."""
-    disk = place / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode != 0:
-        pytest.skip("mounting a small tmpfs needs Linux and the superuser")
-    try:
-        usage = shutil.disk_usage(disk)
-        before = listing(place)
-        for free in (usage.free, 10**12):
-            monkeypatch.setattr(shutil, "disk_usage", lambda folder, free=free: usage._replace(free=free))
-            (disk / "filler").write_bytes(b"x" * 200_000)
-            code = checkpoints.run("convert", "base", disk / "out")
-            output = capsys.readouterr()
-            (disk / "filler").unlink()
-            refused(code, output.out, output.err, before, listing(place), ["no space left"])
-        assert checkpoints.run("convert", "base", disk / "out") == 0, "without the filler it fits"
-    finally:
-        subprocess.run(["umount", str(disk)], check=True, capture_output=True)
-
-
-def test_an_interruption_leaves_nothing(place, capsys, monkeypatch):
-    before = listing(place)
-    fail_at(monkeypatch, "save_file", KeyboardInterrupt(), call=1)
-    assert checkpoints.run("convert", "base", "new/out") == 130
-    assert capsys.readouterr().err == "ponder-hf: interrupted\n"
-    assert listing(place) == before
-
-
-def test_through_a_real_process(place):
+def test_through_a_real_process(place, assert_refused):
     """What the other tests see in this process is what a shell sees."""
     truncated(place)
     before = listing(place)
@@ -551,4 +321,4 @@ def test_through_a_real_process(place):
         result = subprocess.run(
             [*command, "convert", source, "out"], cwd=place, env=environment, capture_output=True, text=True
         )
-        refused(result.returncode, result.stdout, result.stderr, before, listing(place), [words])
+        assert_refused(result.returncode, result.stdout, result.stderr, before, listing(place), [words])

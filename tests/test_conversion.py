@@ -114,8 +114,11 @@ def test_files_travel_byte_for_byte(tmp_path):
     assert tokenizer.apply_chat_template(messages, tokenize=False) == "once upon\n"
 
 
-def test_a_tokenizer_whose_class_only_the_model_type_told(tmp_path, shared):
-    base = checkpoints.save_base(tmp_path / "base", "gpt2")
+@pytest.mark.parametrize("told_by", ["model_type", "config.json"])
+def test_a_tokenizer_whose_class_its_own_files_do_not_tell(tmp_path, shared, told_by):
+    base = checkpoints.save_base(tmp_path / "base", "gpt2" if told_by == "model_type" else "llama")
+    if told_by == "config.json":
+        checkpoints.change_config(base, tokenizer_class="GPT2Tokenizer")
     shutil.copyfile(shared / "data/tokenizers/gpt2/tokenizer.json", base / "tokenizer.json")
     (base / "tokenizer_config.json").write_text('{"model_max_length": 1024}')  # as in OpenAI's own repository
     convert(base, tmp_path / "pondering")
@@ -194,7 +197,10 @@ def test_a_missing_head_is_not_made_up(tmp_path):
 
 
 LEGACY = {
-    "gpt2": {"transformer.h.0.attn.bias": torch.ones(1, 1, 64, 64)},
+    "gpt2": {
+        "transformer.h.0.attn.bias": torch.ones(1, 1, 64, 64),
+        "transformer.h.1.attn.masked_bias": torch.tensor(-1e4),
+    },
     "gpt_neox": {
         "gpt_neox.layers.0.attention.bias": torch.ones(1, 1, 64, 64, dtype=torch.bool),
         "gpt_neox.layers.0.attention.masked_bias": torch.tensor(-1e9),
@@ -212,6 +218,15 @@ def test_mask_buffers_of_old_checkpoints_are_no_weights(tmp_path, model_type):
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float16)
     pondering = PonderingForCausalLM.from_pretrained(tmp_path / "pondering", dtype="auto")
     assert torch.equal(logits_of(pondering), logits_of(plain))
+
+
+def test_a_weight_that_is_named_like_a_mask_buffer_counts(tmp_path):
+    base = checkpoints.save_base(tmp_path / "base", "gpt2", torch.float16)
+    name = "transformer.h.0.attn.c_attn.bias"
+    checkpoints.change_tensors(base, lambda tensors: tensors.update({name: tensors[name].float() + 1e-7}))
+    assert convert(base, tmp_path / "pondering")["dtype"] == "float32"
+    found = checkpoints.stored(tmp_path / "pondering")[f"backbone.{name}"]
+    assert torch.equal(found, checkpoints.stored(base)[name])
 
 
 def test_names_without_the_prefix_of_the_decoder(tmp_path):

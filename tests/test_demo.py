@@ -73,7 +73,7 @@ def plain_passes(model, blocks):
 @pytest.mark.parametrize("limit", [1, 4_000, 1 << 24], ids=["one row", "some rows", "all rows"])
 def test_evaluate_passes_is_the_mean_over_all_tokens(monkeypatch, limit):
     monkeypatch.setattr(training, "_LARGEST_OUTPUT", limit)
-    model = tiny.pondering_model(pondering_steps=2)
+    model = tiny.pondering_model("gpt2", base_changes={"embd_pdrop": 0.5}, pondering_steps=2)
     blocks = blocks_of_ids(7, 9)
     with torch.no_grad():
         expected = plain_passes(model, blocks)

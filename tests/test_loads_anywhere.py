@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -168,6 +169,16 @@ def test_ponder_hf_itself_never_runs_the_folders_code(folder, tmp_path, capsys):
     assert checkpoints.run("generate", broken, "--prompt", "once upon a", "--max-new-tokens", 3, "--json") == 0
     assert json.loads(capsys.readouterr().out)["new_tokens"] <= 3
     assert checkpoints.run("export", broken, tmp_path / "plain") == 0
+
+
+def test_a_tokenizer_that_needs_code_is_refused(folder, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path / "copy")
+    path = tmp_path / "copy/tokenizer_config.json"
+    fields = {"tokenizer_class": "Special", "auto_map": {"AutoTokenizer": ["tokenization_special.Special", None]}}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    (tmp_path / "copy/tokenization_special.py").write_text("raise SystemExit('the code of the folder ran')")
+    assert checkpoints.run("generate", tmp_path / "copy", "--prompt", "once upon a") == 2
+    assert "the tokenizer of" in capsys.readouterr().err
 
 
 def test_the_tests_own_model_really_ponders(folder):

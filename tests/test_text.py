@@ -73,6 +73,15 @@ def test_pieces_end_with_lines_and_know_where_they_begin(tmp_path, monkeypatch):
     assert found[0] == Piece("The cat sat.\n", path, 1, True)
 
 
+def test_long_documents_of_jsonl_are_cut_at_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "PIECE_SIZE", 24)
+    found = list(read_text([write(tmp_path / "a.jsonl", rows("x", STORY * 3))]))
+    assert "".join(piece.text for piece in found) == "x" + STORY * 3
+    assert [piece.text for piece in found[1:-1] if not piece.text.endswith("\n")] == []
+    assert [piece.starts_document for piece in found] == [True, True] + [False] * (len(found) - 2)
+    assert {piece.line for piece in found[1:]} == {2}
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 7])
 def test_characters_of_several_bytes_are_never_cut(tmp_path, monkeypatch, size):
     monkeypatch.setattr(text, "PIECE_SIZE", size)
@@ -128,11 +137,17 @@ def test_line_of_a_bad_byte_far_into_a_file(tmp_path):
         list(read_text([path]))
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:-20], lambda data: data[:40] + b"\0" * 9 + data[49:], b"plain"])
+@pytest.mark.parametrize("damage", ["cut", "another length", "garbage inside", "not gzip"])
 def test_damaged_gzip_file(tmp_path, damage):
-    data = gzip.compress(STORY.encode() * 50 + bytes(range(32, 127)) * 9)
+    data = gzip.compress(STORY.encode() * 50)
+    damaged = {
+        "cut": data[:-20],
+        "another length": data[:-1] + b"\x7f",
+        "garbage inside": data[:10] + b"\xff" * 20 + data[30:],
+        "not gzip": STORY.encode(),
+    }
     path = tmp_path / "a.txt.gz"
-    path.write_bytes(damage if isinstance(damage, bytes) else damage(data))
+    path.write_bytes(damaged[damage])
     with pytest.raises(PonderingError, match=r"a.txt.gz is not a whole gzip file"):
         list(read_text([path]))
 

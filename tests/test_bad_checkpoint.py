@@ -1,0 +1,116 @@
+"""Pondering checkpoints that are broken, and calls of generate that cannot be: refused as all bad input is."""
+
+import json
+import re
+import shutil
+
+import pytest
+import tiny
+import torch
+from checkpoints import change_config, change_tensors
+
+
+pytest_plugins = ["refusals"]
+
+
+SAVED = {
+    "pondering_steps: 'three'": ({"pondering_steps": "three"}, "`pondering_steps`"),
+    "pondering_top_k: 1000": ({"pondering_top_k": 1000}, "`pondering_top_k`"),
+    "unknown field": ({"pondering_stops": 3}, "did you mean `pondering_steps`"),
+    "newer format": ({"pondering_format_version": 99}, "newer ponder_hf"),
+    "base_config: 3": ({"base_config": 3}, "`base_config`"),
+    "base_config without model_type": ({"base_config": {}}, "`base_config`"),
+}
+
+
+@pytest.mark.parametrize("case", SAVED)
+@pytest.mark.parametrize("command", ["export", "generate", "doctor"])
+def test_a_saved_configuration_that_cannot_be(place, refuse, command, case):
+    fields, words = SAVED[case]
+    change_config(place / "pondering", **fields)
+    rest = {"export": ["pondering", "out"], "generate": ["pondering", "--prompt", "cat"]}
+    line = refuse(command, *rest.get(command, ["--checkpoint", "pondering"]), words=[words])
+    assert line.startswith("config.json of pondering: ")
+
+
+def test_a_saved_backbone_that_cannot_be(place, refuse):
+    saved = json.loads((place / "pondering/config.json").read_text())["base_config"]
+    change_config(place / "pondering", base_config={**saved, "hidden_size": "big"})
+    refuse("export", "pondering", "out", words=["config.json of pondering", "hidden_size"])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.pop("backbone.embed_out.weight"), "lacks the weight backbone.lm_head.weight"),
+        (lambda t: t.update({"backbone.more": torch.ones(1)}), "has the weight backbone.more"),
+        (lambda t: t.update({"backbone.embed_out.weight": torch.ones(9, 32)}), "lm_head.weight with shape (9, 32)"),
+    ],
+    ids=["missing", "unknown", "another shape"],
+)
+def test_weights_that_do_not_fit_a_pondering_configuration(place, refuse, change, words):
+    change_tensors(place / "pondering", change)
+    refuse("export", "pondering", "out", words=[words])
+    refuse("generate", "pondering", "--prompt", "cat", words=[words])
+
+
+def test_export_of_a_plain_checkpoint(refuse):
+    refuse("export", "base", "out", words=["plain checkpoint already"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["base", "--prompt", "cat"], "ponder-hf convert base"),
+        (["nothing/here", "--prompt", "cat"], "nothing/here"),
+        (["pondering", "--prompt", ""], "prompt is empty"),
+        (["pondering", "--prompt", " \n"], "prompt is empty"),
+        (["pondering"], "--prompt"),
+        (["pondering", "--prompt", "cat", "--pondering-steps", "-1"], "--pondering-steps"),
+        (["pondering", "--prompt", "cat", "--pondering-steps", "x"], "--pondering-steps"),
+        (["pondering", "--prompt", "cat", "--max-new-tokens", "0"], "--max-new-tokens"),
+        (["pondering", "--prompt", "cat", "--max-new-tokens", "64"], "--max-new-tokens 63"),
+        (["pondering", "--prompt", "cat " * 64], "shorter"),
+        (["pondering", "--prompt", "cat", "--temperature", "0"], "--temperature"),
+        (["pondering", "--prompt", "cat", "--temperature", "nan"], "--temperature"),
+        (["pondering", "--prompt", "cat", "--top-p", "1.5"], "--top-p"),
+    ],
+    ids=" ".join,
+)
+def test_generate_refuses(refuse, arguments, words):
+    refuse("generate", *arguments, words=[words])
+
+
+def break_tokenizer(place):
+    path = place / "pondering/tokenizer.json"
+    path.write_text(path.read_text().replace('"WordLevel"', '"Nothing"'))
+
+
+def empty_tokenizer(place):
+    (place / "pondering/tokenizer.json").write_text("{}")
+
+
+def remove_tokenizer(place):
+    for path in (place / "pondering").glob("*"):
+        if "token" in path.name or "chat" in path.name:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def foreign_tokenizer(place):
+    path = place / "pondering/tokenizer.json"
+    path.write_text(re.sub(r'"cat": \d+', '"cat": 4321', path.read_text()))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (break_tokenizer, ["the tokenizer of pondering cannot be used"]),
+        (empty_tokenizer, ["the tokenizer of pondering cannot be used"]),
+        (remove_tokenizer, ["has no tokenizer"]),
+        (foreign_tokenizer, ["token id 4321", f"{tiny.VOCAB_SIZE} entries"]),
+    ],
+    ids=["broken", "empty", "none", "ids that the model does not have"],
+)
+def test_generate_with_a_tokenizer_that_cannot_be(place, refuse, spoil, words):
+    spoil(place)
+    refuse("generate", "pondering", "--prompt", "one cat", words=words)
