@@ -49,7 +49,7 @@ class Shape:
             top_k = self.top_k if variant.startswith("top") else None
             model = PonderingForCausalLM.from_base(model, pondering_steps=self.steps, pondering_top_k=top_k)
         if variant.endswith("checkpointed"):
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
         tokens = torch.randint(0, self.vocab_size, (self.batch, self.length))
 

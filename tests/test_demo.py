@@ -213,7 +213,10 @@ def test_experiment_is_fair_and_repeats_itself(tmp_path, monkeypatch):
     assert [label for label, _, _ in calls[:3]] == ["base", "control", "pondering"]
     assert torch.equal(control_rows, pondering_rows)
     assert control_arguments == pondering_arguments
-    assert torch.equal(torch.cat([base_rows, control_rows]), experiment.take(setup_rows(tmp_path, 3), 0, 40).rows)
+    setup = small_setup(tmp_path, seed=3)
+    assert torch.equal(torch.cat([base_rows, control_rows]), experiment.take(setup.training, 0, 40).rows)
+    assert not torch.equal(setup.training.rows, small_setup(tmp_path, seed=4).training.rows)
+    assert control_arguments["seed"] == 3
     assert first.converted_losses[0] == pytest.approx(first.base_loss, abs=1e-6)
     assert first.control_loss < first.base_loss
     assert first.pondering_losses == second.pondering_losses
@@ -221,10 +224,6 @@ def test_experiment_is_fair_and_repeats_itself(tmp_path, monkeypatch):
     assert first.control_loss != other.control_loss
     weights = dict(first.pondering.named_parameters())
     assert all(torch.equal(weights[name], tensor) for name, tensor in second.pondering.named_parameters())
-
-
-def setup_rows(tmp_path, seed):
-    return small_setup(tmp_path, seed=seed).training
 
 
 # The whole demo
@@ -313,6 +312,18 @@ def test_checkpoint_loads_and_gives_the_held_out_loss(demo):
 def test_repeat_command_is_one_that_the_parser_takes(demo):
     results, _, _ = demo
     assert results["repeat"] == "ponder-hf demo --quick --steps 24 --base-steps 60"
+
+
+def test_diverged_training_ends_with_a_report(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "check_checkpoint", lambda *args, **job: FOUND | {"texts": list(job["prompts"])})
+    (tmp_path / "story.txt").write_text(STORY, encoding="utf-8")
+    sizes = {"--steps": 4, "--base-steps": 4, "--text": tmp_path / "story.txt", "--output": tmp_path / "out"}
+    words = [word for pair in sizes.items() for word in pair]
+    code, output, errors = call("demo", "--quick", "--json", "--learning-rate", "1e30", *words)
+    assert code == 0, errors
+    assert json.loads(output)["loss_difference"] is None
+    assert json.loads(output)["samples"] == []
+    assert "training diverged" in errors
 
 
 def test_own_base_and_text(tmp_path, monkeypatch):
@@ -406,7 +417,10 @@ def test_diverged_training_is_reported(demo):
     results = json.loads(json.dumps(demo[0]))
     results["loss_difference"] = results["held_out_loss"]["pondering"] = results["bits_per_byte"]["pondering"] = None
     results["loss_of_each_pass"]["pondering"] = [5.0, None, None, None]
-    results["curves"]["pondering"] = {"training": [[1, 5.0], [2, None]], "held_out": [[0, [5.0] * 4], [2, [None] * 4]]}
+    results["curves"]["pondering"] = {
+        "training": [[1, 5.0], [2, None]],
+        "held_out": [[0, [None] * 4], [2, [None] * 4]],
+    }
     assert "diverged" in report.write_report(results)
     assert "not a number" in report.summary(results)
     assert draw_curves(results).startswith(b"\x89PNG")

@@ -1,6 +1,7 @@
 """The demo's experiment: a base, the base trained on plainly (the control), and the base trained on pondering."""
 
 import copy
+import math
 import statistics
 import time
 from contextlib import contextmanager
@@ -216,6 +217,10 @@ class Outcome:
     @property
     def control_loss(self):
         return self.control_run.passes[-1][1][0]
+
+    @property
+    def diverged(self):
+        return not all(math.isfinite(loss) for loss in (self.control_loss, self.pondering_losses[-1]))
 
     @property
     def converted_losses(self):

@@ -79,6 +79,8 @@ def write_report(results):
         "samples_explanation": html.escape(
             "Both models continue the same prompts, sampled at temperature 0.8 with the same seed. Models as small as "
             "the demo's own write text that only looks right."
+            if results["samples"]
+            else "None: training diverged."
         ),
         "samples": "\n".join(_sample(sample) for sample in results["samples"]),
         "checkpoint_explanation": html.escape(_checkpoint_explanation(results)),

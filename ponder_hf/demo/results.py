@@ -14,13 +14,13 @@ import transformers
 from ponder_hf import __version__
 
 
-def gather(setup, plan, outcome, checked, control_texts, seconds):
+def gather(setup, plan, outcome, checked, samples, seconds):
     """Everything that the demo found out.
 
     Args:
         setup, plan, outcome: of prepare.py and experiment.py.
-        checked: what check_checkpoint gave.
-        control_texts: how the control continues the prompts.
+        checked: what check_checkpoint gave, without the texts.
+        samples: dicts of a prompt and how both models continue it.
         seconds: of each phase.
     """
     size, material = setup.size, setup.material
@@ -38,11 +38,8 @@ def gather(setup, plan, outcome, checked, control_texts, seconds):
         "bits_per_byte": {name: loss / math.log(2) / setup.bytes_per_token for name, loss in losses.items()},
         "loss_of_each_pass": {"converted": outcome.converted_losses, "pondering": outcome.pondering_losses},
         "tokens_per_second": {**rates, "ratio": rates["control"] / rates["pondering"]},
-        "samples": [
-            {"prompt": prompt, "control": control, "pondering": pondering}
-            for prompt, control, pondering in zip(setup.prompts, control_texts, checked["texts"], strict=True)
-        ],
-        "checkpoint": {key: checked[key] for key in ("class", "loss", "expected_loss", "same_bits")},
+        "samples": samples,
+        "checkpoint": checked,
         "base": _describe_base(setup, plan),
         "text": {
             "source": material.source,

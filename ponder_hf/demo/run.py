@@ -67,16 +67,21 @@ def _run(setup, folder, clock):
             outcome.pondering.save_pretrained(folder / CHECKPOINT)
             setup.tokenizer.save_pretrained(folder / CHECKPOINT)
             writing = {"seed": setup.options.seed, "max_new_tokens": _new_tokens(setup), **_SAMPLING}
-            control_texts = continuations(outcome.control, setup.tokenizer, setup.prompts, **writing)
+            prompts = () if outcome.diverged else setup.prompts  # there is nothing to sample from then
+            control_texts = continuations(outcome.control, setup.tokenizer, prompts, **writing)
             checked = check_checkpoint(
                 folder / CHECKPOINT,
                 outcome.pondering,
                 setup.watched.rows[:_CHECKED_ROWS].long(),
-                prompts=setup.prompts,
+                prompts=prompts,
                 threads=plan.threads,
                 writing=writing,
             )
-    results = gather(setup, plan, outcome, checked, control_texts, clock.seconds)
+    samples = [
+        {"prompt": prompt, "control": control, "pondering": pondering}
+        for prompt, control, pondering in zip(prompts, control_texts, checked.pop("texts"), strict=True)
+    ]
+    results = gather(setup, plan, outcome, checked, samples, clock.seconds)
     print("Writing the report.", file=sys.stderr, flush=True)
     (folder / CURVES).write_bytes(draw_curves(results))
     (folder / REPORT).write_text(write_report(results), encoding="utf-8")
