@@ -29,7 +29,7 @@ help: ## List the targets
 setup: $(STAMP) ## Make .venv with everything that demo, test, style and bench need
 
 demo: setup ## Train, convert and compare a small pondering model on real text (about five minutes)
-	$(VENV)/bin/ponder-hf demo $(DEMO_ARGS)
+	$(VENV)/bin/ponder-hf demo --overwrite $(DEMO_ARGS)
 
 test: setup ## Run the tests in two processes
 	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)

@@ -15,6 +15,8 @@ from ponder_hf.training import Blocks, train
 
 
 _FEWEST_STEPS = 8
+# The base is a model in the middle of its training: the rate falls only while the models after it train.
+_CONSTANT_RATE = {"lr_scheduler_type": "constant_with_warmup", "lr_scheduler_kwargs": {}}
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,8 @@ class Size:
     characters: int
     held_out_blocks: int
     evaluations: int
-    base_learning_rate: float = 4e-3
-    learning_rate: float = 2e-3  # of a base trained here, continued
-    given_learning_rate: float = 3e-4  # of a base that the user gave, continued
+    learning_rate: float = 4e-3  # of a base that is made here
+    given_learning_rate: float = 3e-4  # of a base that the user gave
     budget_seconds: float = 200.0  # for all training
 
     def tokens(self, steps):
@@ -240,7 +241,7 @@ def run_experiment(setup, plan):
     base_run = None
     if plan.base_steps:
         rows = take(setup.training, 0, plan.base_steps * size.batch_size)
-        arguments = trainer_arguments(size, plan.base_steps, size.base_learning_rate, seed)
+        arguments = trainer_arguments(size, plan.base_steps, size.learning_rate, seed) | _CONSTANT_RATE
         base_run = train(base, rows, "base     ", **arguments)
     pondering = PonderingForCausalLM.from_base(copy.deepcopy(base), **setup.options.pondering_fields)
     rows = take(setup.training, plan.base_steps * size.batch_size, plan.steps * size.batch_size)

@@ -191,9 +191,9 @@ def _settings(results):
     """(name, value) of everything that one needs to judge the numbers or to get them again."""
     settings, text, base = results["settings"], results["text"], results["base"]
     versions, machine = results["versions"], results["machine"]
-    rates = f"warm-up over 5 % of the steps, cosine to 10 % of the peak {settings['learning_rate']:g}"
+    rates = f"warm-up over 5 % of the steps to {settings['learning_rate']:g}, then cosine to 10 % of that"
     if base["learning_rate"]:
-        rates += f" (base {base['learning_rate']:g})"
+        rates = f"base: warm-up to {base['learning_rate']:g}, then constant; continued: {rates}"
     return [
         ("text", text["source"]),
         ("training text", f"{text['training_documents']:,} documents, {text['training_tokens']:,} tokens"),

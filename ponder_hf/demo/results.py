@@ -112,7 +112,7 @@ def _describe_base(setup, plan):
         "model_type": setup.base.config.model_type,
         "parameters": parameters,
         "tokens": None if setup.base_is_given else setup.size.tokens(plan.base_steps),
-        "learning_rate": None if setup.base_is_given else setup.size.base_learning_rate,
+        "learning_rate": None if setup.base_is_given else setup.size.learning_rate,
     }
 
 
