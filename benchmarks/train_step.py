@@ -22,6 +22,9 @@ from ponder_hf import PonderingForCausalLM
 from ponder_hf.modeling import modeling_pondering, pondering_embedding
 
 
+VARIANTS = ("top-K", "whole vocabulary", "top-K, checkpointed", "whole vocabulary, autograd")
+
+
 class Shape:
     """A model and a batch, read from the command line."""
 
@@ -91,6 +94,15 @@ def median_times(shape, variants, rounds):
     return {variant: statistics.median(values) for variant, values in times.items()}
 
 
+def own_peak_memory():
+    """Peak memory of this process in GB. Linux's ru_maxrss would begin at what the parent had when it forked."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM")) / 1e9
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
 def peak_memory(arguments, variant):
     """Peak memory in GB of a process that takes three steps of this variant."""
     command = [sys.executable, "-m", "benchmarks.train_step", "--memory-of", variant]
@@ -126,6 +138,9 @@ def main(argv=None):
     parser.add_argument("--pondering-steps", type=int, default=3)
     parser.add_argument("--top-k", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--variants", nargs="*", choices=VARIANTS, default=VARIANTS, help="rows beside the plain model"
+    )
     parser.add_argument("--no-memory", dest="memory", action="store_false")
     parser.add_argument("--grow", action="store_true", help="vary S, T and V in turn")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
@@ -134,13 +149,13 @@ def main(argv=None):
         step = Shape(arguments).step_of(arguments.memory_of)
         for _ in range(3):
             step()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+        print(own_peak_memory())
         return
     print(described())
     print("| what | S | batch | V | seconds a step | over (S+1) plain steps | peak memory, GB |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     if not arguments.grow:
-        table(arguments, ["top-K", "whole vocabulary", "top-K, checkpointed", "whole vocabulary, autograd"])
+        table(arguments, arguments.variants)
         return
     for name, values in (
         ("pondering_steps", (0, 1, 2, 4, 8)),

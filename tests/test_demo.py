@@ -278,6 +278,8 @@ def test_report_holds_the_numbers_and_needs_no_other_file(demo):
     for value in results["bits_per_byte"].values():
         assert f"{value:.3f}" in text
     assert report.verdict(results) in text
+    assert report.on_the_way(results) in text
+    assert report.on_the_way(results).endswith(f"{results['loss_difference']:+.3f}.")
     assert results["repeat"] in text
     assert results["versions"]["transformers"] in text
     assert all(sample["pondering"] in text for sample in results["samples"])
@@ -417,10 +419,9 @@ def test_diverged_training_is_reported(demo):
     results = json.loads(json.dumps(demo[0]))
     results["loss_difference"] = results["held_out_loss"]["pondering"] = results["bits_per_byte"]["pondering"] = None
     results["loss_of_each_pass"]["pondering"] = [5.0, None, None, None]
-    results["curves"]["pondering"] = {
-        "training": [[1, 5.0], [2, None]],
-        "held_out": [[0, [None] * 4], [2, [None] * 4]],
-    }
+    curve = results["curves"]["pondering"]
+    curve["training"][1:] = [[step, None] for step, _ in curve["training"][1:]]
+    curve["held_out"] = [[step, [None] * 4] for step, _ in curve["held_out"]]
     assert "diverged" in report.write_report(results)
     assert "not a number" in report.summary(results)
     assert draw_curves(results).startswith(b"\x89PNG")

@@ -41,6 +41,17 @@ def verdict(results):
     )
 
 
+def on_the_way(results):
+    """How the difference between the two models changed while they trained, in one sentence."""
+    held_out = [results["curves"][name]["held_out"] for name in ("pondering", "control")]
+    differences = [
+        f"{pondering[-1] - control[-1]:+.3f}"
+        for (_, pondering), (_, control) in zip(*held_out, strict=True)
+        if None not in (pondering[-1], control[-1])
+    ]
+    return f"Pondering model minus control, from the start of their training to its end: {', '.join(differences)}."
+
+
 def summary(results):
     """The results for a terminal, without colours."""
     rates = results["tokens_per_second"]
@@ -57,6 +68,7 @@ def summary(results):
             *lines,
             "",
             f"Loss of each pass of the pondering model: {passes}",
+            on_the_way(results),
             verdict(results),
             "",
             f"Report: {Path(output, 'report.html')}",
@@ -74,6 +86,7 @@ def write_report(results):
         "result_rows": _result_rows(results),
         "curves": _inline(draw_curves(results)),
         "dark_curves": _inline(draw_curves(results, dark=True)),
+        "on_the_way": html.escape(on_the_way(results)),
         "passes_explanation": html.escape(_passes_explanation(results)),
         "pass_rows": _pass_rows(results),
         "samples_explanation": html.escape(
