@@ -30,7 +30,7 @@ def place(made_once, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def refuse(place, capsys, assert_refused):
+def check_refused(place, capsys, assert_refused):
     """Run a command line that must be refused. Returns the one line without its `ponder-hf: error: `."""
 
     def run(*arguments, words=()):

@@ -25,18 +25,18 @@ SAVED = {
 
 @pytest.mark.parametrize("case", SAVED)
 @pytest.mark.parametrize("command", ["export", "generate", "doctor"])
-def test_a_saved_configuration_that_cannot_be(place, refuse, command, case):
+def test_a_saved_configuration_that_cannot_be(place, check_refused, command, case):
     fields, words = SAVED[case]
     change_config(place / "pondering", **fields)
     rest = {"export": ["pondering", "out"], "generate": ["pondering", "--prompt", "cat"]}
-    line = refuse(command, *rest.get(command, ["--checkpoint", "pondering"]), words=[words])
+    line = check_refused(command, *rest.get(command, ["--checkpoint", "pondering"]), words=[words])
     assert line.startswith("config.json of pondering: ")
 
 
-def test_a_saved_backbone_that_cannot_be(place, refuse):
+def test_a_saved_backbone_that_cannot_be(place, check_refused):
     saved = json.loads((place / "pondering/config.json").read_text())["base_config"]
     change_config(place / "pondering", base_config={**saved, "hidden_size": "big"})
-    refuse("export", "pondering", "out", words=["config.json of pondering", "hidden_size"])
+    check_refused("export", "pondering", "out", words=["config.json of pondering", "hidden_size"])
 
 
 @pytest.mark.parametrize(
@@ -48,14 +48,14 @@ def test_a_saved_backbone_that_cannot_be(place, refuse):
     ],
     ids=["missing", "unknown", "another shape"],
 )
-def test_weights_that_do_not_fit_a_pondering_configuration(place, refuse, change, words):
+def test_weights_that_do_not_fit_a_pondering_configuration(place, check_refused, change, words):
     change_tensors(place / "pondering", change)
-    refuse("export", "pondering", "out", words=[words])
-    refuse("generate", "pondering", "--prompt", "cat", words=[words])
+    check_refused("export", "pondering", "out", words=[words])
+    check_refused("generate", "pondering", "--prompt", "cat", words=[words])
 
 
-def test_export_of_a_plain_checkpoint(refuse):
-    refuse("export", "base", "out", words=["plain checkpoint already"])
+def test_export_of_a_plain_checkpoint(check_refused):
+    check_refused("export", "base", "out", words=["plain checkpoint already"])
 
 
 @pytest.mark.parametrize(
@@ -77,8 +77,8 @@ def test_export_of_a_plain_checkpoint(refuse):
     ],
     ids=" ".join,
 )
-def test_generate_refuses(refuse, arguments, words):
-    refuse("generate", *arguments, words=[words])
+def test_generate_refuses(check_refused, arguments, words):
+    check_refused("generate", *arguments, words=[words])
 
 
 def break_tokenizer(place):
@@ -111,6 +111,6 @@ def foreign_tokenizer(place):
     ],
     ids=["broken", "empty", "none", "ids that the model does not have"],
 )
-def test_generate_with_a_tokenizer_that_cannot_be(place, refuse, spoil, words):
+def test_generate_with_a_tokenizer_that_cannot_be(place, check_refused, spoil, words):
     spoil(place)
-    refuse("generate", "pondering", "--prompt", "one cat", words=words)
+    check_refused("generate", "pondering", "--prompt", "one cat", words=words)

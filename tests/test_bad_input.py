@@ -217,9 +217,9 @@ BROKEN_SOURCES = {
 
 
 @pytest.mark.parametrize("case", BROKEN_SOURCES)
-def test_a_source_that_cannot_be_converted(place, refuse, case):
+def test_a_source_that_cannot_be_converted(place, check_refused, case):
     spoil, words = BROKEN_SOURCES[case]
-    refuse("convert", spoil(place), "out", words=words)
+    check_refused("convert", spoil(place), "out", words=words)
 
 
 @pytest.mark.parametrize(
@@ -246,8 +246,8 @@ def test_a_source_that_cannot_be_converted(place, refuse, case):
     ],
     ids=" ".join,
 )
-def test_a_flag_that_cannot_be(refuse, flags, words):
-    refuse("convert", "base", "out", *flags, words=words)
+def test_a_flag_that_cannot_be(check_refused, flags, words):
+    check_refused("convert", "base", "out", *flags, words=words)
 
 
 # Destinations. Each function gets the current folder and the source, and gives back the destination to name.
@@ -299,16 +299,16 @@ DESTINATIONS = {
 
 @pytest.mark.parametrize("case", DESTINATIONS)
 @pytest.mark.parametrize("command", ["convert", "export"])
-def test_a_destination_that_may_not_be_written(place, refuse, command, case):
+def test_a_destination_that_may_not_be_written(place, check_refused, command, case):
     source = place / {"convert": "base", "export": "pondering"}[command]
     prepare, flags, words = DESTINATIONS[case]
-    refuse(command, source, prepare(place, source), *flags, words=[words])
+    check_refused(command, source, prepare(place, source), *flags, words=[words])
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="the superuser may write anywhere")
-def test_a_folder_without_permission(place, refuse):
+def test_a_folder_without_permission(place, check_refused):
     (place / "locked").mkdir(mode=0o500)
-    refuse("convert", "base", "locked/out", words=["locked"])
+    check_refused("convert", "base", "locked/out", words=["locked"])
 
 
 def test_through_a_real_process(place, assert_refused):

@@ -41,7 +41,7 @@ FULL_DISK = {
 @pytest.mark.parametrize("kind", FULL_DISK)
 @pytest.mark.parametrize("overwrite", [False, True], ids=["new", "overwrite"])
 @pytest.mark.parametrize("command", ["convert", "export"])
-def test_a_disk_that_fills_up_in_the_middle(place, refuse, monkeypatch, command, overwrite, kind):
+def test_a_disk_that_fills_up_in_the_middle(place, check_refused, monkeypatch, command, overwrite, kind):
     flags = ["--max-shard-size", "60KB"]
     if overwrite:
         (place / "out").mkdir()
@@ -49,19 +49,21 @@ def test_a_disk_that_fills_up_in_the_middle(place, refuse, monkeypatch, command,
         flags.append("--overwrite")
     calls = fail_at(monkeypatch, FULL_DISK[kind], call=2)
     source = {"convert": "base", "export": "pondering"}[command]
-    refuse(command, source, "out" if overwrite else "new/folders/out", *flags, words=["no space left", "another disk"])
+    check_refused(
+        command, source, "out" if overwrite else "new/folders/out", *flags, words=["no space left", "another disk"]
+    )
     assert len(calls) == 2
 
 
-def test_a_disk_that_is_too_small_from_the_start(place, refuse, monkeypatch):
+def test_a_disk_that_is_too_small_from_the_start(place, check_refused, monkeypatch):
     usage = shutil.disk_usage(place)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
-    refuse("convert", "base", "out", words=["no space left", "1,000 are free"])
+    check_refused("convert", "base", "out", words=["no space left", "1,000 are free"])
 
 
-def test_a_disk_that_fails(place, refuse, monkeypatch):
+def test_a_disk_that_fails(place, check_refused, monkeypatch):
     fail_at(monkeypatch, OSError(errno.EIO, os.strerror(errno.EIO)), call=1)
-    refuse("convert", "base", "out", words=["cannot write out", "Input/output error"])
+    check_refused("convert", "base", "out", words=["cannot write out", "Input/output error"])
 
 
 def test_a_small_disk_of_its_own(place, capsys, monkeypatch, assert_refused):
