@@ -11,9 +11,12 @@ import tiny_hub
 from ponder_hf import PonderingForCausalLM
 
 
+pytest_plugins = ["refusals"]
+
 SEVERAL = """
 import contextlib, io, json, sys
 from ponder_hf.cli import main
+
 results = []
 for line in json.loads(sys.argv[1]):
     out, err = io.StringIO(), io.StringIO()
