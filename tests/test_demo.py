@@ -19,9 +19,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ponder_hf import PonderingForCausalLM, training
 from ponder_hf.cli import main
+from ponder_hf.data.packing import Blocks
 from ponder_hf.demo import Options, experiment, load_and_run, material, prepare, report, run, separate_process
 from ponder_hf.demo.figure import draw_curves
-from ponder_hf.training import Blocks, evaluate_passes, train
+from ponder_hf.training.evaluation import evaluate_passes
+from ponder_hf.training.simple import train
 
 
 SENTENCES = [

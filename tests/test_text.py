@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from ponder_hf import PonderingError, text, training
+from ponder_hf.data.packing import pack, pack_all
+from ponder_hf.data.text import Piece, read_text
 from ponder_hf.demo.material import Document, pieces, train_tokenizer
-from ponder_hf.text import Piece, read_text
-from ponder_hf.training import pack, pack_all
 
 
 STORY = "The cat sat.\n\n  It saw a bird: “wäh”.\nThe end.\n"

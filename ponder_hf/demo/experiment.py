@@ -11,7 +11,8 @@ import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, set_seed
 
 from ponder_hf import PonderingForCausalLM
-from ponder_hf.training import Blocks, train
+from ponder_hf.data.packing import Blocks
+from ponder_hf.training.simple import train
 
 
 _FEWEST_STEPS = 8

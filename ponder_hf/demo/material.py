@@ -10,8 +10,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPTNeoXTokenizerFast
 
+from ponder_hf.data.text import Piece, cut, read_text
 from ponder_hf.modeling import PonderingError
-from ponder_hf.text import Piece, cut, read_text
 
 
 END_OF_TEXT = "<|endoftext|>"
@@ -97,7 +97,7 @@ def own_text(paths, text_field, limit):
 
 
 def pieces(documents):
-    """The documents as pieces, for `ponder_hf.training.pack`."""
+    """The documents as pieces, for `ponder_hf.data.packing.pack`."""
     for document in documents:
         for index, part in enumerate(cut(document.text)):
             yield Piece(part, document.name, 1, index == 0)

@@ -12,10 +12,10 @@ from ponder_hf import PonderingConfig, PonderingError, PonderingForCausalLM
 from ponder_hf.cli.generate import load_tokenizer
 from ponder_hf.conversion import open_source
 from ponder_hf.conversion.writer import check_destination
+from ponder_hf.data.packing import Blocks, pack_all
 from ponder_hf.errors import fitting, reading, understanding
 from ponder_hf.modeling.configuration_pondering import PONDERING_FIELDS
 from ponder_hf.modeling.pondering_base import is_authors_config
-from ponder_hf.training import Blocks, pack_all
 
 from .experiment import FULL, QUICK, Size, make_base, spread
 from .material import Material, own_text, pieces, standard_library, train_tokenizer

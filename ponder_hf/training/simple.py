@@ -1,6 +1,5 @@
-"""Train on text with transformers' Trainer: blocks of tokens, one set of arguments, the loss of each pass."""
+"""Train on blocks with Trainer in one call, for the demo and for experiments: no checkpoints, no resume."""
 
-import itertools
 import statistics
 import sys
 import tempfile
@@ -8,13 +7,11 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import torch
-from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from .modeling import PonderingError
+from .evaluation import evaluate_passes
 
 
 # TrainingArguments' fields as training a language model here wants them; `train` takes any other value of any of them.
@@ -31,93 +28,6 @@ DEFAULTS = {
     "train_sampling_strategy": "sequential",
     "weight_decay": 0.01,
 }
-_PIECES_AT_ONCE = 64
-_LARGEST_OUTPUT = 1 << 24  # numbers in the logits of all passes of one evaluated batch
-
-
-class Blocks(Dataset):
-    """Token ids in rows of equal length, (N, T), as Trainer takes them. Labels are the ids: models shift them."""
-
-    def __init__(self, rows):
-        self.rows = rows
-
-    def shuffled(self, seed):
-        """The same rows in an order that the seed decides."""
-        order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(seed))
-        return Blocks(self.rows[order])
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        row = self.rows[index].long()
-        return {"input_ids": row, "labels": row}
-
-
-def pack(pieces, tokenizer, block_size):
-    """Yield tensors (n, block_size) of token ids: documents one after another with an eos token between them.
-
-    Together they are the whole sequence of tokens, but for a last block that is not full.
-
-    Args:
-        pieces: as `ponder_hf.text.read_text` gives them.
-        tokenizer: of transformers. Without an eos token, documents follow each other directly.
-        block_size: T.
-    """
-    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    rest, is_first = [], True
-    pieces = iter(pieces)
-    while batch := list(itertools.islice(pieces, _PIECES_AT_ONCE)):
-        encoded = tokenizer([piece.text for piece in batch], add_special_tokens=False, verbose=False)["input_ids"]
-        for piece, ids in zip(batch, encoded, strict=True):
-            if piece.starts_document and not is_first:
-                rest += separator
-            rest += ids
-            is_first = False
-        num_whole = len(rest) // block_size * block_size
-        yield torch.tensor(rest[:num_whole], dtype=torch.int32).view(-1, block_size)
-        rest = rest[num_whole:]
-
-
-def pack_all(pieces, tokenizer, block_size, name="the text"):
-    """All blocks of `pack` as one `Blocks`.
-
-    Raises:
-        PonderingError: there is less than one block; `name` is what the message calls the text.
-    """
-    rows = torch.cat([torch.empty(0, block_size, dtype=torch.int32), *pack(pieces, tokenizer, block_size)])
-    if not len(rows):
-        raise PonderingError(f"{name} has fewer tokens than one block of {block_size}: give more text")
-    return Blocks(rows)
-
-
-@torch.no_grad()
-def evaluate_passes(model, blocks):
-    """The mean loss of each pass over these blocks, in nats per token: S + 1 numbers, of a plain model one.
-
-    Only as many blocks go through the model at once as keep the logits of all passes small.
-
-    Args:
-        model: any causal language model; it is in its former mode afterwards.
-        blocks: a Blocks.
-    """
-    config = model.config
-    ponders = hasattr(config, "pondering_steps")
-    num_passes = config.pondering_steps + 1 if ponders else 1
-    per_row = num_passes * blocks.rows.shape[1] * config.vocab_size
-    totals = [0.0] * num_passes
-    was_training = model.training
-    model.eval()
-    try:
-        for rows in blocks.rows.split(max(1, _LARGEST_OUTPUT // per_row)):
-            ids = rows.long().to(model.device)
-            options = {"output_pondering": True} if ponders else {}
-            output = model(input_ids=ids, labels=ids, use_cache=False, **options)
-            losses = output.pondering_losses if ponders else [output.loss]
-            totals = [total + len(rows) * loss.item() for total, loss in zip(totals, losses, strict=True)]
-    finally:
-        model.train(was_training)
-    return [total / len(blocks) for total in totals]
 
 
 @dataclass

@@ -11,7 +11,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from .modeling import PonderingError
+from ponder_hf.modeling import PonderingError
 
 
 PIECE_SIZE = 1 << 16  # bytes of a file that are read at once, characters of a document in one piece

@@ -1,0 +1,1 @@
+"""Training, by transformers' Trainer and its arguments."""
