@@ -17,11 +17,12 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ponder_hf import PonderingForCausalLM, training
+from ponder_hf import PonderingForCausalLM
 from ponder_hf.cli import main
 from ponder_hf.data.packing import Blocks
 from ponder_hf.demo import Options, experiment, load_and_run, material, prepare, report, run, separate_process
 from ponder_hf.demo.figure import draw_curves
+from ponder_hf.training import evaluation
 from ponder_hf.training.evaluation import evaluate_passes
 from ponder_hf.training.simple import train
 
@@ -74,7 +75,7 @@ def plain_passes(model, blocks):
 
 @pytest.mark.parametrize("limit", [1, 4_000, 1 << 24], ids=["one row", "some rows", "all rows"])
 def test_evaluate_passes_is_the_mean_over_all_tokens(monkeypatch, limit):
-    monkeypatch.setattr(training, "_LARGEST_OUTPUT", limit)
+    monkeypatch.setattr(evaluation, "_LARGEST_OUTPUT", limit)
     model = tiny.pondering_model("gpt2", base_changes={"embd_pdrop": 0.5}, pondering_steps=2)
     blocks = blocks_of_ids(7, 9)
     with torch.no_grad():

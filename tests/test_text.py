@@ -8,7 +8,8 @@ import tracemalloc
 import pytest
 import torch
 
-from ponder_hf import PonderingError, text, training
+from ponder_hf import PonderingError
+from ponder_hf.data import packing, text
 from ponder_hf.data.packing import pack, pack_all
 from ponder_hf.data.text import Piece, read_text
 from ponder_hf.demo.material import Document, pieces, train_tokenizer
@@ -188,7 +189,7 @@ def test_blocks_are_the_documents_with_eos_between_them(tokenizer):
 
 
 def test_blocks_lose_nothing_between_pieces_and_batches(tokenizer, monkeypatch):
-    monkeypatch.setattr(training, "_PIECES_AT_ONCE", 2)
+    monkeypatch.setattr(packing, "_PIECES_AT_ONCE", 2)
     parts = [Piece(line, "a", 1, index == 0) for index, line in enumerate(STORY.splitlines(keepends=True) * 4)]
     expected = [token for part in parts for token in tokenizer(part.text)["input_ids"]]
     chunks = list(pack(iter(parts), tokenizer, 5))
