@@ -1,14 +1,14 @@
 """From pieces of text to blocks of token ids, as Trainer takes them."""
 
-import itertools
-
 import torch
 from torch.utils.data import Dataset
 
 from ponder_hf.modeling import PonderingError
 
 
-_PIECES_AT_ONCE = 64
+# What is tokenised at once, whichever is reached first: more is not faster, and the tokenizer's memory grows with it.
+_PIECES_AT_ONCE = 1000
+_CHARACTERS_AT_ONCE = 1 << 20
 
 
 class Blocks(Dataset):
@@ -26,11 +26,16 @@ class Blocks(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index):
-        row = self.rows[index].long()
-        return {"input_ids": row, "labels": row}
+        return as_example(self.rows[index])
 
 
-def pack(pieces, tokenizer, block_size):
+def as_example(row):
+    """A row of token ids, (T,), as a model takes it."""
+    row = row.long()
+    return {"input_ids": row, "labels": row}
+
+
+def pack(pieces, tokenizer, block_size, vocab_size=None):
     """Yield tensors (n, block_size) of token ids: documents one after another with an eos token between them.
 
     Together they are the whole sequence of tokens, but for a last block that is not full.
@@ -39,13 +44,18 @@ def pack(pieces, tokenizer, block_size):
         pieces: as `ponder_hf.data.text.read_text` gives them.
         tokenizer: of transformers. Without an eos token, documents follow each other directly.
         block_size: T.
+        vocab_size: the number of the model's embeddings.
+
+    Raises:
+        PonderingError: the tokenizer gave an id that is not below `vocab_size`.
     """
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     rest, is_first = [], True
-    pieces = iter(pieces)
-    while batch := list(itertools.islice(pieces, _PIECES_AT_ONCE)):
+    for batch in _batches(pieces):
         encoded = tokenizer([piece.text for piece in batch], add_special_tokens=False, verbose=False)["input_ids"]
         for piece, ids in zip(batch, encoded, strict=True):
+            if vocab_size is not None:
+                _check_ids(ids, vocab_size, piece)
             if piece.starts_document and not is_first:
                 rest += separator
             rest += ids
@@ -55,13 +65,54 @@ def pack(pieces, tokenizer, block_size):
         rest = rest[num_whole:]
 
 
-def pack_all(pieces, tokenizer, block_size, name="the text"):
-    """All blocks of `pack` as one `Blocks`.
+def pack_all(pieces, tokenizer, block_size, name="the text", vocab_size=None, max_blocks=None):
+    """All blocks of `pack`, or the first `max_blocks` of them, as one `Blocks`.
 
     Raises:
         PonderingError: there is less than one block; `name` is what the message calls the text.
     """
-    rows = torch.cat([torch.empty(0, block_size, dtype=torch.int32), *pack(pieces, tokenizer, block_size)])
+    found, missing = [torch.empty(0, block_size, dtype=torch.int32)], max_blocks
+    for rows in pack(pieces, tokenizer, block_size, vocab_size):
+        found.append(rows[:missing])
+        if missing is not None:
+            missing -= len(found[-1])
+            if missing == 0:
+                break
+    rows = torch.cat(found)
     if not len(rows):
-        raise PonderingError(f"{name} has fewer tokens than one block of {block_size}: give more text")
+        raise too_little_text(name, block_size)
     return Blocks(rows)
+
+
+def too_little_text(name, block_size):
+    """The error about a text that does not fill one block."""
+    return PonderingError(f"{name} has fewer tokens than one block of {block_size}: give more text")
+
+
+def not_enough(name, num_blocks, num_held_out):
+    """The error about a text from which so many blocks cannot be held out."""
+    return PonderingError(
+        f"{name} has {num_blocks} blocks, which leaves none to train on when {num_held_out} are held out: give more "
+        "text, or hold out fewer"
+    )
+
+
+def _batches(pieces):
+    batch, size = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece.text)
+        if len(batch) == _PIECES_AT_ONCE or size >= _CHARACTERS_AT_ONCE:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _check_ids(ids, vocab_size, piece):
+    largest = max(ids, default=0)
+    if largest >= vocab_size:
+        raise PonderingError(
+            f"the tokenizer gave the token {largest} for {piece.path} (near line {piece.line}); the model has only "
+            f"{vocab_size} embeddings: use the model's own tokenizer"
+        )

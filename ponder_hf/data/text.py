@@ -16,13 +16,26 @@ from ponder_hf.modeling import PonderingError
 
 PIECE_SIZE = 1 << 16  # bytes of a file that are read at once, characters of a document in one piece
 MAX_JSON_LINE = 1 << 26  # bytes; a line must be held as a whole to be understood
+JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
+
+# How files begin that are often taken for text, and what to do with them.
+_OTHER_FILES = {
+    b"PAR1": "it is a parquet file: name it .parquet",
+    b"\x1f\x8b": "it is a gzip file: name it .gz",
+    b"PK\x03\x04": "it is a zip archive: unpack it",
+    b"\x28\xb5\x2f\xfd": "it is compressed by zstd: unpack it, or compress it with gzip",
+    b"\xfd7zXZ\x00": "it is compressed by xz: unpack it, or compress it with gzip",
+    b"BZh91AY&SY": "it is compressed by bzip2: unpack it, or compress it with gzip",
+    b"%PDF-": "it is a PDF: extract its text",
+}
 
 
 @dataclass(frozen=True)
 class Piece:
     """A part of a document, cut at the end of a line where lines are not overlong.
 
-    text: never empty. path, line: where it begins, the path as the user gave it. starts_document: it is the first.
+    text: never empty. path, line: where it begins, the path as the user gave it; in a table, the row instead of the
+    line. starts_document: it is the first.
     """
 
     text: str
@@ -31,19 +44,22 @@ class Piece:
     starts_document: bool
 
 
-def read_text(paths, text_field="text"):
+def read_text(paths, text_field="text", advance=None):
     """Yield the pieces of all documents in these files, in order. A plain text file is one document.
 
     Args:
-        paths: files. The name decides: .jsonl is one JSON object a line, .gz is decompressed, all else is plain text.
-        text_field: the field of a .jsonl object that holds the text. Lines where it is empty are passed over.
+        paths: files. The name decides: .jsonl (.ndjson, .json) is one JSON object a line, .gz is decompressed, all
+            else is plain text.
+        text_field: the field of a .jsonl object that holds the text. Lines where it is empty or null are passed over.
+        advance: called with the number of bytes of the file, as it lies on the disk, that were read since its last
+            call.
 
     Raises:
         PonderingError: a file is missing, damaged, not text, or holds no text.
     """
     for path in paths:
         has_text = False
-        for piece in _read_file(str(path), text_field):
+        for piece in _read_file(str(path), text_field, advance):
             has_text = has_text or not piece.text.isspace()
             yield piece
         if not has_text:
@@ -60,24 +76,35 @@ def cut(text):
         start = end
 
 
-def _read_file(path, text_field):
+def _read_file(path, text_field, advance):
     place = Path(path).expanduser()
     name = place.name.lower()
     is_gzip = name.endswith(".gz")
     if place.is_dir():
         raise PonderingError(f"{path} is a folder: give the files in it")
     try:
-        with gzip.open(place, "rb") if is_gzip else place.open("rb") as file:
-            if name.removesuffix(".gz").endswith(".jsonl"):
-                yield from _read_jsonl(file, path, text_field)
-            else:
-                yield from _read_plain(file, path)
+        with place.open("rb") as raw, gzip.open(raw, "rb") if is_gzip else contextlib.nullcontext(raw) as file:
+            _check_beginning(file, path)
+            is_json = name.removesuffix(".gz").endswith(JSON_ENDINGS)
+            done = 0
+            for piece in _read_jsonl(file, path, text_field) if is_json else _read_plain(file, path):
+                yield piece
+                if advance is not None:
+                    advance(raw.tell() - done)
+                    done = raw.tell()
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise PonderingError(f"{path} is not a whole gzip file ({error}): get it again") from error
     except FileNotFoundError as error:
         raise PonderingError(f"there is no file {path}: check the path") from error
     except OSError as error:
         raise PonderingError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _check_beginning(file, path):
+    beginning = file.peek(16)
+    for start, advice in _OTHER_FILES.items():
+        if beginning.startswith(start):
+            raise PonderingError(f"{path} is not text: {advice}")
 
 
 def _read_plain(file, path):
@@ -139,6 +166,8 @@ def _field(content, path, line, text_field):
             f"line {line} of {path} has no field {text_field!r} (its fields: {has}): name the one that holds the text"
         )
     text = row[text_field]
+    if text is None:
+        return ""
     if not isinstance(text, str):
         raise PonderingError(f"line {line} of {path}: the field {text_field!r} is not text but {type(text).__name__}")
     with contextlib.suppress(UnicodeEncodeError):
