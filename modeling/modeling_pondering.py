@@ -12,6 +12,8 @@ This file holds only that. The backbone is transformers' own model, unchanged; w
 pondering_backbone.py. Positions and masks are the tokens' own, the same in every pass.
 """
 
+from functools import partial
+
 import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
@@ -31,7 +33,7 @@ from .pondering_cache import pass_cache, step_cache
 from .pondering_embedding import PonderingEmbedding, PonderingGate
 from .pondering_errors import PonderingError
 from .pondering_loss import causal_lm_loss, linear_causal_lm_loss
-from .pondering_output import PonderingCausalLMOutput
+from .pondering_output import PonderingCausalLMOutput, logits_on_demand
 
 # transformers 4.57 fetches only the files that this one imports by itself, so it must name all of them.
 from .pondering_readout import Readout  # noqa: F401
@@ -315,18 +317,17 @@ class PonderingForCausalLM(PonderingPreTrainedModel, GenerationMixin):
             loss = last_loss = self._loss(hidden_states, labels, loss_arguments)
             if weight and num_steps:
                 loss = loss + weight * sum(step_losses) / num_steps
+        head, kept_states = partial(backbone_logits, self.backbone), hidden_states[:, kept]
         on_demand = self.training and needs_loss and not torch.compiler.is_compiling()
         result = PonderingCausalLMOutput(
             loss=loss,
-            logits=None if on_demand else backbone_logits(self.backbone, hidden_states[:, kept]),
+            logits=logits_on_demand(head, kept_states) if on_demand else head(kept_states),
             past_key_values=past_key_values,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
             pondering_logits=tuple(step_logits) if output_pondering else None,
             pondering_losses=(*step_losses, last_loss) if output_pondering and needs_loss else None,
         )
-        if on_demand:
-            result.make_logits_on_demand(lambda: backbone_logits(self.backbone, hidden_states[:, kept]))
         return result.to_tuple() if _wants_tuple(return_dict, self.config) else result
 
     def _loss(self, hidden_states, labels, loss_arguments):

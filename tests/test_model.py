@@ -326,21 +326,3 @@ def test_what_is_not_a_plain_matrix_is_asked_through_its_module(change, input_id
     output = model(input_ids, labels=input_ids)
     torch.testing.assert_close(output.logits, expected.logits)
     torch.testing.assert_close(output.loss, expected.loss)
-
-
-def test_logits_of_a_training_step_are_made_when_they_are_read(input_ids):
-    model = tiny.pondering_model("llama").train()
-    expected = model.eval()(input_ids).logits
-    calls = []
-    model.train().get_output_embeddings().register_forward_pre_hook(lambda *_: calls.append(1))
-    model.config.pondering_steps = 0  # the head is called for the logits only
-    for read in (lambda o: o.logits, lambda o: o["logits"], lambda o: o[1], lambda o: dict(o.items())["logits"]):
-        output = model(input_ids, labels=input_ids, pondering_steps=3)
-        calls.clear()
-        assert output["loss"] is output.loss is output[0]
-        assert not calls
-        torch.testing.assert_close(read(output), expected)
-        assert read(output) is read(output)
-        assert len(calls) == 1
-    assert list(model(input_ids, labels=input_ids, output_pondering=True).keys())[:2] == ["loss", "logits"]
-    assert model(input_ids, labels=input_ids, return_dict=False)[1].shape == expected.shape
