@@ -7,6 +7,7 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from ponder_hf import PonderingForCausalLM
+from ponder_hf.training.lora import default_target_modules
 
 
 TARGETS = {"gpt2": ["c_attn"], "gpt_neox": ["query_key_value"], "llama": ["q_proj", "v_proj"]}
@@ -76,3 +77,19 @@ def test_an_adapted_head_or_embedding_is_asked_through_its_module(wrapped):
     merged = adapted.merge_and_unload()
     assert merged.pondering_kernel == "top_k"
     torch.testing.assert_close(merged(input_ids).logits, before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", tiny.SPINE)
+def test_default_targets_are_what_peft_takes_for_the_backbone(model_type):
+    model = tiny.pondering_model(model_type, pondering_steps=1)
+    targets = default_target_modules(model.config.base_config)
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=targets))
+    found = {name.removeprefix("base_model.model.backbone.") for name in adapted.targeted_module_names}
+    if targets == "all-linear":
+        assert {name.rpartition(".")[2] for name in found} >= {"o_proj", "down_proj"}
+    else:
+        plain = get_peft_model(tiny.base_model(model_type), LoraConfig(task_type="CAUSAL_LM"))
+        assert {name.removeprefix("backbone.") for name in found} == set(plain.targeted_module_names)
+    assert not any(
+        model.get_output_embeddings() is module for module in adapted.modules() if hasattr(module, "lora_A")
+    )
