@@ -16,10 +16,11 @@ from functools import partial
 
 import torch
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .configuration_pondering import PonderingConfig, check_steps
+from .pondering_adaptive import AdaptivePasses
 from .pondering_backbone import (
     TESTED,
     backbone_class,
@@ -30,12 +31,16 @@ from .pondering_backbone import (
 )
 from .pondering_base import load_backbone, read_base_config, split_arguments
 from .pondering_cache import pass_cache, step_cache
-from .pondering_embedding import PonderingEmbedding, PonderingGate
-from .pondering_errors import PonderingError
-from .pondering_loss import causal_lm_loss, linear_causal_lm_loss
-from .pondering_output import PonderingCausalLMOutput, logits_on_demand
 
 # transformers 4.57 fetches only the files that this one imports by itself, so it must name all of them.
+from .pondering_call import GenerationCall  # noqa: F401
+from .pondering_embedding import PonderingEmbedding, PonderingGate
+from .pondering_errors import PonderingError
+from .pondering_exit import PonderingExit  # noqa: F401
+from .pondering_generation import PonderingGenerationMixin
+from .pondering_loss import causal_lm_loss, linear_causal_lm_loss
+from .pondering_output import PonderingCausalLMOutput, logits_on_demand
+from .pondering_prompt import check_prompt  # noqa: F401
 from .pondering_readout import Readout  # noqa: F401
 from .pondering_topk import top_k_embedding  # noqa: F401
 from .pondering_vocabulary import vocabulary_embedding  # noqa: F401
@@ -182,11 +187,22 @@ class PonderingPreTrainedModel(PreTrainedModel):
             hidden_states = run_pass(step).last_hidden_state
             if on_hidden_states is not None:
                 on_hidden_states(hidden_states)
-            embedding = _scaled(pondering_embedding(hidden_states), config.embedding_scale)
-            if self.pondering_gate is not None:
-                embedding = self.pondering_gate(embedding)
-            hidden_inputs = hidden_inputs + embedding
+            hidden_inputs = hidden_inputs + self.finish_embedding(pondering_embedding(hidden_states))
         return run_pass(num_steps, **recording)
+
+    def finish_embedding(self, embedding):
+        """What is added of a pondering embedding (..., d): scaled, and gated where there is a gate."""
+        embedding = _scaled(embedding, self.config.embedding_scale)
+        return embedding if self.pondering_gate is None else self.pondering_gate(embedding)
+
+    @torch.no_grad()
+    def ponder_until_converged(self, inputs_embeds, num_steps, past_key_values, pondering_exit, **kwargs):
+        """As `ponder`, but each token stops when it has converged. Gives back the AdaptivePasses that have run."""
+        wanted = [name for name in ("output_hidden_states", "output_attentions") if kwargs.pop(name, False)]
+        if wanted:
+            raise PonderingError(f"`{wanted[0]}` needs the same passes for every token: leave out the exit threshold")
+        hidden_inputs = _scaled(inputs_embeds, self.config.input_scale * self.config.embedding_scale)
+        return AdaptivePasses(self, num_steps, past_key_values, pondering_exit).run(hidden_inputs, **kwargs)
 
     def _prepare(self, input_ids, inputs_embeds, past_key_values, use_cache, pondering_steps, kwargs):
         """Settle what `forward` was called with: (inputs_embeds, S, cache, use_cache, output switches in kwargs)."""
@@ -252,7 +268,7 @@ class PonderingModel(PonderingPreTrainedModel):
         return result.to_tuple() if _wants_tuple(return_dict, self.config) else result
 
 
-class PonderingForCausalLM(PonderingPreTrainedModel, GenerationMixin):
+class PonderingForCausalLM(PonderingPreTrainedModel, PonderingGenerationMixin):
     """A causal language model that ponders `pondering_steps` times before each token."""
 
     def forward(
@@ -267,6 +283,7 @@ class PonderingForCausalLM(PonderingPreTrainedModel, GenerationMixin):
         logits_to_keep=0,
         pondering_steps=None,
         output_pondering=False,
+        pondering_exit=None,
         return_dict=None,
         **kwargs,
     ):
@@ -281,6 +298,7 @@ class PonderingForCausalLM(PonderingPreTrainedModel, GenerationMixin):
             logits_to_keep: the number of last positions to give logits for, or their indices; 0: all.
             pondering_steps: S for this call, in place of the configuration's.
             output_pondering: give logits (and with labels losses) of all passes.
+            pondering_exit: a PonderingExit; each token stops pondering when it says so. Without gradients.
             kwargs: `num_items_in_batch`, `ignore_index` and `shift_labels` go to the loss, the rest to the backbone.
 
         Returns:
@@ -294,6 +312,17 @@ class PonderingForCausalLM(PonderingPreTrainedModel, GenerationMixin):
         weight = self.config.intermediate_loss_weight
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         step_logits, step_losses = [], []
+        inputs = {"attention_mask": attention_mask, "position_ids": position_ids, **kwargs}
+        if pondering_exit is not None and num_steps:
+            if output_pondering:
+                raise PonderingError("`output_pondering` needs all passes of every token: leave out `pondering_exit`")
+            passes = self.ponder_until_converged(inputs_embeds, num_steps, past_key_values, pondering_exit, **inputs)
+            result = PonderingCausalLMOutput(
+                loss=self._loss(passes.hidden_states, labels, loss_arguments) if needs_loss else None,
+                logits=passes.last_logits(kept),
+                past_key_values=past_key_values,
+            )
+            return result.to_tuple() if _wants_tuple(return_dict, self.config) else result
 
         def collect(hidden_states):
             if output_pondering:
@@ -307,9 +336,7 @@ class PonderingForCausalLM(PonderingPreTrainedModel, GenerationMixin):
             past_key_values,
             use_cache,
             on_hidden_states=collect,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            **kwargs,
+            **inputs,
         )
         hidden_states = output.last_hidden_state
         loss = last_loss = None

@@ -4,6 +4,7 @@ A backbone is one of transformers' own causal language models, used as it is. To
 logits in a way of its own, extend `finish_logits` and `backbone_readout`; to refuse one, extend `REFUSED`.
 """
 
+import functools
 import inspect
 
 import torch
@@ -133,13 +134,27 @@ def _is_bare(module):
     return plain and not gathered and weight.device.type != "meta"
 
 
+def backbone_decoder(backbone):
+    """The backbone without its head."""
+    decoder = backbone.base_model
+    # The prefix that the class names may not be there (Llama 4's text model).
+    return backbone.get_decoder() if decoder is backbone else decoder
+
+
+@functools.cache
+def _takes_position_ids(decoder_class):
+    return "position_ids" in inspect.signature(decoder_class.forward).parameters
+
+
+def takes_position_ids(backbone):
+    """Whether it can be told the positions; models with ALiBi find them in the attention mask."""
+    return _takes_position_ids(type(backbone_decoder(backbone)))
+
+
 def run_backbone(backbone, inputs_embeds, position_ids=None, **kwargs):
     """One forward pass of the decoder without its head. inputs_embeds: (B, T, d). Returns transformers' output."""
-    decoder = backbone.base_model
-    if decoder is backbone:  # the prefix that the class names is not there (Llama 4's text model)
-        decoder = backbone.get_decoder()
-    parameters = inspect.signature(decoder.forward).parameters
-    if "position_ids" in parameters:  # absent in models with ALiBi, whose positions follow from the attention mask
+    decoder = backbone_decoder(backbone)
+    if _takes_position_ids(type(decoder)):
         kwargs["position_ids"] = position_ids
     return decoder(inputs_embeds=inputs_embeds, return_dict=True, **kwargs)
 

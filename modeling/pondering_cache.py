@@ -4,7 +4,8 @@ A pass reads and writes only its own slots. With L layers, layer l of pass i lie
 
     slot(i, l) = i * L + l
 
-so whatever transformers does to every slot of a cache (reorder for beams, crop, repeat, offload) reaches every pass.
+and a token that stopped pondering after pass j has there what pass min(i, j) computed for it (pondering_adaptive.py).
+So whatever transformers does to every slot of a cache (reorder for beams, crop, repeat, offload) reaches every pass.
 """
 
 import copy
@@ -31,7 +32,7 @@ def step_cache(past_key_values, base_config, num_passes):
         )
     num_layers = base_config.num_hidden_layers
     layers = past_key_values.layers
-    if past_key_values.get_seq_length() == 0:
+    if len(layers) != num_layers * num_passes and past_key_values.get_seq_length() == 0:
         if not layers:  # a bare DynamicCache() appends slots as they come
             layers.extend(past_key_values.layer_class_to_replicate() for _ in range(num_layers))
         if len(layers) == num_layers:
@@ -44,7 +45,11 @@ def step_cache(past_key_values, base_config, num_passes):
     return past_key_values
 
 
-def pass_cache(past_key_values, pass_index, num_layers):
+def pass_cache(past_key_values, pass_index, num_layers, cache_class=Cache):
     """The slots of one pass as a cache of their own: a view, the slots are shared."""
     first = pass_index * num_layers
-    return Cache(layers=past_key_values.layers[first : first + num_layers])
+    view = cache_class(layers=past_key_values.layers[first : first + num_layers])
+    if past_key_values.offloading:
+        for name in ("offloading", "only_non_sliding", "prefetch_stream"):
+            setattr(view, name, getattr(past_key_values, name))
+    return view

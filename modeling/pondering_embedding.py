@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from .pondering_backbone import backbone_logits, backbone_readout, bare_table, embedding_table
-from .pondering_topk import top_k_embedding
+from .pondering_topk import top_k_embedding, top_k_of_scores
 from .pondering_vocabulary import vocabulary_embedding
 
 
@@ -65,6 +65,31 @@ class PonderingEmbedding:
             embedding = vocabulary_embedding(flat, self.readout, table, temperature)
         embedding = embedding.view(*hidden_states.shape[:-1], -1)
         return embedding if isinstance(scale, float) and scale == 1 else embedding * scale
+
+    def with_logits(self, hidden_states):
+        """The same without gradients, for one chunk of tokens (pondering_readout.py), and the logits it came from.
+
+        Args:
+            hidden_states: (n, d_h).
+
+        Returns:
+            t (n, d) as above, and the logits (n, V) in float32 or wider.
+        """
+        temperature, top_k = self.config.pondering_temperature, self.config.pondering_top_k
+        if self.kernel == "plain":
+            if self._all_rows is None:
+                self._all_rows = embedding_table(self.backbone)
+            logits = backbone_logits(self.backbone, hidden_states)
+            return plain_embedding(logits, self._all_rows, temperature, top_k), logits
+        table, scale = self.table
+        scores = self.readout.scores(hidden_states)
+        logits = self.readout.finish(scores)
+        if self.kernel == "top_k":
+            embedding = top_k_of_scores(scores, self.readout, table, temperature, top_k)
+        else:
+            embedding = torch.softmax(logits if temperature == 1 else logits / temperature, dim=-1).to(table.dtype)
+            embedding = embedding @ table
+        return embedding if isinstance(scale, float) and scale == 1 else embedding * scale, logits
 
 
 class PonderingGate(nn.Module):

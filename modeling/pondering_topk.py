@@ -65,3 +65,10 @@ def top_k_embedding(hidden_states, readout, table, temperature, top_k):
     scores = _ChosenScores.apply(hidden_states, readout.weight, readout.bias, token_ids, scores)
     weights = torch.softmax(readout.finish(scores) / temperature, dim=-1).to(table.dtype)
     return functional.embedding_bag(token_ids, table, per_sample_weights=weights, mode="sum")
+
+
+def top_k_of_scores(scores, readout, table, temperature, top_k):
+    """top_k_embedding without gradients, from all scores (n, V) of the head. Returns (n, d)."""
+    scores, token_ids = scores.topk(top_k, dim=-1, sorted=False)
+    weights = torch.softmax(readout.finish(scores) / temperature, dim=-1).to(table.dtype)
+    return functional.embedding_bag(token_ids, table, per_sample_weights=weights, mode="sum")

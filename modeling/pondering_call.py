@@ -1,0 +1,79 @@
+"""One call of `generate`: what was said about pondering, and what is recorded while the call lasts.
+
+Four settings go with a call, each given to `generate` or set on a GenerationConfig (and so in generation_config.json):
+
+    pondering_steps             S for this call
+    pondering_exit_threshold    stop pondering a token that has converged (pondering_exit.py); None: never
+    pondering_exit_criterion    how convergence is measured: "kl", "entropy", "argmax", or an object
+    num_draft_tokens            > 0: guess up to so many tokens ahead with the model itself
+
+While the call lasts they stand in a context variable of its thread, from which every forward pass of the call gets
+them. So strategies that hand on their arguments (to an assistant, say) do not hand these on.
+"""
+
+import contextlib
+import contextvars
+
+from .configuration_pondering import check_steps
+from .pondering_errors import PonderingError
+from .pondering_exit import PonderingExit
+
+
+SETTINGS = ("pondering_steps", "pondering_exit_threshold", "pondering_exit_criterion", "num_draft_tokens")
+_CALL = contextvars.ContextVar("pondering_generation_call", default=None)
+
+
+class GenerationCall:
+    """One call of `generate`: its settings, and what is recorded while it lasts.
+
+    Attributes:
+        steps: S of this call.
+        exit: a PonderingExit, or None where every token takes all S steps.
+        num_draft_tokens: how far ahead the model may guess; 0: not at all.
+        num_drafted, num_accepted: guesses made, and those that proved right, counted by whoever drafts.
+        steps_used: list of (first slot, (B, T) steps that each position took), one entry a forward pass; filled only
+            where tokens may take fewer than S.
+    """
+
+    def __init__(self, steps, exit=None, num_draft_tokens=0):
+        self.steps, self.exit, self.num_draft_tokens = steps, exit, num_draft_tokens
+        self.num_drafted = self.num_accepted = 0
+        self.steps_used = []
+        self.slot_offset = None  # of the first token of `input_ids`, where the prompt was embeddings or cached before
+
+    @classmethod
+    def read(cls, kwargs, generation_config, model):
+        """Take the settings out of `kwargs`, or else from the generation configurations, and check them.
+
+        Raises:
+            PonderingError: one of them is wrong, or they do not go together.
+        """
+        values = {}
+        for name in SETTINGS:
+            sources = [kwargs.pop(name, None), getattr(generation_config, name, None)]
+            sources.append(getattr(model.generation_config, name, None))
+            values[name] = next((value for value in sources if value is not None), None)
+        steps, threshold, criterion, num_draft_tokens = values.values()
+        steps = model.config.pondering_steps if steps is None else steps
+        check_steps("pondering_steps", steps)
+        num_draft_tokens = 0 if num_draft_tokens is None else num_draft_tokens
+        if isinstance(num_draft_tokens, bool) or not isinstance(num_draft_tokens, int) or num_draft_tokens < 0:
+            raise PonderingError(
+                f"`num_draft_tokens` must be an integer >= 0 (0: no drafts), got {num_draft_tokens!r}"
+            )
+        return cls(steps, PonderingExit.read(criterion, threshold), num_draft_tokens)
+
+
+def current_call():
+    """The GenerationCall that this thread is in, or None outside `generate`."""
+    return _CALL.get()
+
+
+@contextlib.contextmanager
+def during(call):
+    """Within it, `call` is this thread's current call."""
+    token = _CALL.set(call)
+    try:
+        yield call
+    finally:
+        _CALL.reset(token)
