@@ -271,6 +271,18 @@ class PonderingModel(PonderingPreTrainedModel):
 class PonderingForCausalLM(PonderingPreTrainedModel, PonderingGenerationMixin):
     """A causal language model that ponders `pondering_steps` times before each token."""
 
+    @property
+    def base_model(self):
+        """All passes without the logits: a PonderingModel of the very same modules.
+
+        TRL computes its losses by calling this and multiplying with the head, so it must not be the bare backbone.
+        """
+        passes = PonderingModel.__new__(PonderingModel)
+        nn.Module.__init__(passes)
+        passes.config, passes.backbone, passes.pondering_gate = self.config, self.backbone, self.pondering_gate
+        passes.training, passes._verify_once = self.training, self._verify_once
+        return passes
+
     def forward(
         self,
         input_ids=None,

@@ -326,3 +326,18 @@ def test_what_is_not_a_plain_matrix_is_asked_through_its_module(change, input_id
     output = model(input_ids, labels=input_ids)
     torch.testing.assert_close(output.logits, expected.logits)
     torch.testing.assert_close(output.loss, expected.loss)
+
+
+def test_the_base_model_is_all_passes_on_the_same_modules(input_ids):
+    model = tiny.pondering_model("gpt2", pondering_steps=2, pondering_gate="zero_init").train()
+    torch.nn.init.constant_(model.pondering_gate.weight, 0.5)
+    passes = model.base_model
+    assert type(passes) is PonderingModel
+    assert passes.training
+    parameters = list(passes.parameters())
+    assert all(one is other for one, other in zip(parameters, model.parameters(), strict=True))
+    hidden_states = passes(input_ids, use_cache=False).last_hidden_state
+    assert hidden_states.requires_grad
+    torch.testing.assert_close(model.get_output_embeddings()(hidden_states), model(input_ids).logits)
+    assert model.get_decoder() is model.backbone.transformer
+    assert passes.base_model is model.backbone
