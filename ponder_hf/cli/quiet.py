@@ -10,7 +10,7 @@ import transformers
 from .outcome import is_debugging
 
 
-_LOGGERS = ("transformers", "huggingface_hub", "torch")
+_LOGGERS = ("transformers", "huggingface_hub", "torch", "datasets")
 
 
 @contextlib.contextmanager

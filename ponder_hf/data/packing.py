@@ -50,10 +50,10 @@ def pack(pieces, tokenizer, block_size, vocab_size=None):
         PonderingError: the tokenizer gave an id that is not below `vocab_size`.
     """
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    anchor = _anchor(tokenizer)
     rest, is_first = [], True
     for batch in _batches(pieces):
-        encoded = tokenizer([piece.text for piece in batch], add_special_tokens=False, verbose=False)["input_ids"]
-        for piece, ids in zip(batch, encoded, strict=True):
+        for piece, ids in zip(batch, _tokenise(tokenizer, batch, anchor), strict=True):
             if vocab_size is not None:
                 _check_ids(ids, vocab_size, piece)
             if piece.starts_document and not is_first:
@@ -107,6 +107,29 @@ def _batches(pieces):
             batch, size = [], 0
     if batch:
         yield batch
+
+
+def _ids(tokenizer, texts):
+    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _anchor(tokenizer):
+    """The tokens of a line break, where the tokenizer puts a space before whatever it is given (LLaMA's); else []."""
+    line_break, word, both = _ids(tokenizer, ["\n", "a", "\na"])
+    return line_break if both != line_break + word and both[: len(line_break)] == line_break else []
+
+
+def _tokenise(tokenizer, batch, anchor):
+    """The ids of each piece. One that goes on with a document is tokenised behind a line break, which is taken off."""
+    goes_on = [bool(anchor) and not piece.starts_document for piece in batch]
+    texts = ["\n" * after + piece.text for piece, after in zip(batch, goes_on, strict=True)]
+    for piece, after, ids in zip(batch, goes_on, _ids(tokenizer, texts), strict=True):
+        if not after:
+            yield ids
+        elif ids[: len(anchor)] == anchor:
+            yield ids[len(anchor) :]
+        else:  # the line break became one token with what follows
+            yield _ids(tokenizer, [piece.text])[0]
 
 
 def _check_ids(ids, vocab_size, piece):

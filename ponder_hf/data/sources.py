@@ -52,8 +52,8 @@ class FileSource:
 
     @property
     def num_bytes(self):
-        """Its size on the disk."""
-        return os.path.getsize(self.place)
+        """Its size on the disk; 0 where it is gone, which reading it says."""
+        return os.path.getsize(self.place) if os.path.exists(self.place) else 0
 
     def pieces(self, text_field, advance=None):
         """The text as `ponder_hf.data.text.Piece`; `advance` is called with numbers of bytes."""
@@ -155,13 +155,13 @@ def _of_split(files, split, folder):
     others = [file for file in files if splits[file] not in (None, split)]
     if not others and split == "train":
         return files
-    if not chosen:
-        raise PonderingError(f"the folder {folder} has no file that is named for the split {split!r}: {_some(files)}")
-    if unnamed:
+    if unnamed and len(unnamed) < len(files):
         raise PonderingError(
             f"some files of the folder {folder} are named for a split ({_some(others or chosen)}), others are not "
             f"({_some(unnamed)}): name the files to read"
         )
+    if not chosen:
+        raise PonderingError(f"the folder {folder} has no file that is named for the split {split!r}: {_some(files)}")
     return chosen
 
 
@@ -189,10 +189,9 @@ def _open_saved(folder, name, split):
             if split not in dataset:
                 raise PonderingError(f"{folder} has no split {split!r}: it has {_some(list(dataset))}")
             return _as_source(folder, None, split, dataset[split])
-        saved = str(dataset.split or split)
-    if split not in ("train", saved):
-        raise PonderingError(f"{folder} has no split {split!r}: it is the split {saved!r}")
-    return _as_source(folder, None, saved, dataset)
+    if split not in ("train", str(dataset.split)):
+        raise PonderingError(f"{folder} is one saved data set, it has no split {split!r}: leave the split out")
+    return _as_source(folder, None, str(dataset.split or split), dataset)
 
 
 def _open_id(source, name, split, streaming):
@@ -203,7 +202,8 @@ def _open_id(source, name, split, streaming):
         except HFValidationError:
             is_path = True
     if is_path or source in _FORMATS:
-        raise PonderingError(f"there is no file or folder {source}{_near_misses(source)}: check the path")
+        shown = source if source.isprintable() else repr(source)
+        raise PonderingError(f"there is no file or folder {shown}{_near_misses(source)}: check the path")
     return _open_dataset(source, name, split, streaming)
 
 

@@ -7,8 +7,17 @@ import random
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from ponder_hf.modeling import PonderingError
+
 from .packing import Blocks, as_example, not_enough, pack, too_little_text
 from .progress import read_pieces
+
+
+class StreamError(PonderingError):
+    """What is wrong with a stream. DataLoader remakes a worker's error from its traceback; this finds the message."""
+
+    def __init__(self, message):
+        super().__init__(message.rstrip().rpartition("StreamError: ")[2])
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -47,8 +56,11 @@ class StreamedBlocks(IterableDataset):
     def __iter__(self):
         worker = get_worker_info()
         first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        for row in itertools.islice(self._passes(), first, None, step):
-            yield as_example(row)
+        try:
+            for row in itertools.islice(self._passes(), first, None, step):
+                yield as_example(row)
+        except PonderingError as error:
+            raise StreamError(str(error)) from error
 
     def split(self, num_blocks):
         """The first blocks of a pass as `Blocks`, and a stream of those after them.

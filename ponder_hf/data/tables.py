@@ -5,6 +5,8 @@ Errors name the file or data set and the row, counted from 1. pyarrow and datase
 
 import contextlib
 import importlib
+import logging
+import re
 import sys
 from pathlib import Path
 
@@ -67,11 +69,25 @@ def import_optional(module, purpose):
     return sys.modules[package]
 
 
+class _FileLog(logging.Handler):
+    """Finds the name of the file that cannot be read, which datasets writes only to its log."""
+
+    def __init__(self):
+        super().__init__(level=logging.ERROR)
+        self.file = None
+
+    def emit(self, record):
+        found = re.match(r"Failed to .* from (?:file )?'(.*?)' with error", record.getMessage())
+        self.file = found.group(1) if found else self.file
+
+
 @contextlib.contextmanager
 def using_datasets(label):
     """Translate what the library `datasets` raises while a data set is looked up, downloaded or read."""
     pyarrow = import_optional("pyarrow", f"to read {label}")
     exceptions = import_optional("datasets.exceptions", f"to read {label}").exceptions
+    log = _FileLog()
+    logging.getLogger("datasets").addHandler(log)
     try:
         yield
     except PonderingError:
@@ -80,7 +96,10 @@ def using_datasets(label):
         # "An error occurred while generating the dataset" says nothing; what it was made from does.
         cause = error.__cause__ if isinstance(error, exceptions.DatasetGenerationError) else None
         reason = first_line(" ".join(str(cause or error).split()) or type(error).__name__)
-        raise PonderingError(f"cannot read the data set {label}: {reason}") from error
+        where = f" (file {log.file})" if log.file else ""
+        raise PonderingError(f"cannot read the data set {label}{where}: {reason}") from error
+    finally:
+        logging.getLogger("datasets").removeHandler(log)
 
 
 def check_column(names, text_field, label):
@@ -154,16 +173,15 @@ def _pieces(get, path, row, text_field):
             raise PonderingError(
                 f"row {row} of {path}: the column {text_field!r} is not text but {type(text).__name__}"
             )
-        if text:
-            text.encode("utf-8")
+        for index, part in enumerate(cut((text or "").replace("\r\n", "\n"))):
+            part.encode("utf-8")
+            yield Piece(part, path, row, index == 0)
     except UnicodeDecodeError as error:
         raise PonderingError(
             f"row {row} of {path} is not UTF-8 text (byte 0x{error.object[error.start]:02x}): convert it"
         ) from error
     except UnicodeEncodeError as error:
         raise PonderingError(f"row {row} of {path} has half a character (a lone surrogate): repair the row") from error
-    for index, part in enumerate(cut(text or "")):
-        yield Piece(part.replace("\r\n", "\n"), path, row, index == 0)
 
 
 def _value_type(pyarrow, data_type):

@@ -131,7 +131,7 @@ def _read_jsonl(file, path, text_field):
             )
         content = _decode(codecs.getincrementaldecoder("utf-8")(), raw, path, line, final=True).strip()
         if content:
-            text = _field(content, path, line, text_field)
+            text = _field(content, path, line, text_field).replace("\r\n", "\n")
             for index, part in enumerate(cut(text)):
                 yield Piece(part, path, line, index == 0)
 
