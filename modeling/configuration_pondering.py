@@ -24,6 +24,11 @@ def check_steps(name, value):
         raise PonderingError(f"`{name}` must be an integer >= 0 (0: no pondering), got {value!r}")
 
 
+def _check_heads(name, value):
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise PonderingError(f"`{name}` must be an integer >= 0 (0: no draft heads), got {value!r}")
+
+
 def _check_top_k(name, value):
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
         raise PonderingError(f"`{name}` must be an integer >= 1, or null for the whole vocabulary, got {value!r}")
@@ -67,6 +72,7 @@ PONDERING_FIELDS = {
     "input_scale": (1.0, _check_positive),
     "pondering_gate": ("none", _check_gate),
     "intermediate_loss_weight": (0.0, _check_not_negative),
+    "draft_heads": (0, _check_heads),
     "pondering_format_version": (FORMAT_VERSION, _check_format),
 }
 
@@ -100,6 +106,7 @@ class PonderingConfig(PretrainedConfig):
         input_scale: factor on the token embedding before pass 0 (S in the authors' larger models).
         pondering_gate: "none": x + t as in the paper. "zero_init": x + g * t with a learned g that starts at 0.
         intermediate_loss_weight: weight of the mean of the losses of passes 0 .. S-1 in the training loss.
+        draft_heads: for how many passes there is a draft head (pondering_drafts.py); one for each of S is best.
         pondering_format_version: of the checkpoint format; a newer one than this code knows is refused.
 
     Raises:

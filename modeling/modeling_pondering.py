@@ -34,6 +34,7 @@ from .pondering_cache import pass_cache, step_cache
 
 # transformers 4.57 fetches only the files that this one imports by itself, so it must name all of them.
 from .pondering_call import GenerationCall  # noqa: F401
+from .pondering_drafts import DraftHeads
 from .pondering_embedding import PonderingEmbedding, PonderingGate
 from .pondering_errors import PonderingError
 from .pondering_exit import PonderingExit  # noqa: F401
@@ -42,15 +43,18 @@ from .pondering_loss import causal_lm_loss, linear_causal_lm_loss
 from .pondering_output import PonderingCausalLMOutput, logits_on_demand
 from .pondering_prompt import check_prompt  # noqa: F401
 from .pondering_readout import Readout  # noqa: F401
+from .pondering_speculation import speculative_sample  # noqa: F401
 from .pondering_topk import top_k_embedding  # noqa: F401
 from .pondering_vocabulary import vocabulary_embedding  # noqa: F401
+from .pondering_wave import Wave  # noqa: F401
+from .pondering_wave_cache import WaveCache  # noqa: F401
 
 
 _LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")
 
 
 class PonderingPreTrainedModel(PreTrainedModel):
-    """A backbone, perhaps a gate, and the passes over them. Both model classes have the same weights.
+    """A backbone, perhaps a gate and draft heads, and the passes over them. Both model classes have the same weights.
 
     `config.base_config` and the backbone's own `config` are one object.
     """
@@ -70,6 +74,9 @@ class PonderingPreTrainedModel(PreTrainedModel):
         # Masks that `generate` prepares must be of the kind that the backbone's layers expect.
         self.config._attn_implementation_internal = self.backbone.config._attn_implementation
         self.pondering_gate = PonderingGate(self.embedding_size) if config.pondering_gate == "zero_init" else None
+        self.draft_heads = DraftHeads(config.draft_heads, self.state_size) if config.draft_heads else None
+        if self.draft_heads is not None:
+            self.draft_heads.requires_grad_(False)  # trained by themselves, from a frozen model
         self._needs_verification = config.base_config.model_type not in TESTED
         self.post_init()
         if self.device.type != "meta":  # otherwise the weights come later: at the first forward pass then
@@ -78,6 +85,8 @@ class PonderingPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module):
         if isinstance(module, PonderingGate):  # the backbone initialises its own weights
             nn.init.zeros_(module.weight)
+        if isinstance(module, DraftHeads):
+            module.reset()
 
     def _verify_once(self):
         if self._needs_verification:
@@ -88,6 +97,11 @@ class PonderingPreTrainedModel(PreTrainedModel):
     def embedding_size(self):
         """Width of the embeddings that the backbone takes; OPT's can differ from its hidden size."""
         return self.backbone.get_input_embeddings().weight.shape[1]
+
+    @property
+    def state_size(self):
+        """Width of the last hidden states, which the head reads."""
+        return self.backbone.get_output_embeddings().weight.shape[1]
 
     @property
     def pondering_kernel(self):
@@ -147,11 +161,26 @@ class PonderingPreTrainedModel(PreTrainedModel):
         if model.pondering_gate is not None:
             table = backbone.get_input_embeddings().weight
             model.pondering_gate = PonderingGate(model.embedding_size).to(table.device, backbone.dtype)
+        if model.draft_heads is not None:
+            model.add_draft_heads(config.draft_heads)
         model._verify_once()
         if model.can_generate() and getattr(backbone, "generation_config", None) is not None:
             model.generation_config = backbone.generation_config
         model.config.dtype = backbone.dtype
         return model.train(backbone.training)  # no post_init: it would initialise modules that the user put in
+
+    def add_draft_heads(self, num_passes=None):
+        """Give the first `num_passes` passes new draft heads (pondering_drafts.py), by default all but the last pass.
+
+        They start as the passes' own predictions; `ponder_hf.training.draft_heads` trains them.
+        """
+        config = self.config
+        config.draft_heads = config.pondering_steps if num_passes is None else num_passes
+        self.draft_heads = None
+        if config.draft_heads:
+            weight = self.backbone.get_output_embeddings().weight
+            self.draft_heads = DraftHeads(config.draft_heads, self.state_size).to(weight.device, self.backbone.dtype)
+            self.draft_heads.requires_grad_(False)
 
     def to_base(self):
         """The plain backbone, an instance of its own transformers class: the same weights, no copy."""

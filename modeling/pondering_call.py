@@ -1,11 +1,12 @@
 """One call of `generate`: what was said about pondering, and what is recorded while the call lasts.
 
-Four settings go with a call, each given to `generate` or set on a GenerationConfig (and so in generation_config.json):
+Five settings go with a call, each given to `generate` or set on a GenerationConfig (and so in generation_config.json):
 
     pondering_steps             S for this call
     pondering_exit_threshold    stop pondering a token that has converged (pondering_exit.py); None: never
     pondering_exit_criterion    how convergence is measured: "kl", "entropy", "argmax", or an object
-    num_draft_tokens            > 0: guess up to so many tokens ahead with the model itself
+    num_draft_tokens            > 0: guess up to so many tokens ahead with the model itself (pondering_speculation.py)
+    draft_source                where the guesses come from: "own", "heads", "prompt_lookup", or an object
 
 While the call lasts they stand in a context variable of its thread, from which every forward pass of the call gets
 them. So strategies that hand on their arguments (to an assistant, say) do not hand these on.
@@ -15,11 +16,18 @@ import contextlib
 import contextvars
 
 from .configuration_pondering import check_steps
+from .pondering_drafts import read_source
 from .pondering_errors import PonderingError
 from .pondering_exit import PonderingExit
 
 
-SETTINGS = ("pondering_steps", "pondering_exit_threshold", "pondering_exit_criterion", "num_draft_tokens")
+SETTINGS = (
+    "pondering_steps",
+    "pondering_exit_threshold",
+    "pondering_exit_criterion",
+    "num_draft_tokens",
+    "draft_source",
+)
 _CALL = contextvars.ContextVar("pondering_generation_call", default=None)
 
 
@@ -30,14 +38,16 @@ class GenerationCall:
         steps: S of this call.
         exit: a PonderingExit, or None where every token takes all S steps.
         num_draft_tokens: how far ahead the model may guess; 0: not at all.
-        num_drafted, num_accepted: guesses made, and those that proved right, counted by whoever drafts.
+        draft_source: where the guesses come from (pondering_drafts.py); None without guesses.
+        acceptance_rate: the share of guesses that proved right, told by whoever drafts.
         steps_used: list of (first slot, (B, T) steps that each position took), one entry a forward pass; filled only
             where tokens may take fewer than S.
     """
 
-    def __init__(self, steps, exit=None, num_draft_tokens=0):
-        self.steps, self.exit, self.num_draft_tokens = steps, exit, num_draft_tokens
-        self.num_drafted = self.num_accepted = 0
+    def __init__(self, steps, exit=None, num_draft_tokens=0, draft_source=None):
+        self.steps, self.exit = steps, exit
+        self.num_draft_tokens, self.draft_source = num_draft_tokens, draft_source
+        self.acceptance_rate = 0.0
         self.steps_used = []
         self.slot_offset = None  # of the first token of `input_ids`, where the prompt was embeddings or cached before
 
@@ -53,7 +63,7 @@ class GenerationCall:
             sources = [kwargs.pop(name, None), getattr(generation_config, name, None)]
             sources.append(getattr(model.generation_config, name, None))
             values[name] = next((value for value in sources if value is not None), None)
-        steps, threshold, criterion, num_draft_tokens = values.values()
+        steps, threshold, criterion, num_draft_tokens, draft_source = values.values()
         steps = model.config.pondering_steps if steps is None else steps
         check_steps("pondering_steps", steps)
         num_draft_tokens = 0 if num_draft_tokens is None else num_draft_tokens
@@ -61,7 +71,14 @@ class GenerationCall:
             raise PonderingError(
                 f"`num_draft_tokens` must be an integer >= 0 (0: no drafts), got {num_draft_tokens!r}"
             )
-        return cls(steps, PonderingExit.read(criterion, threshold), num_draft_tokens)
+        exit = PonderingExit.read(criterion, threshold)
+        if num_draft_tokens and exit is not None:
+            raise PonderingError(
+                "`num_draft_tokens` and `pondering_exit_threshold` do not go together: a draft runs ahead on passes that "
+                "an exit would leave out. Use one of them"
+            )
+        source = read_source(draft_source, model)
+        return cls(steps, exit, num_draft_tokens, source if num_draft_tokens else None)
 
 
 def current_call():

@@ -13,6 +13,7 @@ from transformers.utils import ModelOutput
 from .pondering_call import GenerationCall, current_call, during
 from .pondering_errors import PonderingError
 from .pondering_prompt import check_prompt
+from .pondering_speculation import speculative_sample
 
 
 class PonderingGenerationMixin(GenerationMixin):
@@ -76,7 +77,11 @@ class PonderingGenerationMixin(GenerationMixin):
             return super()._sample(
                 input_ids, logits_processor, stopping_criteria, generation_config, *args, **model_kwargs
             )
-        raise PonderingError("`num_draft_tokens` is not there yet: leave it out")
+        output, speculation = speculative_sample(
+            self, input_ids, logits_processor, stopping_criteria, generation_config, call, *args, **model_kwargs
+        )
+        call.acceptance_rate = speculation.acceptance_rate
+        return output
 
     def _num_prompt_tokens(self, inputs, kwargs):
         """How many of the tokens in the output's `sequences` are the prompt's."""
@@ -94,7 +99,7 @@ class PonderingGenerationMixin(GenerationMixin):
                 used = _steps_of_new_tokens(call, output, num_prompt_tokens, used)
             output["pondering_steps_used"] = used
         if call.num_draft_tokens:
-            output["draft_acceptance_rate"] = call.num_accepted / call.num_drafted if call.num_drafted else 0.0
+            output["draft_acceptance_rate"] = call.acceptance_rate
 
 
 def _check_drafts(generation_mode, generation_config):

@@ -21,6 +21,7 @@ def test_defaults_are_those_of_the_contract():
         "input_scale": 1.0,
         "pondering_gate": "none",
         "intermediate_loss_weight": 0.0,
+        "draft_heads": 0,
         "pondering_format_version": FORMAT_VERSION,
     }
 
@@ -56,6 +57,10 @@ BAD_VALUES = [
     ("pondering_gate", ["none"]),
     ("intermediate_loss_weight", -0.1),
     ("intermediate_loss_weight", True),
+    ("draft_heads", -1),
+    ("draft_heads", None),
+    ("draft_heads", True),
+    ("draft_heads", "mlp"),
     ("pondering_format_version", FORMAT_VERSION + 1),
     ("pondering_format_version", 0),
 ]

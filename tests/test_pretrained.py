@@ -21,13 +21,17 @@ MODELING_FILES = {
     "pondering_backbone.py",
     "pondering_base.py",
     "pondering_cache.py",
+    "pondering_drafts.py",
     "pondering_embedding.py",
     "pondering_errors.py",
     "pondering_loss.py",
     "pondering_output.py",
     "pondering_readout.py",
+    "pondering_speculation.py",
     "pondering_topk.py",
     "pondering_vocabulary.py",
+    "pondering_wave.py",
+    "pondering_wave_cache.py",
 }
 
 

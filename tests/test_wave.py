@@ -1,0 +1,235 @@
+"""The wave: what it generates is what plain pondering generates, in whatever way the drafts are right or wrong."""
+
+import random
+
+import pytest
+import tiny
+import torch
+
+from ponder_hf import PonderingError
+from ponder_hf.modeling.pondering_wave import Flight
+
+
+class Guesses:
+    """A source that drafts the true token with a given probability, and anything at all otherwise."""
+
+    def __init__(self, truth, probability, seed):
+        self.truth, self.probability, self.random = truth, probability, random.Random(seed)
+
+    def __call__(self, hidden_states, first_pass):
+        return None
+
+    def token(self, prompt, pass_index, token_ids, predicted):
+        truth = self.truth[prompt]
+        if len(token_ids) < len(truth) and self.random.random() < self.probability:
+            return truth[len(token_ids)]
+        return self.random.randrange(tiny.VOCAB_SIZE)
+
+
+def random_prompts(chance, batch_size):
+    return tiny.left_padded(
+        [tiny.token_ids(chance.randint(1, 14), seed=chance.randrange(1 << 30)) for _ in range(batch_size)]
+    )
+
+
+PROCESSORS = [
+    {"repetition_penalty": 1.5},
+    {"min_new_tokens": 3},
+    {"no_repeat_ngram_size": 2},
+    {"bad_words_ids": [[7], [9, 11]]},
+    {"repetition_penalty": 1.2, "forced_eos_token_id": 5, "suppress_tokens": [8, 10, 12]},
+    {"prefix_allowed_tokens_fn": lambda row, ids: [*range(3 + row, 131, 2 + row % 2), int(ids[-1])]},
+]
+MANY_EOS = list(range(3, 60, 6))  # so that rows end early and apart from each other
+
+
+def random_case(model, chance):
+    """One random call, plain and with drafts: they must give the same tokens."""
+    input_ids, mask = random_prompts(chance, chance.randint(1, 4))
+    settings = {"attention_mask": mask, "max_new_tokens": chance.randint(3, 14), "do_sample": False, "pad_token_id": 0}
+    settings["eos_token_id"] = chance.choice([None, 5, MANY_EOS])
+    if chance.random() < 0.4:
+        settings |= chance.choice(PROCESSORS)
+    settings["pondering_steps"] = chance.randint(0, 4)
+    expected = model.generate(input_ids, **settings)
+    probability = chance.choice([None, 0.0, 0.3, 0.6, 0.9, 1.0])
+    source = None if probability is None else Guesses(expected.tolist(), probability, chance.random())
+    tokens = model.generate(input_ids, num_draft_tokens=chance.randint(1, 6), draft_source=source, **settings)
+    assert tokens.tolist() == expected.tolist(), (settings, probability)
+
+
+def spine_model(model_type):
+    # Gemma 2 needs eager attention, which turns wholly masked rows of a float64 batch into NaN, in plain models too.
+    return tiny.pondering_model(model_type, torch.float32 if model_type == "gemma2" else torch.float64)
+
+
+@pytest.mark.parametrize("model_type", tiny.SPINE)
+def test_random_calls_give_what_plain_pondering_gives(model_type):
+    chance, model = random.Random(model_type), spine_model(model_type)
+    for _ in range(8):
+        random_case(model, chance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", tiny.SPINE)
+def test_hundreds_of_random_calls_give_what_plain_pondering_gives(model_type):
+    chance, model = random.Random("again " + model_type), spine_model(model_type)
+    for _ in range(200):
+        random_case(model, chance)
+
+
+OTHER_KINDS = {
+    "top-K": ("gpt_neox", {}, {"pondering_top_k": 5}),
+    "gate": ("llama", {}, {"pondering_gate": "zero_init"}),
+    "scales": ("llama", {}, {"embedding_scale": 2.0, "input_scale": 3.0, "pondering_temperature": 0.5}),
+    "alibi": ("falcon", {"alibi": True}, {}),
+    "mixture": ("mixtral", {}, {}),
+    "several key heads": ("gpt_bigcode", {}, {}),
+    "windows in some layers": ("qwen2", {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 5}, {}),
+    "a short window": ("mistral", {"sliding_window": 3}, {}),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS.values(), ids=OTHER_KINDS)
+def test_other_kinds_of_models(kind):
+    model_type, base_changes, fields = kind
+    dtype = torch.float32 if model_type == "mixtral" else torch.float64  # its experts have no float64 product
+    model = tiny.pondering_model(model_type, dtype, base_changes, **fields)
+    if model.pondering_gate is not None:
+        torch.nn.init.normal_(model.pondering_gate.weight)
+    chance = random.Random(str(kind))
+    for _ in range(8):
+        random_case(model, chance)
+
+
+def test_eager_attention():
+    model = tiny.pondering_model("llama", base_changes={"attn_implementation": "eager"})
+    assert model.backbone.config._attn_implementation == "eager"
+    chance = random.Random(1)
+    for _ in range(8):
+        random_case(model, chance)
+
+
+def test_a_cache_that_outgrows_its_room():
+    model = tiny.pondering_model("llama", torch.float64, {"max_position_embeddings": 512}, pondering_steps=2)
+    input_ids = tiny.token_ids(2, 5)
+    settings = {"max_new_tokens": 300, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = model.generate(input_ids, **settings)
+    source = Guesses(expected.tolist(), 0.95, 0)
+    tokens = model.generate(input_ids, num_draft_tokens=2, draft_source=source, **settings)
+    assert tokens.tolist() == expected.tolist()
+
+
+GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+def count_ticks(model):
+    """A list that grows with each forward pass of the decoder: (rows, tokens a row)."""
+    shapes = []
+    model.backbone.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["inputs_embeds"].shape[:2])), with_kwargs=True
+    )
+    return shapes
+
+
+def test_right_drafts_cost_one_tick_a_token():
+    model = tiny.pondering_model("llama", torch.float64, pondering_steps=3)
+    input_ids = tiny.token_ids(1, 6)
+    truth = model.generate(input_ids, max_new_tokens=20, **GREEDY).tolist()
+    shapes = count_ticks(model)
+    source = Guesses(truth, 1.0, 0)
+    output = model.generate(
+        input_ids,
+        max_new_tokens=20,
+        num_draft_tokens=3,
+        draft_source=source,
+        return_dict_in_generate=True,
+        **GREEDY,
+    )
+    assert output.sequences.tolist() == truth
+    assert shapes[:4] == [(1, 6)] * 4
+    # The first new token comes of the prompt; three ticks until the next is through, then one a token. Passes that
+    # have nothing to run are not in the batch.
+    ticks = shapes[4:]
+    assert len(ticks) == 3 + 19
+    assert [rows for rows, _ in ticks] == [1, 2, 3] + [4] * 16 + [3, 2, 1]
+    assert output.draft_acceptance_rate == 1.0
+    assert output.pondering_steps_used.tolist() == [[3] * 20]
+
+
+def test_wrong_drafts_cost_no_more_ticks_than_plain_pondering():
+    model = tiny.pondering_model("llama", torch.float64, pondering_steps=3)
+    input_ids = tiny.token_ids(1, 6)
+    truth = model.generate(input_ids, max_new_tokens=10, **GREEDY).tolist()
+    shapes = count_ticks(model)
+    source = Guesses(truth, 0.0, 0)
+    output = model.generate(
+        input_ids,
+        max_new_tokens=10,
+        num_draft_tokens=3,
+        draft_source=source,
+        return_dict_in_generate=True,
+        **GREEDY,
+    )
+    assert output.sequences.tolist() == truth
+    assert len(shapes) == 4 + 4 * 9
+    assert output.draft_acceptance_rate < 0.2
+
+
+class Oracle:
+    """A made-up model: pass i of a text predicts a token that depends on the whole text, the last pass with noise."""
+
+    def __init__(self, seed, num_steps, agreement):
+        self.seed, self.num_steps, self.agreement = seed, num_steps, agreement
+
+    def predict(self, text, index):
+        final = random.Random(f"{self.seed} {text}").randrange(5)
+        if index == self.num_steps:
+            return final
+        chance = random.Random(f"{self.seed} {index} {text}")
+        return final if chance.random() < self.agreement else chance.randrange(5)
+
+
+@pytest.mark.parametrize("num_steps", range(5))
+def test_thousands_of_random_flights_land_where_they_should(num_steps):
+    """The logic of a flight alone, against a made-up model, which also checks that each pass runs on what it must."""
+    for seed in range(1000):
+        chance = random.Random(seed)
+        oracle = Oracle(seed, num_steps, chance.random())
+        num_drafts, corrects, num_columns = chance.randint(0, 5), chance.random() < 0.8, chance.randint(2, 12)
+        text, flight = [0], Flight(0, 0)
+        has_run = {}  # column: passes that have run there, on which text
+        while len(text) < num_columns:
+            predicted = {}
+            for index, stage in enumerate(flight.stages):
+                seen = (*text[:-1], *flight.tokens[: index + 1])
+                column = flight.column + index
+                assert len(seen) == column + 1
+                assert column < num_columns
+                if stage:
+                    assert has_run[column] == (seen, stage - 1)
+                assert (
+                    all(
+                        has_run[before][1] >= stage and has_run[before][0] == seen[: before + 1]
+                        for before in range(column - 2, column)
+                        if before >= 0 and before in has_run
+                    )
+                    or stage == 0
+                )
+                predicted[stage] = oracle.predict(seen, stage)
+            for index, stage in enumerate(flight.stages):
+                has_run[flight.column + index] = ((*text[:-1], *flight.tokens[: index + 1]), stage)
+            assert len(flight.tokens) - 1 <= min(num_drafts, num_steps)
+            final = flight.settle(predicted, num_steps, num_drafts, num_columns, corrects)
+            if final is not None:
+                assert final == oracle.predict(tuple(text), num_steps)
+                text.append(final)
+                assert flight.tokens[0] == final
+                assert flight.column == len(text) - 1
+        assert flight.num_hits <= flight.num_verdicts < num_columns
+
+
+def test_backbones_that_count_columns_their_own_way_are_refused():
+    model = tiny.pondering_model("gpt_neo")
+    with pytest.raises(PonderingError, match=r"does not work with model_type 'gpt_neo'.*set num_draft_tokens=0"):
+        model.generate(tiny.token_ids(1, 5), num_draft_tokens=2, max_new_tokens=4)
