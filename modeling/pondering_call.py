@@ -74,8 +74,8 @@ class GenerationCall:
         exit = PonderingExit.read(criterion, threshold)
         if num_draft_tokens and exit is not None:
             raise PonderingError(
-                "`num_draft_tokens` and `pondering_exit_threshold` do not go together: a draft runs ahead on passes that "
-                "an exit would leave out. Use one of them"
+                "`num_draft_tokens` and `pondering_exit_threshold` do not go together, as drafts run ahead on "
+                "the very passes that an exit leaves out: use one of them"
             )
         source = read_source(draft_source, model)
         return cls(steps, exit, num_draft_tokens, source if num_draft_tokens else None)

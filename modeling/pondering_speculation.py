@@ -223,20 +223,10 @@ class Speculation:
         others: as in transformers' `_sample`.
     """
 
-    def __init__(
-        self,
-        model,
-        input_ids,
-        logits_processor,
-        generation_config,
-        num_steps,
-        num_drafts,
-        source,
-        record,
-        model_kwargs,
-    ):
-        self.record, self.num_steps, self.num_drafts = record, num_steps, min(num_drafts, num_steps)
-        self.source, self.chooses_drafts = source, hasattr(source, "token")
+    def __init__(self, model, input_ids, logits_processor, generation_config, call, record, model_kwargs):
+        self.record, self.num_steps = record, call.steps
+        self.num_drafts = min(call.num_draft_tokens, call.steps)
+        self.source, self.chooses_drafts = call.draft_source, hasattr(call.draft_source, "token")
         self.chooser = TokenChooser(logits_processor, generation_config.do_sample, record.token_ids)
         self.max_length = record.stopping_criteria.max_length
         if self.max_length is None:
@@ -370,7 +360,8 @@ def speculative_sample(
     """
     _check(generation_config, synced_gpus, model_kwargs)
     record = Record(input_ids, stopping_criteria, generation_config, streamer)
-    speculation = Speculation(model, input_ids, logits_processor, generation_config, call, record, model_kwargs).run()
+    speculation = Speculation(model, input_ids, logits_processor, generation_config, call, record, model_kwargs)
+    speculation.run()
     if streamer is not None:
         streamer.end()
     sequences = record.sequences()
