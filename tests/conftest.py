@@ -81,6 +81,17 @@ def no_logged_deprecations(request):
         pytest.fail("transformers logged a deprecation:\n" + "\n".join(messages))
 
 
+@pytest.fixture
+def float64_throughout(monkeypatch):
+    """Backbones compute norms and softmaxes in float64 where they ask for float32.
+
+    So results of two ways to compute the same thing differ by rounding in float64 only. It also keeps eager attention
+    from turning wholly masked rows of a float64 batch into NaN.
+    """
+    monkeypatch.setattr(torch, "float32", torch.float64)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of reference checkpoints, data and tokenizers beside the repository.
