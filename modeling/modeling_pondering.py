@@ -30,7 +30,7 @@ from .pondering_backbone import (
     verify_backbone,
 )
 from .pondering_base import load_backbone, read_base_config, split_arguments
-from .pondering_cache import pass_cache, step_cache
+from .pondering_cache import mark_owner, pass_cache, step_cache
 
 # transformers 4.57 fetches only the files that this one imports by itself, so it must name all of them.
 from .pondering_call import GenerationCall  # noqa: F401
@@ -249,6 +249,7 @@ class PonderingPreTrainedModel(PreTrainedModel):
                 kwargs[switch] = getattr(self.config, switch)
         if use_cache:
             past_key_values = step_cache(past_key_values, self.config.base_config, num_steps + 1)
+            mark_owner(past_key_values, self.backbone)
         elif past_key_values is not None and past_key_values.get_seq_length() > 0:
             raise PonderingError("`past_key_values` holds tokens but `use_cache` is False: give one or the other")
         else:

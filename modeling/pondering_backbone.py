@@ -151,6 +151,14 @@ def takes_position_ids(backbone):
     return _takes_position_ids(type(backbone_decoder(backbone)))
 
 
+def num_positions(backbone):
+    """The length of the backbone's table of positions, or None where positions are computed (rotations, ALiBi)."""
+    config = backbone.config
+    if getattr(config, "alibi", False) or any("Rotary" in type(module).__name__ for module in backbone.modules()):
+        return None
+    return getattr(config, "max_position_embeddings", None)
+
+
 def run_backbone(backbone, inputs_embeds, position_ids=None, **kwargs):
     """One forward pass of the decoder without its head. inputs_embeds: (B, T, d). Returns transformers' output."""
     decoder = backbone_decoder(backbone)

@@ -10,6 +10,7 @@ So whatever transformers does to every slot of a cache (reorder for beams, crop,
 
 import copy
 
+import torch
 from transformers.cache_utils import Cache, DynamicCache
 
 from .pondering_errors import PonderingError
@@ -43,6 +44,27 @@ def step_cache(past_key_values, base_config, num_passes):
             f"{num_layers * num_passes}: it was filled with another `pondering_steps` or by another model"
         )
     return past_key_values
+
+
+def mark_owner(past_key_values, backbone):
+    """Note on an empty cache which backbone fills it."""
+    if getattr(past_key_values, "pondering_owner", None) is None and past_key_values.get_seq_length() == 0:
+        past_key_values.pondering_owner = _fingerprint(backbone)
+
+
+def check_owner(past_key_values, backbone):
+    """Raise a PonderingError if the cache is known to have been filled by a backbone with other weights."""
+    owner, own = getattr(past_key_values, "pondering_owner", None), _fingerprint(backbone)
+    if owner is not None and own is not None and owner != own:
+        raise PonderingError("`past_key_values` was filled by another model: give the model's own cache, or none")
+
+
+def _fingerprint(backbone):
+    # One number that tells weights apart. None where weights are not at hand (sharded, offloaded).
+    weight = backbone.get_input_embeddings().weight
+    if type(weight) not in (torch.nn.Parameter, torch.Tensor) or weight.device.type == "meta" or weight.ndim != 2:
+        return None
+    return weight.detach()[:: max(1, len(weight) // 64)].double().sum().item()
 
 
 def pass_cache(past_key_values, pass_index, num_layers, cache_class=Cache):

@@ -157,6 +157,16 @@ def test_in_a_prompt_each_token_stops_by_itself():
     assert recorded[0].tolist() == [[0, 3, 1, 0], [1, 0, 0, 0]]
 
 
+def test_padding_holds_up_no_row():
+    model = tiny.pondering_model("llama", pondering_steps=STEPS)
+    shapes = counted(model)
+    input_ids, mask = tiny.left_padded([tiny.token_ids(3), tiny.token_ids(1)])
+    exit = Scripted([0.0, 0.0, 0.0, 1.0, 1.0, 0.0])  # would leave the padding of the second row to go on
+    settings = {"pondering_exit_criterion": exit, "pondering_exit_threshold": 0.5}
+    model.generate(input_ids, attention_mask=mask, max_new_tokens=1, **settings, **GREEDY)
+    assert shapes == [(2, 3)]
+
+
 @pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.parametrize("model_type", tiny.SPINE)
 @pytest.mark.parametrize("top_k", [None, 5], ids=["vocabulary", "top 5"])

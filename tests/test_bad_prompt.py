@@ -1,0 +1,137 @@
+"""generate: bad input ends in one clear error before any work."""
+
+import pytest
+import tiny
+import torch
+from transformers import DynamicCache, GenerationConfig
+
+from ponder_hf import PonderingError, PonderingForCausalLM
+
+
+MODEL = {"model_type": "gpt2", "pondering_steps": 2}  # gpt2 has a table of 64 positions
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.pondering_model(**MODEL)
+
+
+@pytest.fixture
+def check_refused(model, monkeypatch):
+    """A function that calls generate, checks what it raises and that no pass has run."""
+
+    def run(message, input_ids=None, **kwargs):
+        monkeypatch.setattr(model.backbone, "forward", None)
+        monkeypatch.setattr(model.backbone.base_model, "forward", None)
+        if input_ids is None and "inputs_embeds" not in kwargs:
+            input_ids = tiny.token_ids(2, 5)
+        with pytest.raises(PonderingError, match=message) as caught:
+            model.generate(input_ids, **{"max_new_tokens": 2, **kwargs})
+        assert "\n" not in str(caught.value)
+
+    return run
+
+
+SETTINGS = {
+    "negative S": ({"pondering_steps": -1}, r"`pondering_steps` must be an integer >= 0 .*, got -1"),
+    "fractional S": ({"pondering_steps": 1.5}, "`pondering_steps` must be an integer"),
+    "S as text": ({"pondering_steps": "3"}, "`pondering_steps` must be an integer"),
+    "S as a truth": ({"pondering_steps": True}, "`pondering_steps` must be an integer"),
+    "threshold alone": ({"pondering_exit_threshold": 0.1}, "needs `pondering_exit_criterion`: one of 'kl', 'entropy'"),
+    "criterion": ({"pondering_exit_criterion": "kk"}, "must be one of 'kl', 'entropy', 'argmax' or an object"),
+    "criterion object": ({"pondering_exit_criterion": 3}, "must be a name or callable"),
+    "threshold as text": (
+        {"pondering_exit_criterion": "kl", "pondering_exit_threshold": "0.1"},
+        "`pondering_exit_threshold` must be a finite number >= 0, got '0.1'",
+    ),
+    "negative threshold": (
+        {"pondering_exit_criterion": "kl", "pondering_exit_threshold": -0.1},
+        "`pondering_exit_threshold` must be a finite number >= 0",
+    ),
+    "endless threshold": (
+        {"pondering_exit_criterion": "kl", "pondering_exit_threshold": float("nan")},
+        "`pondering_exit_threshold` must be a finite number >= 0",
+    ),
+    "negative drafts": ({"num_draft_tokens": -1}, "`num_draft_tokens` must be an integer >= 0"),
+    "fractional drafts": ({"num_draft_tokens": 2.0}, "`num_draft_tokens` must be an integer >= 0"),
+    "drafts with beams": ({"num_draft_tokens": 2, "num_beams": 3}, "`num_draft_tokens` does not go with beam search"),
+    "drafts with beam sampling": (
+        {"num_draft_tokens": 2, "num_beams": 3, "do_sample": True},
+        "`num_draft_tokens` does not go with beam sample",
+    ),
+    "drafts with prompt lookup": (
+        {"num_draft_tokens": 2, "prompt_lookup_num_tokens": 3},
+        "`num_draft_tokens` does not go with assisted generation",
+    ),
+    "drafts without cache": ({"num_draft_tokens": 2, "use_cache": False}, "`num_draft_tokens` needs the cache"),
+}
+
+
+@pytest.mark.parametrize(("settings", "message"), SETTINGS.values(), ids=SETTINGS)
+def test_settings(check_refused, settings, message):
+    check_refused(message, **settings)
+
+
+@pytest.mark.parametrize(("settings", "message"), list(SETTINGS.values())[:8], ids=list(SETTINGS)[:8])
+def test_settings_in_a_generation_config(check_refused, settings, message):
+    check_refused(message, generation_config=GenerationConfig(**settings))
+
+
+PROMPTS = {
+    "empty": (torch.empty(1, 0, dtype=torch.long), "the prompt is empty"),
+    "flat": (torch.tensor([3, 4]), r"must have the shape \(batch, tokens\), got \(2,\)"),
+    "negative id": (torch.tensor([[3, -1]]), "has token id -1, but the vocabulary goes from 0 to 130"),
+    "id too large": (torch.tensor([[3, 131]]), "has token id 131, but the vocabulary goes from 0 to 130"),
+    "fractions": (torch.ones(1, 3), "`input_ids` must be integers"),
+    "list": ([[3, 4]], "`input_ids` must be a tensor, got list"),
+    "dict": ({"input_ids": torch.tensor([[3]])}, "unpack it"),
+    "too long": (tiny.token_ids(1, 65), "the prompt has 65 tokens, but the model has only 64 positions"),
+    "too long in the end": (
+        tiny.token_ids(1, 64),
+        "64 tokens of prompt and 2 new ones .* use max_new_tokens=1 or less",
+    ),
+}
+
+
+@pytest.mark.parametrize(("prompt", "message"), PROMPTS.values(), ids=PROMPTS)
+def test_prompts(check_refused, prompt, message):
+    check_refused(message, prompt)
+
+
+def test_embeddings(check_refused):
+    check_refused("the prompt is empty", inputs_embeds=torch.empty(1, 0, 32))
+    check_refused(r"must have the shape \(batch, tokens, 32\)", inputs_embeds=torch.empty(1, 3, 31))
+    check_refused("the prompt has 65 tokens", inputs_embeds=torch.empty(1, 65, 32))
+
+
+def test_masks(check_refused):
+    check_refused("row 1 of the prompt is empty", attention_mask=torch.tensor([[1] * 5, [0] * 5]))
+    check_refused(r"has the shape \(2, 4\), which does not fit", attention_mask=torch.ones(2, 4))
+    check_refused(r"has the shape \(1, 5\), which does not fit", attention_mask=torch.ones(1, 5))
+
+
+def test_a_prompt_may_fill_the_table_of_positions():
+    model = tiny.pondering_model(**MODEL)
+    settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert model.generate(tiny.token_ids(1, 60), max_new_tokens=5, **settings).shape == (1, 65)
+    ids, mask = tiny.left_padded([tiny.token_ids(62), tiny.token_ids(3)])
+    assert model.generate(ids, attention_mask=mask, max_length=65, **settings).shape == (2, 65)
+
+
+def test_positions_that_are_computed_have_no_end():
+    model = tiny.pondering_model("llama")
+    ids = tiny.token_ids(1, 64)
+    assert model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0).shape == (1, 68)
+
+
+def test_caches(check_refused, model):
+    prompt = tiny.token_ids(1, 5)
+    longer = {"input_ids": torch.cat([prompt, prompt], dim=1)}
+    plain, other, other_steps = (DynamicCache(config=model.config.base_config) for _ in range(3))
+    model.to_base()(prompt, past_key_values=plain, use_cache=True)
+    PonderingForCausalLM(model.config)(prompt, past_key_values=other, use_cache=True)
+    model(prompt, past_key_values=other_steps, pondering_steps=1, use_cache=True)
+    check_refused("holds 2 slots, but 3 passes of 2 layers need 6", past_key_values=plain, **longer)
+    check_refused("`past_key_values` was filled by another model", past_key_values=other, **longer)
+    check_refused("holds 4 slots, but 3 passes of 2 layers need 6", past_key_values=other_steps, **longer)
+    check_refused("must be one of transformers' Cache objects", past_key_values=((torch.zeros(1),),), **longer)
