@@ -54,12 +54,10 @@ def convert(source, destination, *, overwrite=False, max_shard_size=SHARD_SIZE, 
             f"{found.name} is a pondering checkpoint already: use it as it is, or get its plain backbone first, with "
             f"`ponder-hf export {found.name} DEST`"
         )
-    authors_fields, empty_model = _understand(found, pondering_fields)
-    dtype = stored_dtype(found, _unused(found.tensors, empty_model))
+    authors_fields, empty_model = understand_plain(found, pondering_fields)
     names = travelling_files(found.folder)
     check_space(path, found.num_bytes)
-    with reading(found.name), fitting(found.name):
-        model = PonderingForCausalLM.from_base(found.folder, dtype=dtype, **pondering_fields)
+    model = load_converted(found, empty_model, pondering_fields)
     if any(name.name in TOKENIZER_FILES for name in names):
         _name_tokenizer(model.config, found)
     with whole_folder(destination, overwrite) as folder:
@@ -72,13 +70,28 @@ def convert(source, destination, *, overwrite=False, max_shard_size=SHARD_SIZE, 
         "model_type": model.config.base_config.model_type,
         "authors_checkpoint": bool(authors_fields),
         "pondering": {name: getattr(model.config, name) for name in PONDERING_FIELDS},
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(model.dtype).removeprefix("torch."),
         "parameters": model.num_parameters(),
         "files": sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()),
     }
 
 
-def _understand(found, pondering_fields):
+def load_converted(found, empty_model, pondering_fields, dtype=None):
+    """The PonderingForCausalLM that holds the weights of the plain checkpoint `found`, a Source.
+
+    Args:
+        empty_model: as understand_plain gives it.
+        dtype: of the weights; None: as they are stored.
+
+    Raises:
+        PonderingError: the weights cannot be used.
+    """
+    stored = stored_dtype(found, _unused(found.tensors, empty_model))
+    with reading(found.name), fitting(found.name):
+        return PonderingForCausalLM.from_base(found.folder, dtype=dtype or stored, **pondering_fields)
+
+
+def understand_plain(found, pondering_fields):
     """What an authors' checkpoint says of pondering, and the backbone without weights; raise if none can be built."""
     with understanding(found.name):
         base_config, authors_fields = read_base_config(found.folder)

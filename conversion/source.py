@@ -71,12 +71,18 @@ def open_source(source, revision=None):
     return Source(name, folder, commit, read_json(folder / CONFIG), read_headers(folder))
 
 
-def _download(name, revision):
-    """The folder in the Hub's cache with the model's files: the small ones first, which say where the weights are."""
+def download_small_files(name, revision=None):
+    """The folder in the Hub's cache with all files of a model that its weights are not: configuration, tokenizer."""
     patterns = [CONFIG, INDEX, "adapter_config.json", *TRAVELLING_FILES]
     patterns += [f"{folder}/{TEMPLATE_PATTERN}" for folder in TRAVELLING_FOLDERS]
     with reading(name):
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+
+
+def _download(name, revision):
+    """The folder in the Hub's cache with the model's files: the small ones first, which say where the weights are."""
+    folder = download_small_files(name, revision)
+    with reading(name):
         if (folder / CONFIG).exists():
             snapshot_download(name, revision=folder.name, allow_patterns=shard_names(folder) or [WEIGHTS])
     return folder

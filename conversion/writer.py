@@ -93,7 +93,7 @@ def whole_folder(destination, overwrite=False):
             _clean_up_after_killed_runs(path)
             partial.mkdir()
             yield partial
-            _flush(partial)
+            flush(partial)
             _put_in_place(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -124,10 +124,10 @@ def _put_in_place(partial, path):
                 aside.rename(path)
             raise
         shutil.rmtree(aside, ignore_errors=True)
-    _flush_entry(path.parent)
+    flush_entry(path.parent)
 
 
-def _flush(folder):
+def flush(folder):
     """Have every file below `folder` on the disk, so that a power cut after the rename cannot leave empty files."""
     readable = folder.stat().st_mode & 0o666
     for parent, _, names in os.walk(folder):
@@ -135,10 +135,10 @@ def _flush(folder):
             with open(os.path.join(parent, name), "rb") as file:
                 os.fsync(file.fileno())
             os.chmod(os.path.join(parent, name), readable)  # safetensors makes its files private to their owner
-        _flush_entry(parent)
+        flush_entry(parent)
 
 
-def _flush_entry(folder):
+def flush_entry(folder):
     if os.name == "nt":  # a folder cannot be opened there
         return
     descriptor = os.open(folder, os.O_RDONLY)

@@ -368,7 +368,7 @@ class PonderingForCausalLM(PonderingPreTrainedModel, PonderingGenerationMixin):
 
         def collect(hidden_states):
             if output_pondering:
-                step_logits.append(backbone_logits(self.backbone, hidden_states)[:, kept])
+                step_logits.append(backbone_logits(self.backbone, hidden_states[:, kept]))
             if needs_loss and (output_pondering or weight):
                 step_losses.append(self._loss(hidden_states, labels, loss_arguments))
 

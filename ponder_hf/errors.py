@@ -31,6 +31,10 @@ _LONGEST_REASON = 300
 _MISFITS = ("size mismatch", "ignore_mismatched_sizes", "conversion of the weights")
 
 
+class TrainingStopped(PonderingError):
+    """A training that cannot go on, although it began well. What it has written so far stays."""
+
+
 def first_line(error):
     """The first line of an exception's message that says something, cut to a readable length."""
     lines = (" ".join(line.split()) for line in str(error).splitlines())

@@ -10,13 +10,14 @@ import json
 import sys
 
 from ponder_hf import PonderingError, __version__
+from ponder_hf.errors import TrainingStopped
 
-from .outcome import bad_input, interrupted, unexpected
+from .outcome import bad_input, interrupted, stopped, unexpected
 from .parser import OneLineParser, check_command
 from .quiet import quiet_libraries, standard_output_for_json
 
 
-COMMANDS = ("demo", "convert", "export", "generate", "doctor")
+COMMANDS = ("demo", "convert", "export", "train", "generate", "doctor")
 
 
 def build_parser():
@@ -53,10 +54,12 @@ def main(argv=None):
         sys.stdout.flush()  # here, where a reader that is gone can still be noticed
     except SystemExit as done:  # --help and --version
         return done.code or 0
+    except TrainingStopped as error:
+        return stopped(error)
     except PonderingError as error:
         return bad_input(error)
-    except KeyboardInterrupt:
-        return interrupted()
+    except KeyboardInterrupt as error:
+        return interrupted(error)
     except Exception as error:
         return unexpected(error)
     return 0

@@ -38,7 +38,7 @@ def add_field_flags(parser):
 
 def given_fields(args):
     """The fields whose flags were used, as a dict."""
-    given = {name: getattr(args, name) for name in FLAG_FIELDS if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in FLAG_FIELDS if getattr(args, name, None) is not None}
     return {name: _unwrap(name, value) for name, value in given.items()}
 
 

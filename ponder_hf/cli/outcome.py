@@ -22,6 +22,12 @@ def bad_input(error):
     return _end(BAD_INPUT, f"error: {' '.join(str(error).split())}")
 
 
+def stopped(error):
+    """Say why it could not be finished although the input seemed fine."""
+    _traceback_if_debugging()
+    return _end(UNEXPECTED, f"error: {' '.join(str(error).split())}")
+
+
 def unexpected(error):
     """Say what went wrong although the input seemed fine, and how to see more."""
     if isinstance(error, BrokenPipeError):  # the reader of our output is gone (`| head`): nobody is left to tell
@@ -32,10 +38,11 @@ def unexpected(error):
     return _end(UNEXPECTED, f"error: unexpected {type(error).__name__}: {first_line(error)}{hint}")
 
 
-def interrupted():
-    """Say that the user stopped it."""
+def interrupted(error=None):
+    """Say that the user stopped it, and what `error`, a KeyboardInterrupt, says on how to go on."""
     _traceback_if_debugging()
-    return _end(INTERRUPTED, "interrupted")
+    hint = "" if error is None else str(error)
+    return _end(INTERRUPTED, f"interrupted; {hint}" if hint else "interrupted")
 
 
 def _end(code, message):

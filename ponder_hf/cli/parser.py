@@ -7,11 +7,22 @@ from ponder_hf import PonderingError
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser that raises PonderingError where argparse prints its usage and exits."""
+    """An ArgumentParser that raises PonderingError where argparse prints its usage and exits.
+
+    complete: called once with the parser before it first parses, for flags that are slow to find out.
+    """
+
+    complete = None
 
     def __init__(self, *args, **kwargs):
         # An abbreviated flag would change its meaning as soon as a longer one is added.
         super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def parse_known_args(self, args=None, namespace=None):
+        if self.complete is not None:
+            complete, self.complete = self.complete, None
+            complete(self)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message):
         raise PonderingError(f"{message} (see `{self.prog} --help`)")

@@ -89,7 +89,7 @@ class _Recorder(TrainerCallback):
 
 
 @contextmanager
-def _cache_setting_kept(config):
+def cache_setting_kept(config):
     """Trainer sets `use_cache` to False, and a model that is saved afterwards would say so in its config.json."""
     before = vars(config).get("use_cache")
     try:
@@ -115,7 +115,7 @@ def train(model, blocks, label="training", held_out=None, evaluate_every=0, **ar
     Returns:
         A Run.
     """
-    with tempfile.TemporaryDirectory(prefix="ponder-hf-") as folder, _cache_setting_kept(model.config):
+    with tempfile.TemporaryDirectory(prefix="ponder-hf-") as folder, cache_setting_kept(model.config):
         settings = TrainingArguments(**{**DEFAULTS, "output_dir": folder, **arguments})
         run = Run(
             tokens_per_step=settings.train_batch_size * settings.gradient_accumulation_steps * blocks.rows.shape[1]

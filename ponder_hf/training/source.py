@@ -1,0 +1,154 @@
+"""The model that a run starts from: a plain base, a pondering checkpoint, or a configuration to train from scratch.
+
+What can be checked without its weights is checked first; `load` makes the model.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ponder_hf import PonderingConfig, PonderingError, PonderingForCausalLM
+from ponder_hf.cli.generate import load_tokenizer
+from ponder_hf.conversion import load_pondering, open_source
+from ponder_hf.conversion.convert import load_converted, understand_plain
+from ponder_hf.conversion.headers import read_json
+from ponder_hf.conversion.source import CONFIG, Source, download_small_files
+from ponder_hf.errors import understanding
+from ponder_hf.modeling.pondering_base import read_base_config
+
+from .initialisation import check_initialisation, initialise
+
+
+@dataclass(frozen=True)
+class Start:
+    """A model that can be made.
+
+    kind: "plain", "pondering" or "scratch". name: what the user called it. config: the PonderingConfig that it will
+    have. num_parameters: of the whole model. load: makes the PonderingForCausalLM. path: the folder or Hub id that an
+    adapter can name as its base; None where no such checkpoint exists.
+    """
+
+    kind: str
+    name: str
+    config: PonderingConfig
+    num_parameters: int
+    load: Callable
+    tokenizer: object
+    path: str | None = None
+
+
+def find_start(options):
+    """The Start that these TrainOptions name.
+
+    Raises:
+        PonderingError: there is no such model or no tokenizer, or they cannot be used.
+    """
+    if options.config is not None:
+        return _from_scratch(options)
+    found = open_source(options.source, options.revision)
+    tokenizer = _tokenizer(options, found)
+    if found.is_pondering:
+        return pondering_start(found, tokenizer, options)
+    authors_fields, empty_model = understand_plain(found, options.fields)
+    config = PonderingConfig(empty_model.config, **{**authors_fields, **options.fields})
+    return Start(
+        kind="plain",
+        name=found.name,
+        config=config,
+        num_parameters=_count(config),
+        load=lambda: load_converted(found, empty_model, options.fields, _dtype(options)),
+        tokenizer=tokenizer,
+    )
+
+
+def pondering_start(found, tokenizer, options):
+    """The Start that continues the pondering checkpoint `found`, a Source."""
+    with understanding(found.name):
+        config = PonderingConfig.from_pretrained(found.folder)
+    _set_fields(config, options.fields, found.name)
+
+    def load():
+        model = load_pondering(found, _dtype(options))
+        _set_fields(model.config, options.fields, found.name)
+        return model
+
+    return Start(
+        kind="pondering",
+        name=found.name,
+        config=config,
+        num_parameters=_count(config),
+        load=load,
+        tokenizer=tokenizer,
+        path=found.name if found.revision else str(found.folder.absolute()),
+    )
+
+
+def _set_fields(config, fields, name):
+    for field, value in fields.items():
+        if field == "pondering_gate" and value != config.pondering_gate:
+            raise PonderingError(
+                f"`pondering_gate` of {name} is {config.pondering_gate!r}, which is part of its weights and cannot be "
+                f"made {value!r}: leave it out, or start from its plain backbone (`ponder-hf export`)"
+            )
+        setattr(config, field, value)
+
+
+def _from_scratch(options):
+    folder, raw = _read_config(options.config)
+    name = options.config
+    with understanding(name):
+        if raw.get("model_type") == PonderingConfig.model_type:
+            config = PonderingConfig.from_dict({**raw, **options.fields})
+        else:
+            base_config, fields = read_base_config(folder)
+            config = PonderingConfig(base_config, **{**fields, **options.fields})
+        num_parameters = _count(config)
+    if options.initialisation == "authors":
+        check_initialisation(config)
+    where = options.tokenizer
+    if where is None and folder.is_dir():
+        where = folder
+    if where is None:
+        raise PonderingError(f"{name} has no tokenizer: name one with --tokenizer, a folder or a Hub id")
+
+    def load():
+        model = PonderingForCausalLM(config)
+        if options.initialisation == "authors":
+            initialise(model)
+        return model.to(_dtype(options) or torch.float32)
+
+    return Start("scratch", name, config, num_parameters, load, read_tokenizer(where))
+
+
+def _read_config(name):
+    """The folder (or file) that transformers reads the configuration from, and the contents of the file."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path, read_json(path)
+    folder = path if path.is_dir() else download_small_files(name)
+    if not (folder / CONFIG).is_file():
+        raise PonderingError(f"{name} has no {CONFIG}: give one, or the folder or Hub id that has it")
+    return folder, read_json(folder / CONFIG)
+
+
+def _tokenizer(options, found):
+    return load_tokenizer(found) if options.tokenizer is None else read_tokenizer(options.tokenizer)
+
+
+def read_tokenizer(name):
+    """The tokenizer in a folder or on the Hub."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        folder = download_small_files(str(name))
+    return load_tokenizer(Source(str(name), folder, None, {}, {}))
+
+
+def _count(config):
+    with torch.device("meta"):
+        return PonderingForCausalLM(config).num_parameters()
+
+
+def _dtype(options):
+    return None if options.dtype == "auto" else getattr(torch, options.dtype)

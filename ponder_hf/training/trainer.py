@@ -1,0 +1,175 @@
+"""transformers' Trainer with what pondering and safe checkpoints need on top of it."""
+
+import contextlib
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import Trainer
+from transformers.trainer_utils import HubStrategy
+
+from ponder_hf.errors import TrainingStopped
+
+from .checkpoints import PARTIAL, final_model, last_checkpoint, publish, remove_oldest
+from .simple import cache_setting_kept
+
+
+RECORD = "ponder_training.json"  # in every checkpoint: what it was made with
+_PROGRESS = "loss_since_log"
+
+
+class PonderingTrainer(Trainer):
+    """A Trainer for pondering models.
+
+    - Evaluation gives the loss of each pass: `eval_pass_0_loss` .. `eval_pass_{S}_loss`, in nats per token.
+    - A loss that is no finite number ends the training, and weights that are none are never saved.
+    - A checkpoint appears whole or not at all, with the code of the model in it; so does the model at the end.
+    - Resuming goes on with the loss that was summed since the last log, so that it logs what an unbroken run does.
+    - What is uploaded while training includes the code.
+
+    Args:
+        record: what to store in every checkpoint, as a dict that JSON can hold.
+        model_is_loaded: the model has the weights of the checkpoint to resume from already. Trainer itself would copy
+            names on disk to names in memory, which are not always the same.
+    """
+
+    def __init__(self, *args, record=None, model_is_loaded=False, **kwargs):
+        self.record, self.model_is_loaded = record or {}, model_is_loaded
+        self._staging = None
+        self._pass_losses = None
+        model = kwargs.get("model", args[0] if args else None)
+        with cache_setting_kept(model.config):
+            super().__init__(*args, **kwargs)
+
+    @property
+    def pondering_model(self):
+        """The PonderingForCausalLM within all wrappers."""
+        model = self.accelerator.unwrap_model(self.model)
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    # Losses
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            self._stop(f"the loss of step {self.state.global_step + 1} is {loss.item()}")
+        return loss
+
+    def _stop(self, what):
+        checkpoint = last_checkpoint(Path(self.args.output_dir))
+        rate = self.args.learning_rate
+        retry = f"train anew with a --learning-rate below {rate:g}"
+        if checkpoint is not None:
+            retry = f"start from {checkpoint}, the last checkpoint, with a --learning-rate below {rate:g}"
+        raise TrainingStopped(f"{what}, so training stopped: {retry}, or check the data")
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        if self._pass_losses is None or not return_outputs:
+            return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        # The mean over this batch: blocks are equally long, so the number of items in all batches has no say.
+        kwargs.pop("num_items_in_batch", None)
+        rows = len(inputs["labels"])
+        # One position's logits: only the losses are wanted, and those never need all of them at once.
+        inputs = {**inputs, "output_pondering": True, "logits_to_keep": 1, "use_cache": False}
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        losses = torch.stack([each.detach().float() for each in outputs.pondering_losses])
+        # One line a row, so that rows which a last batch was filled up with are cut as they are for `eval_loss`.
+        self._pass_losses.append(self.accelerator.gather_for_metrics(losses.repeat(rows, 1)).cpu())
+        return loss, outputs
+
+    def evaluation_loop(self, dataloader, description, prediction_loss_only=None, *args, **kwargs):
+        if not prediction_loss_only or self.compute_metrics is not None:
+            return super().evaluation_loop(dataloader, description, prediction_loss_only, *args, **kwargs)
+        self._pass_losses = []
+        try:
+            output = super().evaluation_loop(dataloader, description, prediction_loss_only, *args, **kwargs)
+            losses = torch.cat(self._pass_losses).mean(0).tolist() if self._pass_losses else []
+        finally:
+            self._pass_losses = None
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        output.metrics.update({f"{prefix}_pass_{index}_loss": loss for index, loss in enumerate(losses)})
+        return output
+
+    # Checkpoints
+
+    def _get_output_dir(self, trial):
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _save_checkpoint(self, model, trial):
+        """Let Trainer write the checkpoint into a folder of another name, and rename that when it is complete."""
+        output = Path(self._get_output_dir(trial))
+        checkpoint = output / f"checkpoint-{self.state.global_step}"
+        partial = output / f"{PARTIAL}{checkpoint.name}"
+        self._check_weights()
+        if self.args.should_save:
+            shutil.rmtree(partial, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._staging = partial
+        try:
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                self._complete(partial / checkpoint.name, checkpoint)
+        finally:
+            self._staging = None
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            publish(partial / checkpoint.name, checkpoint)
+            shutil.rmtree(partial, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(checkpoint))
+        if self.args.should_save:
+            remove_oldest(output, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _complete(self, folder, checkpoint):
+        """Write what Trainer does not, and name the checkpoint as it will be called."""
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(checkpoint)
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+        progress = {}
+        if hasattr(self, "_tr_loss"):
+            progress = {_PROGRESS: self._tr_loss.item(), "last_logged_step": self._globalstep_last_logged}
+        (folder / RECORD).write_text(json.dumps({**self.record, **progress}, indent=2), encoding="utf-8")
+
+    def _check_weights(self):
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and not torch.isfinite(parameter).all():
+                self._stop(f"after step {self.state.global_step} the weight {name} is no finite number")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if not self.model_is_loaded or self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def resume_progress(self, checkpoint):
+        """Go on with the loss that the run had summed up since it last logged; called when training begins."""
+        stored = json.loads((Path(checkpoint) / RECORD).read_text(encoding="utf-8"))
+        if _PROGRESS in stored and hasattr(self, "_tr_loss"):
+            self._tr_loss += stored[_PROGRESS]
+            self._globalstep_last_logged = stored["last_logged_step"]
+
+    # The model at the end, and uploads
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """As Trainer does; the output folder itself gets the model whole or not at all."""
+        if output_dir is not None and Path(output_dir) != Path(self.args.output_dir):
+            super().save_model(output_dir, _internal_call=True)
+            return
+        self._check_weights()
+        folder = final_model(Path(self.args.output_dir)) if self.args.should_save else contextlib.nullcontext()
+        with folder as partial:
+            self.accelerator.wait_for_everyone()
+            partial = partial or Path(self.args.output_dir) / f"{PARTIAL}model"
+            super().save_model(str(partial), _internal_call=True)
+            self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        """Upload the code too: Trainer copies a fixed list of files to the folder that it uploads."""
+        if self._staging is not None:  # the checkpoint has not its name yet
+            return
+        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
+            for path in Path(checkpoint_folder).glob("*.py"):
+                shutil.copyfile(path, Path(self.args.output_dir) / path.name)
+        super()._push_from_checkpoint(checkpoint_folder)
