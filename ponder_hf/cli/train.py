@@ -66,7 +66,9 @@ def _add_data_flags(parser):
         "--shuffle-buffer", type=int, metavar="N", help="streaming, shuffle among so many blocks. Default: 0."
     )
     group.add_argument("--validation", nargs="+", metavar="DATA", help="what to evaluate on")
-    group.add_argument("--validation-split", metavar="SPLIT", help="of a data set there. Default: validation.")
+    group.add_argument(
+        "--validation-split", metavar="SPLIT", help="of a data set of the Hub there. Default: validation."
+    )
     group.add_argument(
         "--held-out",
         type=_part,

@@ -1,8 +1,12 @@
 """Low-rank adapters (LoRA) on a pondering model, by PEFT."""
 
-from ponder_hf import PonderingError
+import difflib
+
+import torch
+
+from ponder_hf import PonderingError, PonderingForCausalLM
 from ponder_hf.conversion.writer import whole_folder
-from ponder_hf.errors import first_line, reading
+from ponder_hf.errors import reading
 
 
 BASE = "base"  # the folder in a run's output with the pondering model that its adapter belongs to
@@ -17,17 +21,34 @@ def check_peft():
 
 
 def target_modules(options, config):
-    """The names of the modules to adapt: those asked for, or PEFT's usual ones for the backbone."""
+    """The names of the modules to adapt: those asked for, or PEFT's usual ones for the backbone.
+
+    Raises:
+        PonderingError: there are none, or the model has no such module.
+    """
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as USUAL
 
-    if options.lora_target_modules:
-        return list(options.lora_target_modules)
     model_type = config.base_config.model_type
+    if options.lora_target_modules:
+        _check_modules(options.lora_target_modules, config)
+        return list(options.lora_target_modules)
     if model_type not in USUAL:
         raise PonderingError(
             f"PEFT has no usual target modules for {model_type!r}: name them with --lora-target-modules"
         )
     return list(USUAL[model_type])
+
+
+def _check_modules(names, config):
+    with torch.device("meta"):
+        model = PonderingForCausalLM(config)
+    found = {name for name, module in model.named_modules() if not any(module.children())}
+    ends = {name.rpartition(".")[2] for name in found}
+    for name in names:
+        if not any(each == name or each.endswith(f".{name}") for each in found):
+            near = difflib.get_close_matches(name, ends, n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(sorted(ends))}"
+            raise PonderingError(f"--lora-target-modules names {name}, which the model does not have: {hint}")
 
 
 def base_of_adapter(start, options):
@@ -44,27 +65,24 @@ def write_base(model, tokenizer, output):
     return str(output / BASE)
 
 
-def add_adapter(model, options):
+def add_adapter(model, options, base):
     """The model as a PeftModel with a new adapter; a gate, which starts closed, is trained whole.
 
-    Raises:
-        PonderingError: there are no such modules in the model.
+    base: the folder or Hub id of the checkpoint that the adapter will name as its base.
     """
     from peft import LoraConfig, get_peft_model
 
-    gate = ["pondering_gate"] if model.pondering_gate is not None else None
     settings = LoraConfig(
         task_type="CAUSAL_LM",
         r=options.lora_r,
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
         target_modules=target_modules(options, model.config),
-        modules_to_save=gate,
+        modules_to_save=["pondering_gate"] if model.pondering_gate is not None else None,
     )
-    try:
-        return get_peft_model(model, settings)
-    except ValueError as error:
-        raise PonderingError(f"--lora-target-modules cannot be used: {first_line(error)}") from error
+    adapted = get_peft_model(model, settings)
+    adapted.peft_config["default"].base_model_name_or_path = base
+    return adapted
 
 
 def stored_base(checkpoint):

@@ -38,6 +38,7 @@ RECIPE = {
     "warmup_steps": 0.01,
     "num_train_epochs": 1,
     "logging_steps": 10,
+    "logging_first_step": True,
     "save_total_limit": 3,
     # The trainer checks every loss itself, and stops.
     "logging_nan_inf_filter": False,

@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -48,15 +49,16 @@ def load_material(options, tokenizer, config, seed):
     }
     held_out = None
     if options.validation:
+        split = options.validation_split or _usual_split(options.validation)
         check_apart(
             options.data,
             options.validation,
             name=options.data_name,
             split=options.split,
             held_out_name=options.data_name,
-            held_out_split=options.validation_split,
+            held_out_split=split,
         )
-        held_out = load_blocks(options.validation, split=options.validation_split, **common)
+        held_out = load_blocks(options.validation, split=split, **common)
     training = load_blocks(
         options.data,
         split=options.split,
@@ -68,6 +70,11 @@ def load_material(options, tokenizer, config, seed):
     if options.held_out is not None:
         training, held_out = split_held_out(training, options.held_out)
     return Material(training, held_out, _fingerprint(training, options.streaming))
+
+
+def _usual_split(names):
+    # What lies here was put together by the user, and the default of everything local is the split "train".
+    return "train" if all(Path(name).expanduser().exists() for name in names) else "validation"
 
 
 def _fingerprint(blocks, is_stream):

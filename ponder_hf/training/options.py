@@ -34,7 +34,7 @@ class TrainOptions:
         streaming: read the data while training, and never hold it whole. Needs a number of steps.
         shuffle_buffer: streaming, from how many blocks the next one is drawn; 0: in the order of the text.
         validation: files or data sets to evaluate on.
-        validation_split: the split of a data set in `validation`.
+        validation_split: the split of a data set in `validation`; None: "validation" for those of the Hub.
         held_out: without `validation`, the share of the blocks, or their number, to keep apart and evaluate on.
         lora: train a low-rank adapter in place of all weights.
         lora_r, lora_alpha, lora_dropout, lora_target_modules: of the adapter; see peft's LoraConfig.
@@ -61,7 +61,7 @@ class TrainOptions:
     streaming: bool = False
     shuffle_buffer: int = 0
     validation: list = field(default_factory=list)
-    validation_split: str = "validation"
+    validation_split: str | None = None
     held_out: float | int | None = None
     lora: bool = False
     lora_r: int = 16

@@ -63,8 +63,10 @@ def train(options):
     """
     plan = make_plan(options)
     set_seed(plan.settings.seed)
-    model = _load_model(plan)
+    model = plan.start.load()
     with _output_folder(plan):
+        if plan.options.lora:
+            model = _adapted(plan, model)
         trainer, progress = _make_trainer(plan, model)
         try:
             _train(trainer, plan)
@@ -162,13 +164,17 @@ def _resumed_start(options, checkpoint):
     return pondering_start(open_source(adapter.stored_base(checkpoint)), tokenizer, replace(options, fields={}))
 
 
-def _load_model(plan):
+def _adapted(plan, model):
+    """The model with its adapter; its base is written first, where there is no checkpoint of it yet."""
     options = plan.options
-    if not options.lora:
-        return plan.start.load()
     if plan.checkpoint is not None:
-        return adapter.load_adapter(plan.checkpoint, plan.start.load())
-    return adapter.add_adapter(plan.start.load(), options)
+        return adapter.load_adapter(plan.checkpoint, model)
+    base = adapter.base_of_adapter(plan.start, options)
+    if base is None:
+        base = str(options.folder / adapter.BASE)
+        if plan.settings.should_save:
+            adapter.write_base(model, plan.start.tokenizer, options.folder)
+    return adapter.add_adapter(model, options, base)
 
 
 @contextlib.contextmanager
@@ -219,12 +225,6 @@ def _make_trainer(plan, model):
 
 
 def _train(trainer, plan):
-    options = plan.options
-    if options.lora and plan.checkpoint is None:
-        base = adapter.base_of_adapter(plan.start, options)
-        if base is None and trainer.is_world_process_zero():
-            adapter.write_base(trainer.pondering_model, plan.start.tokenizer, options.folder)
-        trainer.model.peft_config["default"].base_model_name_or_path = base or str(options.folder / adapter.BASE)
     trainer.train(resume_from_checkpoint=None if plan.checkpoint is None else str(plan.checkpoint))
     if plan.material.held_out is not None and _last_evaluated(trainer) != trainer.state.global_step:
         trainer.evaluate()

@@ -141,6 +141,14 @@ class PonderingTrainer(Trainer):
         if not self.model_is_loaded or self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _load_best_model(self):
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.model is not self.pondering_model:
+            super()._load_best_model()
+            return
+        # from_pretrained knows the names on disk.
+        best = type(self.model).from_pretrained(self.state.best_model_checkpoint, dtype=self.model.dtype)
+        self.model.load_state_dict(best.state_dict())
+
     def resume_progress(self, checkpoint):
         """Go on with the loss that the run had summed up since it last logged; called when training begins."""
         stored = json.loads((Path(checkpoint) / RECORD).read_text(encoding="utf-8"))
