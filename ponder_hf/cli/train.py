@@ -108,7 +108,7 @@ def run(args):
 
     with errors_named_by_flags([*options.as_dict(), *options.fields, *argument_names()]):
         result = train(options)
-    _tell(result)
+    _tell(result, options.output)
     return result
 
 
@@ -136,11 +136,11 @@ def _part(text):
     return int(number) if number >= 1 and number.is_integer() else number
 
 
-def _tell(result):
+def _tell(result, output):
     kind = "adapter" if result["adapter"] else "model"
     loss = "" if result["loss"] is None else f", loss {result['loss']:.4f}"
     print(
-        f"{result['output']}: the {kind} after {result['steps']:,} steps and {result['tokens']:,} tokens{loss}, "
+        f"{output}: the {kind} after {result['steps']:,} steps and {result['tokens']:,} tokens{loss}, "
         f"{result['tokens_per_second']:,.0f} tokens per second",
         file=sys.stderr,
     )

@@ -8,6 +8,8 @@ from ponder_hf import PonderingError, PonderingForCausalLM
 from ponder_hf.conversion.writer import whole_folder
 from ponder_hf.errors import reading
 
+from .lora import default_target_modules
+
 
 BASE = "base"  # the folder in a run's output with the pondering model that its adapter belongs to
 
@@ -24,19 +26,12 @@ def target_modules(options, config):
     """The names of the modules to adapt: those asked for, or PEFT's usual ones for the backbone.
 
     Raises:
-        PonderingError: there are none, or the model has no such module.
+        PonderingError: the model has no such module.
     """
-    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as USUAL
-
-    model_type = config.base_config.model_type
     if options.lora_target_modules:
         _check_modules(options.lora_target_modules, config)
         return list(options.lora_target_modules)
-    if model_type not in USUAL:
-        raise PonderingError(
-            f"PEFT has no usual target modules for {model_type!r}: name them with --lora-target-modules"
-        )
-    return list(USUAL[model_type])
+    return default_target_modules(config.base_config)
 
 
 def _check_modules(names, config):
