@@ -1,18 +1,23 @@
 """A Trainer callback that logs how a model ponders."""
 
+from contextlib import ExitStack, contextmanager
+
 import torch
+from torch.nn import functional
 from transformers import TrainerCallback
 
-from .modeling.pondering_backbone import backbone_logits
-from .modeling.pondering_embedding import PonderingEmbedding
+from .modeling import PonderingError
+from .modeling.pondering_backbone import backbone_decoder, backbone_logits
 
 
 @torch.no_grad()
 def pondering_statistics(model, input_ids, attention_mask=None, labels=None):
-    """How `model` ponders over one batch, as a dict of numbers that every logger takes.
+    """How `model` ponders over one batch, as a dict of numbers that every logger takes. One forward pass.
+
+    Logits are made one row at a time. Nothing of the model is changed, not even the mode of one of its modules.
 
     Args:
-        model: a PonderingForCausalLM; it is in its former mode afterwards.
+        model: a PonderingForCausalLM, also wrapped by PEFT or sharded.
         input_ids, attention_mask, labels: (B, T) each. Without labels the tokens themselves are predicted.
 
     Returns:
@@ -20,46 +25,76 @@ def pondering_statistics(model, input_ids, attention_mask=None, labels=None):
         each step i of 0 .. S-1: `step_{i}_norm_ratio`, the mean norm of what it adds to its input over the mean norm
         of the token embeddings. With a gate: `gate_mean` and `gate_abs_mean`.
     """
-    was_training = model.training
+    pondering_model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    backbone, gate = pondering_model.backbone, pondering_model.pondering_gate
+    real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    if labels is None:
+        labels = input_ids.masked_fill(~real, -100)
+    inputs, passes, statistics = [], [], {}
+
+    def before_pass(decoder, arguments, keywords):
+        inputs.append(keywords["inputs_embeds"])
+
+    def after_pass(decoder, arguments, output):
+        # Within the forward pass, where sharded weights of the head are gathered.
+        passes.append(_loss_and_entropy(backbone, output.last_hidden_state, labels, real))
+
+    def before_gate(module, arguments):
+        weight = module.weight.float()
+        statistics.update(gate_mean=weight.mean().item(), gate_abs_mean=weight.abs().mean().item())
+
+    with ExitStack() as stack:
+        decoder = backbone_decoder(backbone)
+        for hook in (
+            decoder.register_forward_pre_hook(before_pass, with_kwargs=True),
+            decoder.register_forward_hook(after_pass),
+            *([] if gate is None else [gate.register_forward_pre_hook(before_gate)]),
+        ):
+            stack.callback(hook.remove)
+        stack.enter_context(_evaluating(model))
+        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=1)
+
+    token_norm = _mean_norm(inputs[0], real)
+    for index, (loss, entropy) in enumerate(passes):
+        statistics |= {f"pass_{index}_loss": loss, f"pass_{index}_entropy": entropy}
+    for index in range(len(passes) - 1):
+        statistics[f"step_{index}_norm_ratio"] = _mean_norm(inputs[index + 1] - inputs[index], real) / token_norm
+    return statistics
+
+
+@contextmanager
+def _evaluating(model):
+    """Evaluation mode; each module is in its own former mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        labels = input_ids if labels is None else labels
-        arguments = {"attention_mask": attention_mask, "use_cache": False}
-        output = model(input_ids, labels=labels, output_pondering=True, **arguments)
-        real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        statistics = {f"pass_{i}_loss": loss.item() for i, loss in enumerate(output.pondering_losses)}
-        steps = []
-        embeddings = model.get_input_embeddings()(input_ids)
-        model.ponder(embeddings, model.config.pondering_steps, on_hidden_states=steps.append, **arguments)
-        scale = model.config.embedding_scale
-        token_norm = _mean_norm(scale * model.config.input_scale * embeddings, real)
-        pondering_embedding = PonderingEmbedding(model.backbone, model.config)
-        for index, hidden_states in enumerate(steps):
-            statistics[f"pass_{index}_entropy"] = _entropy(backbone_logits(model.backbone, hidden_states), real)
-            added = scale * pondering_embedding(hidden_states)
-            if model.pondering_gate is not None:
-                added = model.pondering_gate(added)
-            statistics[f"step_{index}_norm_ratio"] = _mean_norm(added, real) / token_norm
-        statistics[f"pass_{len(steps)}_entropy"] = _entropy(output.logits, real)
-        if model.pondering_gate is not None:
-            gate = model.pondering_gate.weight.float()
-            statistics |= {"gate_mean": gate.mean().item(), "gate_abs_mean": gate.abs().mean().item()}
-        return statistics
+        yield
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
 
 
 def _mean_norm(vectors, real):
     return vectors.float().norm(dim=-1)[real].mean().item()
 
 
-def _entropy(logits, real):
-    log_probabilities = logits[real].float().log_softmax(-1)
-    return -(log_probabilities.exp() * log_probabilities).sum(-1).mean().item()
+def _loss_and_entropy(backbone, hidden_states, labels, real):
+    """Means over the labelled and over the real tokens. hidden_states: (B, T, d), labels and real: (B, T)."""
+    loss = entropy = 0.0
+    for states, targets, counts in zip(hidden_states, labels, real, strict=True):
+        logits = backbone_logits(backbone, states)
+        if logits.dtype in (torch.float16, torch.bfloat16):
+            logits = logits.float()
+        log_probabilities = logits.log_softmax(-1)
+        loss += functional.nll_loss(log_probabilities[:-1], targets[1:], reduction="sum").item()
+        entropy -= (log_probabilities.exp() * log_probabilities).sum(-1)[counts].sum().item()
+    return loss / max(1, (labels[:, 1:] != -100).sum().item()), entropy / real.sum().item()
 
 
 class PonderingCallback(TrainerCallback):
     """Adds `pondering_statistics` of one fixed batch to what Trainer logs whenever it evaluates or every n steps.
+
+    It needs the Trainer that logs: `PonderingCallback(batch).attach(trainer)`, not `callbacks=[...]`.
 
     Args:
         batch: a dict with `input_ids` and perhaps `attention_mask` and `labels`, (B, T) each; a few rows are enough.
@@ -75,15 +110,20 @@ class PonderingCallback(TrainerCallback):
         trainer.add_callback(self)
         return self
 
+    def on_init_end(self, args, state, control, **kwargs):
+        raise PonderingError("give PonderingCallback its Trainer: PonderingCallback(batch).attach(trainer)")
+
     def on_evaluate(self, args, state, control, model=None, **kwargs):
         self._log(model)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        if self.every and state.global_step % self.every == 0:
-            self._log(model)
+        if self.every and state.global_step % self.every == 0 and not control.should_evaluate:
+            self._log(model)  # not twice: the evaluation that follows this step will
 
     def _log(self, model):
-        model = self.trainer.accelerator.unwrap_model(model)
-        model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        batch = {name: tensor.to(model.device) for name, tensor in self.batch.items()}
-        self.trainer.log(pondering_statistics(model, **batch))
+        accelerator = self.trainer.accelerator
+        model = accelerator.unwrap_model(model)
+        batch = {name: tensor.to(accelerator.device) for name, tensor in self.batch.items()}
+        with accelerator.autocast():
+            statistics = pondering_statistics(model, **batch)
+        self.trainer.log(statistics)

@@ -5,8 +5,11 @@ import math
 import pytest
 import tiny
 import torch
+from peft import LoraConfig, get_peft_model
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import Trainer, TrainingArguments
 
+from ponder_hf import PonderingError
 from ponder_hf.callbacks import PonderingCallback, pondering_statistics
 
 
@@ -44,13 +47,47 @@ def test_padding_does_not_count():
     )
 
 
-def test_trainer_logs_them(tmp_path):
+def test_it_takes_one_forward_pass_and_changes_no_mode():
+    model = tiny.pondering_model("llama", pondering_steps=2).train()
+    model.backbone.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    rows_of_logits, calls = [], []
+    model.get_output_embeddings().register_forward_hook(lambda _, arguments, output: rows_of_logits.append(output))
+    model.backbone.model.register_forward_hook(lambda *_: calls.append(1))
+    pondering_statistics(model, tiny.token_ids(3, 9))
+    assert len(calls) == 3
+    assert [module.training for module in model.modules()] == modes
+    assert not any(parameter.grad is not None for parameter in model.parameters())
+    assert len(model.backbone.model._forward_hooks) == len(model.get_output_embeddings()._forward_hooks) == 1
+    assert not model.backbone.model._forward_pre_hooks
+
+
+def test_nothing_labelled_is_no_division_by_zero():
+    model = tiny.pondering_model("gpt2", pondering_steps=1)
+    ids = tiny.token_ids(1, 5)
+    assert pondering_statistics(model, ids, labels=torch.full_like(ids, -100))["pass_0_loss"] == 0
+
+
+def small_trainer(folder, model, **settings):
     rows = [{"input_ids": row, "labels": row} for row in tiny.token_ids(8, 12)]
-    model = tiny.pondering_model("gpt2", pondering_steps=2, pondering_gate="zero_init")
     arguments = TrainingArguments(
-        output_dir=str(tmp_path), max_steps=4, learning_rate=1e-2, report_to=[], use_cpu=True, disable_tqdm=True
+        output_dir=str(folder),
+        **{
+            "max_steps": 4,
+            "learning_rate": 1e-2,
+            "report_to": [],
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "label_names": ["labels"],
+            **settings,
+        },
     )
-    trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
+    return Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
+
+
+def test_trainer_logs_them(tmp_path):
+    model = tiny.pondering_model("gpt2", pondering_steps=2, pondering_gate="zero_init")
+    trainer = small_trainer(tmp_path, model)
     PonderingCallback({"input_ids": tiny.token_ids(2, 12)}, every=2).attach(trainer)
     trainer.train()
     trainer.evaluate()
@@ -59,3 +96,72 @@ def test_trainer_logs_them(tmp_path):
     assert logged[0]["gate_abs_mean"] > 0
     assert all(math.isfinite(value) for value in logged[-1].values())
     assert {f"pass_{i}_entropy" for i in range(3)} <= set(logged[0])
+
+
+def test_tensorboard_holds_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    model = tiny.pondering_model("gpt2", pondering_steps=1, pondering_gate="zero_init")
+    trainer = small_trainer(tmp_path, model, report_to=["tensorboard"], eval_strategy="steps", eval_steps=2)
+    PonderingCallback({"input_ids": tiny.token_ids(2, 12)}).attach(trainer)
+    trainer.train()
+    events = EventAccumulator(str(tmp_path / "events")).Reload()
+    logged = [entry for entry in trainer.state.log_history if "pass_0_loss" in entry]
+    names = ["gate_abs_mean", "gate_mean", "step_0_norm_ratio"]
+    for name in [*names, *(f"pass_{i}_{what}" for i in range(2) for what in ("loss", "entropy"))]:
+        scalars = events.Scalars(f"train/{name}")
+        assert [scalar.step for scalar in scalars] == [2, 4]
+        assert [scalar.value for scalar in scalars] == pytest.approx([entry[name] for entry in logged])
+
+
+def with_lora(model, **settings):
+    targets = {"target_modules": ["c_attn"], "fan_in_fan_out": True, "modules_to_save": ["pondering_gate"]}
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **targets, **settings))
+
+
+WAYS = {
+    "plain": {},
+    "bf16": {"bf16": True},
+    "gradient checkpointing": {"activation_checkpointing": True},
+    "PEFT": {"lora": True},
+    "PEFT, bf16 and gradient checkpointing": {"lora": True, "bf16": True, "activation_checkpointing": True},
+}
+
+
+@pytest.mark.parametrize("settings", WAYS.values(), ids=WAYS)
+def test_a_run_with_it_ends_bit_for_bit_like_one_without(tmp_path, settings):
+    settings = dict(settings)
+    lora = settings.pop("lora", False)
+
+    def weights_after(with_callback):
+        torch.manual_seed(0)
+        changes = {"resid_pdrop": 0.2, "embd_pdrop": 0.2}
+        model = tiny.pondering_model("gpt2", base_changes=changes, pondering_steps=2, pondering_gate="zero_init")
+        if lora:
+            model = with_lora(model, lora_dropout=0.2)
+        trainer = small_trainer(tmp_path, model, eval_strategy="steps", eval_steps=3, **settings)
+        if with_callback:
+            PonderingCallback({"input_ids": tiny.token_ids(2, 12)}, every=1).attach(trainer)
+        trainer.train()
+        logged = [entry for entry in trainer.state.log_history if "pass_0_loss" in entry]
+        assert [entry["step"] for entry in logged] == ([1, 2, 3, 4] if with_callback else [])
+        assert all(entry["gate_abs_mean"] > 0 for entry in logged)
+        return model.state_dict()
+
+    with_it, without_it = weights_after(True), weights_after(False)
+    assert with_it.keys() == without_it.keys()
+    assert all(torch.equal(with_it[name], without_it[name]) for name in with_it)
+
+
+def test_a_wrapped_model_gives_the_numbers_of_the_model():
+    model = tiny.pondering_model("gpt2", pondering_steps=2, pondering_gate="zero_init")
+    torch.nn.init.constant_(model.pondering_gate.weight, 0.5)
+    ids, mask = tiny.left_padded([tiny.token_ids(9), tiny.token_ids(6)])
+    expected = pondering_statistics(model, ids, mask)
+    adapted = with_lora(model)  # which adds nothing until it is trained
+    assert pondering_statistics(adapted, ids, mask) == pytest.approx(expected, rel=1e-5)
+
+
+def test_without_its_trainer_it_says_so(tmp_path):
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    with pytest.raises(PonderingError, match="attach"):
+        Trainer(tiny.pondering_model("gpt2"), arguments, callbacks=[PonderingCallback({})])
