@@ -32,11 +32,16 @@ _MODEL_ARGUMENTS = frozenset(
 
 
 class Noise:
-    """Gumbel noise for each place of each prompt, the same however often it is asked for."""
+    """Gumbel noise for each place of each prompt, the same however often it is asked for.
 
-    def __init__(self, device):
-        self.seed = int(torch.randint(1 << 48, ()))  # from the global state: torch.manual_seed decides
-        self.device, self.generator, self.drawn = device, torch.Generator(device=device), {}
+    Each prompt has a generator of its own, which draws for its places in order, so what is drafted changes nothing.
+    """
+
+    def __init__(self, num_prompts, device):
+        seed = int(torch.randint(1 << 31, ()))  # from the global state: torch.manual_seed decides
+        # Generators of a CPU take the lower 32 bits of a seed.
+        self.generators = [torch.Generator(device).manual_seed(seed + prompt) for prompt in range(num_prompts)]
+        self.device, self.drawn = device, {}
 
     def rows(self, places, vocab_size):
         """places: (prompt, column) each. Returns (n, V)."""
@@ -44,9 +49,8 @@ class Noise:
 
     def _row(self, place, vocab_size):
         if place not in self.drawn:
-            prompt, column = place
-            self.generator.manual_seed((self.seed + (prompt << 40) + column * 0x9E3779B97F4A7C15) % (1 << 63))
-            waiting = torch.empty(vocab_size, device=self.device).exponential_(generator=self.generator)
+            waiting = torch.empty(vocab_size, device=self.device)
+            waiting.exponential_(generator=self.generators[place[0]])
             self.drawn[place] = waiting.log_().neg_()
         return self.drawn[place]
 
@@ -71,7 +75,7 @@ class TokenChooser:
         )
         self.all_are_known = all(is_known)
         self.only_scores = all(kind in _OF_SCORES for kind in kinds)
-        self.noise = Noise(token_ids.device) if do_sample else None
+        self.noise = Noise(len(token_ids), token_ids.device) if do_sample else None
 
     def __call__(self, logits, places, is_final):
         """Choose a token for each place.
@@ -150,7 +154,7 @@ class Record:
         """Whether this row needs no more tokens: as in transformers, without an eos token rows go on together."""
         if self.finished_at[row] is None:
             return False
-        if self.pads_finished:
+        if self.pads_finished or self.lengths[row] == self.stopping_criteria.max_length:
             return True
         return None not in self.finished_at and self.lengths[row] >= max(self.finished_at)
 
@@ -158,6 +162,11 @@ class Record:
     def all_done(self):
         """Whether no row needs more tokens."""
         return all(self.is_done(row) for row in range(self.batch_size))
+
+    @property
+    def width(self):
+        """How long the sequences are, once all is done."""
+        return max(self.lengths) if self.pads_finished else max(self.finished_at)
 
     def accept(self, rows, scores, logits):
         """Take note that the token behind the end of these rows, which stands in `token_ids`, is a true one.
@@ -185,9 +194,8 @@ class Record:
 
     def _stream(self):
         # A token is put out when every row has it.
-        ready = min(
-            [length for row, length in enumerate(self.lengths) if not self.is_done(row)], default=max(self.lengths)
-        )
+        waiting = [length for row, length in enumerate(self.lengths) if not self.is_done(row)]
+        ready = min(waiting) if waiting else self.width
         for column in range(self.num_streamed, ready):
             self.streamer.put(self._padded(column + 1)[:, column].cpu())
         self.num_streamed = max(self.num_streamed, ready)
@@ -200,8 +208,7 @@ class Record:
 
     def sequences(self):
         """(B, T) of everything that was generated, finished rows padded."""
-        width = max(self.lengths) if self.pads_finished else max(self.finished_at)
-        return self._padded(width)
+        return self._padded(self.width)
 
 
 def prefill(model, input_ids, generation_config, model_kwargs):
