@@ -230,6 +230,8 @@ class Speculation:
         others: as in transformers' `_sample`.
     """
 
+    corrects = True  # a pass before the last one replaces a draft that it does not predict
+
     def __init__(self, model, input_ids, logits_processor, generation_config, call, record, model_kwargs):
         self.record, self.num_steps = record, call.steps
         self.num_drafts = min(call.num_draft_tokens, call.steps)
@@ -322,8 +324,9 @@ class Speculation:
             predicted = {stage: tokens[(stage - first) * size + row] for stage in flight.stages}
             if self.chooses_drafts:
                 self._ask_source(row, flight, predicted)
-            is_final = flight.settle(predicted, self.num_steps, self.num_drafts, self.max_length + self.shift - 1)
-            if is_final is not None:
+            limit = self.max_length + self.shift - 1  # the last token of all needs no pass
+            final = flight.settle(predicted, self.num_steps, self.num_drafts, limit, self.corrects)
+            if final is not None:
                 finals.append(row)
                 if self.chooser.noise is not None:
                     self.chooser.noise.forget((row, flight.column - self.shift))

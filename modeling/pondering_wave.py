@@ -86,7 +86,8 @@ class Wave:
         config = model.config
         self.cache = WaveCache(past_key_values, config.num_hidden_layers, num_steps + 1, num_columns)
         self.batch_size, self.prompt_length = self.cache.batch_size, self.cache.prompt_length
-        self.draft_source, self.num_ticks = draft_source, 0
+        self.draft_source = draft_source
+        self.num_ticks = self.num_rows_run = 0
         self.device = model.device
         self.table = embedding_table(self.backbone)
         num_rows = self.batch_size * (num_steps + 1)
@@ -127,6 +128,7 @@ class Wave:
         columns, first, last = self._layout(flights)
         size = self.batch_size
         rows = slice(first * size, (last + 1) * size)
+        self.num_rows_run += len(columns)
         if first == 0:
             config = self.model.config
             embedded = self.model.get_input_embeddings()(entering)

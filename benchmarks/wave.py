@@ -1,0 +1,220 @@
+"""Self-speculative generation: ticks a token and acceptance of each source of drafts, and its time.
+
+    python -m benchmarks wave --model FOLDER [FOLDER ...] --train TEXT --texts TEXT [TEXT ...] [--time]
+
+FOLDER is a trained pondering model with its tokenizer, as examples/train_small.py writes it. Where it has no draft
+heads, they are trained first, on the text after --train, and --save-heads keeps the model with them. The texts to
+measure on should be ones that the model has not seen. Every output is held against plain pondering.
+"""
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from ponder_hf import PonderingForCausalLM
+from ponder_hf.data.text import read_text
+from ponder_hf.modeling import pondering_speculation
+from ponder_hf.training.draft_heads import train_draft_heads
+
+from .machine import described
+
+
+def read_ids(path, tokenizer, count):
+    """The first `count` token ids of a text."""
+    ids = []
+    for piece in read_text([path]):
+        ids += tokenizer(piece.text, add_special_tokens=False)["input_ids"]
+        if len(ids) >= count:
+            break
+    return torch.tensor(ids[:count])
+
+
+def prompts_of(ids, number, length):
+    """`number` prompts (1, length), spread over the text."""
+    starts = torch.linspace(0, len(ids) - length, number).long().tolist()
+    return [ids[start : start + length].unsqueeze(0) for start in starts]
+
+
+class Recorded:
+    """A source of drafts that is asked as the one in it, but corrects only where told."""
+
+    def __init__(self, source, corrects):
+        self.source, self.corrects = source, corrects
+
+
+def generate(model, prompt, settings, **drafting):
+    """(tokens, the finished Speculation or None)."""
+    kept = []
+    run = pondering_speculation.Speculation.run
+
+    def run_and_keep(speculation):
+        kept.append(speculation)
+        return run(speculation)
+
+    pondering_speculation.Speculation.run = run_and_keep
+    try:
+        tokens = model.generate(prompt, **settings, **drafting)
+    finally:
+        pondering_speculation.Speculation.run = run
+    return tokens, kept[0] if kept else None
+
+
+def measure(model, prompts, settings, **drafting):
+    """Ticks a token, the share of right drafts at the last pass, the mean rows of a tick, over all prompts."""
+    ticks = tokens = hits = verdicts = rows = 0
+    for prompt, expected in prompts:
+        output, speculation = generate(model, prompt, settings, **drafting)
+        if not torch.equal(output, expected):
+            raise SystemExit("drafts changed the output")
+        ticks += speculation.wave.num_ticks
+        rows += speculation.wave.num_rows_run
+        tokens += output.shape[1] - prompt.shape[1] - 1  # the first new token comes of the prompt
+        flights = [*speculation.finished_flights, *filter(None, speculation.flights)]
+        hits += sum(flight.num_hits for flight in flights)
+        verdicts += sum(flight.num_verdicts for flight in flights)
+    return ticks / tokens, hits / max(verdicts, 1), rows / ticks
+
+
+def agreement(model, ids, length=256):
+    """How often the best token of each pass, and of each draft head, is the last pass's, over a text."""
+    blocks = ids[: len(ids) // length * length].view(-1, length)
+    own = torch.zeros(model.config.pondering_steps)
+    heads = torch.zeros(model.config.draft_heads)
+    with torch.no_grad():
+        for row in blocks.split(4):
+            states = []
+            output = model.ponder(
+                model.get_input_embeddings()(row), model.config.pondering_steps, on_hidden_states=states.append
+            )
+            head = model.get_output_embeddings()
+            best = head(output.last_hidden_state).argmax(-1)
+            own += torch.stack([(head(state).argmax(-1) == best).float().mean() for state in states]) * len(row)
+            if model.draft_heads is not None:
+                drafted = model.draft_heads(torch.stack([state.flatten(0, 1) for state in states]))
+                heads += (head(drafted).argmax(-1) == best.flatten()).float().mean(-1) * len(row)
+    return own / len(blocks), heads / len(blocks)
+
+
+def seconds_a_token(model, prompt, settings, variants, rounds):
+    """The median of the seconds that a new token takes, for each variant of drafting, interleaved."""
+    times = {name: [] for name in variants}
+    for index in range(rounds + 1):
+        for name, drafting in variants.items():
+            start = time.perf_counter()
+            tokens = model.generate(prompt, **settings, **drafting)
+            seconds = (time.perf_counter() - start) / (tokens.shape[1] - prompt.shape[1])
+            if index:  # the first round warms up
+                times[name].append(seconds)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def prepare(folder, arguments):
+    """The model with heads, and its tokenizer."""
+    model = PonderingForCausalLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not model.config.draft_heads:
+        ids = read_ids(arguments.train, tokenizer, arguments.heads_steps * 8 * 256)
+        start = time.perf_counter()
+        rates = train_draft_heads(model, ids[: len(ids) // 256 * 256].view(-1, 256), steps=arguments.heads_steps)
+        shown = ", ".join(f"{rate:.1%}" for rate in rates)
+        print(
+            f"draft heads of {folder.name}: {arguments.heads_steps} steps, {time.perf_counter() - start:.0f} s, "
+            f"agreement on the training text {shown}",
+            flush=True,
+        )
+        if arguments.save_heads:
+            target = arguments.save_heads / folder.name
+            model.save_pretrained(target)
+            tokenizer.save_pretrained(target)
+    return model, tokenizer
+
+
+SOURCES = {
+    "own predictions": "own",
+    "draft heads": "heads",
+    "prompt lookup, then heads": "prompt_lookup",
+}
+
+
+def main(argv=None):
+    """Print Markdown tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, nargs="+", default=[], help="folders of trained models")
+    parser.add_argument("--train", type=Path, help="the text to train draft heads on")
+    parser.add_argument("--heads-steps", type=int, default=600)
+    parser.add_argument("--save-heads", type=Path, metavar="FOLDER", help="write the models with their heads there")
+    parser.add_argument("--texts", type=Path, nargs="+", default=[])
+    parser.add_argument("--prompts", type=int, default=12)
+    parser.add_argument("--prompt-tokens", type=int, default=20)
+    parser.add_argument("--new-tokens", type=int, default=40)
+    parser.add_argument("--time", action="store_true", help="seconds a token, too: needs a quiet machine")
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args(argv)
+    if not arguments.model:
+        print("wave: nothing to measure without --model; docs/speculation.md says how to make one")
+        return
+    print(described())
+    settings = {
+        "max_new_tokens": arguments.new_tokens,
+        "do_sample": False,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
+    for folder in arguments.model:
+        model, tokenizer = prepare(folder, arguments)
+        for text in arguments.texts:
+            ids = read_ids(text, tokenizer, 8192)
+            report(model, ids, f"{folder.name} on {text.name}", settings, arguments)
+
+
+def report(model, ids, title, settings, arguments):
+    """The tables of one model and text."""
+    steps = model.config.pondering_steps
+    own, heads = agreement(model, ids)
+    print(f"\n{title}: S = {steps}")
+    print(
+        "agreement with the last pass, teacher-forced: own "
+        + ", ".join(f"{rate:.1%}" for rate in own)
+        + "; heads "
+        + ", ".join(f"{rate:.1%}" for rate in heads)
+    )
+    prompts = prompts_of(ids, arguments.prompts, arguments.prompt_tokens)
+    prompts = [(prompt, model.generate(prompt, **settings)) for prompt in prompts]
+    print(
+        "| drafts | corrected by later passes | ticks a token | right at the last pass a | "
+        "a + (1 - a)(S + 1) | rows a tick |\n| --- | --- | --- | --- | --- | --- |"
+    )
+    for name, source in SOURCES.items():
+        for corrects in (False, True):
+            drafting = {"num_draft_tokens": steps, "draft_source": source}
+            with corrections(corrects):
+                ticks, rate, rows = measure(model, prompts, settings, **drafting)
+            print(
+                f"| {name} | {'yes' if corrects else 'no'} | {ticks:.2f} | {rate:.1%} | "
+                f"{rate + (1 - rate) * (steps + 1):.2f} | {rows:.2f} |",
+                flush=True,
+            )
+    if arguments.time:
+        variants = {"plain pondering": {}}
+        variants |= {name: {"num_draft_tokens": steps, "draft_source": source} for name, source in SOURCES.items()}
+        times = seconds_a_token(model, prompts[0][0], settings, variants, arguments.rounds)
+        print("| | ms a token | plain pondering over it |\n| --- | --- | --- |")
+        for name, seconds in times.items():
+            print(f"| {name} | {seconds * 1e3:.2f} | {times['plain pondering'] / seconds:.2f} |", flush=True)
+
+
+class corrections:
+    """Within it, later passes replace drafts that they do not predict, or do not."""
+
+    def __init__(self, are_made):
+        self.are_made = are_made
+
+    def __enter__(self):
+        pondering_speculation.Speculation.corrects = self.are_made
+
+    def __exit__(self, *error):
+        pondering_speculation.Speculation.corrects = True
