@@ -13,6 +13,7 @@ import torch
 from transformers import AutoTokenizer, Trainer, TrainingArguments, default_data_collator
 
 from ponder_hf import PonderingForCausalLM
+from ponder_hf.callbacks import PonderingCallback
 
 
 def main():
@@ -52,6 +53,8 @@ def main():
         processing_class=tokenizer,
         data_collator=default_data_collator,  # blocks are equally long: nothing to pad
     )
+    few = {"input_ids": torch.stack([row["input_ids"] for row in held_out[:4]])}
+    PonderingCallback(few, every=settings.logging_steps).attach(trainer)  # logs the loss of each pass, and more
     print("held-out loss before:", trainer.evaluate()["eval_loss"])
     trainer.train()
     print("held-out loss after: ", trainer.evaluate()["eval_loss"])

@@ -1,13 +1,11 @@
 """A saved folder is all that anyone needs: it loads, computes, trains and saves where ponder_hf cannot be imported."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import checkpoints
+import elsewhere
 import pytest
 import tiny
 import torch
@@ -18,24 +16,6 @@ from ponder_hf.conversion import convert
 
 
 MODELING = Path(__file__).resolve().parents[1] / "modeling"
-
-# Stands at the start of every program below: ponder_hf must not be there, installed or not.
-WITHOUT_PONDER_HF = """
-import sys
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "ponder_hf":
-            raise ModuleNotFoundError("blocked: " + name, name=name)
-
-sys.meta_path.insert(0, Blocker())
-try:
-    import ponder_hf
-except ModuleNotFoundError:
-    pass
-else:
-    raise SystemExit("ponder_hf can be imported")
-"""
 
 # Loads a folder by all Auto classes, computes, and saves it again. Arguments: the folder, where to save, results.
 USE = """
@@ -85,20 +65,6 @@ assert not [name for name in sys.modules if name.startswith("transformers_module
 """
 
 
-def run_elsewhere(program, home, *arguments):
-    """Run a program in a process of its own: isolated, from another folder, with an empty Hugging Face home."""
-    home.mkdir()
-    variables = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
-    variables |= {"HF_HOME": str(home), "HF_MODULES_CACHE": str(home / "modules"), "HF_HUB_OFFLINE": "1"}
-    variables["OMP_NUM_THREADS"] = str(torch.get_num_threads())
-    command = [sys.executable, "-I", "-W", "ignore", "-c", WITHOUT_PONDER_HF + program, *map(str, arguments)]
-    result = subprocess.run(
-        command, cwd=home, env=variables, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A converted checkpoint in which everything is on: a gate that is open, top-K, scales, an intermediate loss."""
@@ -146,7 +112,7 @@ def test_it_works_without_ponder_hf_and_so_does_what_it_saves(folder, tmp_path):
     source = folder
     for generation in ("second", "third"):  # the second process loads what the first one saved
         copy, results = tmp_path / generation, tmp_path / f"{generation}.safetensors"
-        classes = json.loads(run_elsewhere(USE, tmp_path / f"home of {generation}", source, copy, results))
+        classes = json.loads(elsewhere.run(USE, tmp_path / f"home of {generation}", source, copy, results))
         assert classes == ["PonderingConfig", "PonderingModel", "PonderingForCausalLM"]
         found = load_file(results)
         for name, tensor in expected.items():
@@ -156,7 +122,7 @@ def test_it_works_without_ponder_hf_and_so_does_what_it_saves(folder, tmp_path):
 
 
 def test_it_is_refused_without_trust(folder, tmp_path):
-    run_elsewhere(REFUSED, tmp_path / "home", folder)
+    elsewhere.run(REFUSED, tmp_path / "home", folder)
 
 
 def test_ponder_hf_itself_never_runs_the_folders_code(folder, tmp_path, capsys):

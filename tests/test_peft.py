@@ -1,9 +1,14 @@
 """PEFT on a pondering model: the backbone's own target names, saving, loading, merging, and wrapped heads."""
 
+import copy
+import json
+
+import elsewhere
 import pytest
 import tiny
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from ponder_hf import PonderingForCausalLM
@@ -93,3 +98,160 @@ def test_default_targets_are_what_peft_takes_for_the_backbone(model_type):
     assert not any(
         model.get_output_embeddings() is module for module in adapted.modules() if hasattr(module, "lora_A")
     )
+
+
+def adapter_on_disk(place, model_type, base_changes=None, **settings):
+    """A pondering checkpoint, and beside it an adapter of random weights: (PEFT model, adapter's folder)."""
+    base = tiny.pondering_model(model_type, base_changes=base_changes, pondering_steps=2, pondering_gate="zero_init")
+    torch.nn.init.constant_(base.pondering_gate.weight, 0.3)
+    base.save_pretrained(place / "base")
+    targets = {"target_modules": TARGETS[model_type], "fan_in_fan_out": model_type == "gpt2", **settings}
+    model = PonderingForCausalLM.from_pretrained(place / "base")
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, **targets))
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapted.save_pretrained(place / "adapter")
+    return adapted.eval(), place / "adapter"
+
+
+# Loads an adapter, merges and saves. Arguments: the adapter, where to save, results.
+LOAD_AND_MERGE = """
+import torch
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import save_file
+
+adapter, merged, results = sys.argv[1:]
+model = AutoPeftModelForCausalLM.from_pretrained(adapter, trust_remote_code=True)
+ids = torch.arange(3, 27).view(2, 12)
+whole = model.merge_and_unload() if merged != "none" else model
+save_file({"logits": whole(input_ids=ids).logits.detach()}, results)
+if merged != "none":
+    whole.save_pretrained(merged)
+"""
+
+
+@pytest.mark.slow
+def test_an_adapter_loads_and_merges_where_ponder_hf_is_not(tmp_path):
+    adapted, adapter = adapter_on_disk(tmp_path, "gpt2", modules_to_save=["pondering_gate"])
+    expected = adapted(torch.arange(3, 27).view(2, 12)).logits
+    for name, merged in (("loaded", "none"), ("merged", tmp_path / "merged")):
+        elsewhere.run(LOAD_AND_MERGE, tmp_path / f"home of {name}", adapter, merged, tmp_path / name)
+        torch.testing.assert_close(load_file(tmp_path / name)["logits"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_merged_model_keeps_code_and_auto_map(tmp_path):
+    adapted, adapter = adapter_on_disk(tmp_path, "llama")
+    expected = adapted(tiny.token_ids(2, 9)).logits
+    for index, model in enumerate((adapted, AutoPeftModelForCausalLM.from_pretrained(adapter))):
+        folder = tmp_path / f"merged {index}"
+        model.merge_and_unload().save_pretrained(folder)
+        config = json.loads((folder / "config.json").read_text())
+        assert config["auto_map"] == json.loads((tmp_path / "base" / "config.json").read_text())["auto_map"]
+        assert config["architectures"] == ["PonderingForCausalLM"]
+        assert {path.name for path in folder.glob("*.py")} == {path.name for path in (tmp_path / "base").glob("*.py")}
+        loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+        torch.testing.assert_close(loaded(tiny.token_ids(2, 9)).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`:UserWarning")
+def test_head_and_embeddings_are_trained_and_saved_whole(tmp_path, tied):
+    whole = {"modules_to_save": ["embed_tokens", "lm_head"]}
+    adapted, adapter = adapter_on_disk(tmp_path, "llama", {"tie_word_embeddings": tied}, **whole)
+    input_ids = tiny.token_ids(2, 9)
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.1)
+    adapted.train()(input_ids=input_ids, labels=input_ids).loss.backward()
+    head, embedding = adapted.get_base_model().get_output_embeddings(), adapted.get_base_model().get_input_embeddings()
+    assert head.weight.grad.abs().max() > 0
+    assert embedding.weight.grad.abs().max() > 0
+    optimizer.step()
+    expected = adapted.eval()(input_ids).logits
+    adapted.save_pretrained(adapter)
+    loaded = AutoPeftModelForCausalLM.from_pretrained(adapter)
+    torch.testing.assert_close(loaded(input_ids).logits, expected)
+    loaded.merge_and_unload().save_pretrained(tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(merged(input_ids).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"target_modules": "all-linear"}, {"use_dora": True}], ids=["all-linear", "DoRA"]
+)
+def test_other_kinds_of_adapters_act_in_every_pass_and_merge(settings):
+    adapted = with_lora("llama", **settings)
+    model = adapted.get_base_model()
+    assert model.pondering_kernel == "top_k"  # "all-linear" leaves the head alone
+    input_ids = tiny.token_ids(2, 9)
+    expected = adapted(input_ids).logits
+    with adapted.disable_adapter():
+        assert (adapted(input_ids).logits - expected).abs().max() > 1e-2
+    adapted.train()(input_ids=input_ids, labels=input_ids).loss.backward()
+    assert all(p.grad.abs().max() > 0 for p in adapted.parameters() if p.requires_grad)
+    torch.testing.assert_close(adapted.eval().merge_and_unload()(input_ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
+def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
+    adapted = with_lora("llama").train()
+    input_ids = tiny.token_ids(2, 9)
+
+    def gradients():
+        adapted.zero_grad()
+        adapted(input_ids=input_ids, labels=input_ids).loss.backward()
+        return {name: p.grad.clone() for name, p in adapted.named_parameters() if p.requires_grad}
+
+    expected = gradients()
+    model = adapted.get_base_model()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    found = gradients()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, msg=name)
+
+
+class QuantisedLinear(torch.nn.Module):
+    """A stand-in for the layers of bitsandbytes and others: int8 rows and their scales, and a `weight` of no use."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.scale = linear.weight.detach().abs().amax(1) / 127
+        rows = (linear.weight.detach() / self.scale[:, None]).round().to(torch.int8)
+        self.weight = torch.nn.Parameter(rows, requires_grad=False)
+
+    def forward(self, hidden_states):
+        return torch.nn.functional.linear(hidden_states, self.weight.to(hidden_states.dtype)) * self.scale
+
+
+def test_a_quantised_base_ponders_and_trains_through_its_modules():
+    torch.manual_seed(0)
+    model = tiny.pondering_model("llama", base_changes={"tie_word_embeddings": False}, pondering_top_k=9)
+    reference = copy.deepcopy(model)
+    head = reference.get_output_embeddings()
+    model.set_output_embeddings(QuantisedLinear(model.get_output_embeddings()))
+    quantised = model.get_output_embeddings()
+    with torch.no_grad():
+        head.weight.copy_(quantised.weight * quantised.scale[:, None])
+    assert model.pondering_kernel == "plain"
+    assert reference.pondering_kernel == "top_k"
+    input_ids = tiny.token_ids(2, 9)
+    output, expected = model(input_ids, labels=input_ids), reference(input_ids, labels=input_ids)
+    torch.testing.assert_close(output.logits, expected.logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(output.loss, expected.loss, rtol=1e-4, atol=1e-4)
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])).train()
+    adapted(input_ids=input_ids, labels=input_ids).loss.backward()
+    assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
+
+
+def test_a_model_quantised_by_torchao_ponders_and_trains_an_adapter():
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao, which no extra brings")
+    torch.manual_seed(0)
+    model = tiny.pondering_model("llama", base_changes={"tie_word_embeddings": False}, pondering_top_k=9)
+    input_ids = tiny.token_ids(2, 9)
+    expected = model(input_ids).logits
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    assert model.pondering_kernel == "plain"
+    torch.testing.assert_close(model(input_ids).logits, expected, rtol=0.2, atol=0.5)
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])).train()
+    adapted(input_ids=input_ids, labels=input_ids).loss.backward()
+    assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)

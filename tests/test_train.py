@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from checkpoints import run
-from test_loads_anywhere import WITHOUT_PONDER_HF
+from elsewhere import WITHOUT_PONDER_HF
 from training_runs import SMALL, assert_same_model, train, train_json, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 

@@ -1,0 +1,40 @@
+"""Programs run in a process that cannot import ponder_hf, as on the machine of whoever loads a checkpoint."""
+
+import os
+import subprocess
+import sys
+
+import torch
+
+
+# Stands at the start of every program: ponder_hf must not be there, installed or not.
+WITHOUT_PONDER_HF = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "ponder_hf":
+            raise ModuleNotFoundError("blocked: " + name, name=name)
+
+sys.meta_path.insert(0, Blocker())
+try:
+    import ponder_hf
+except ModuleNotFoundError:
+    pass
+else:
+    raise SystemExit("ponder_hf can be imported")
+"""
+
+
+def run(program, home, *arguments):
+    """Run a program in a process of its own: isolated, from another folder, with an empty Hugging Face home."""
+    home.mkdir()
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
+    variables |= {"HF_HOME": str(home), "HF_MODULES_CACHE": str(home / "modules"), "HF_HUB_OFFLINE": "1"}
+    variables["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+    command = [sys.executable, "-I", "-W", "ignore", "-c", WITHOUT_PONDER_HF + program, *map(str, arguments)]
+    result = subprocess.run(
+        command, cwd=home, env=variables, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout

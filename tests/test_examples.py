@@ -1,0 +1,95 @@
+"""The scripts in examples/, run as a user runs them on a small real model and real text."""
+
+import gzip
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import elsewhere
+import pytest
+
+from ponder_hf.conversion import convert
+
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+# Loads a folder and generates from it. Argument: the folder.
+LOAD = """
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
+prompt = tokenizer("One day", return_tensors="pt")
+tokens = model.generate(**prompt, max_new_tokens=5, do_sample=False)
+assert tokens.shape[1] == prompt["input_ids"].shape[1] + 5
+print(type(model).__name__, model.config.pondering_steps, model.config.pondering_gate)
+"""
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def stories(shared):
+    """The beginning of the TinyStories sample."""
+    with gzip.open(shared / "data" / "text" / "tinystories-sample.txt.gz", "rt", encoding="utf-8") as file:
+        return file.read(40_000)
+
+
+@pytest.fixture(scope="module")
+def base(shared):
+    return shared / "data" / "models" / "stories260K-llama"
+
+
+@pytest.fixture
+def checkpoint(base, tmp_path):
+    """The real model, made to ponder as carefully as can be."""
+    convert(base, tmp_path / "checkpoint", pondering_steps=2, pondering_gate="zero_init")
+    return tmp_path / "checkpoint"
+
+
+def run(script, *arguments):
+    """Run an example, and hold that the held-out loss fell and that nothing of ours is deprecated."""
+    command = [sys.executable, "-W", "error::DeprecationWarning:__main__", "-W", "error::FutureWarning:__main__"]
+    command += [EXAMPLES / script, *map(str, arguments)]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    before, after = (float(loss) for loss in re.findall(r"held-out loss \w+: *([\d.]+)", done.stdout))
+    assert after < before - 0.01, done.stdout
+    return done.stdout
+
+
+def test_continued_pretraining(base, shared, tmp_path):
+    with gzip.open(shared / "data" / "text" / "tinyshakespeare.txt.gz", "rt", encoding="utf-8") as file:
+        (tmp_path / "text.txt").write_text(file.read(30_000), encoding="utf-8")  # far from what the base has seen
+    text, folder = tmp_path / "text.txt", tmp_path / "out"
+    output = run("continued_pretraining.py", base, text, folder, "--steps", 12, "--block", 64)
+    assert "pass_0_loss" in output
+    printed = elsewhere.run(LOAD, tmp_path / "home", folder)
+    assert printed.split() == ["PonderingForCausalLM", "3", "zero_init"]
+
+
+def test_lora(checkpoint, stories, tmp_path):
+    (tmp_path / "text.txt").write_text(stories, encoding="utf-8")
+    output = run("lora.py", checkpoint, tmp_path / "text.txt", tmp_path / "out", "--steps", 12, "--block", 64)
+    assert len(output.splitlines()[-1]) > 40  # what it generates
+    adapter = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert adapter["target_modules"]
+    assert adapter["modules_to_save"] == ["pondering_gate"]
+    printed = elsewhere.run(LOAD, tmp_path / "home", tmp_path / "out" / "merged")
+    assert printed.split() == ["PonderingForCausalLM", "2", "zero_init"]
+
+
+def test_sft(checkpoint, stories, tmp_path):
+    with open(tmp_path / "data.jsonl", "w", encoding="utf-8") as file:
+        for story in stories.split("\n\n"):
+            prompt, end, completion = story.partition(". ")
+            if len(completion) > 40:
+                file.write(json.dumps({"prompt": prompt + end, "completion": completion}) + "\n")
+    run("sft.py", checkpoint, tmp_path / "data.jsonl", tmp_path / "out", "--steps", 12, "--max-length", 96)
+    for home, folder in (("home", "out"), ("another home", "out/checkpoint-12")):
+        printed = elsewhere.run(LOAD, tmp_path / home, tmp_path / folder)
+        assert printed.split() == ["PonderingForCausalLM", "2", "zero_init"]
