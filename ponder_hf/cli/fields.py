@@ -51,7 +51,7 @@ def errors_named_by_flags(fields):
         message = str(error)
         for name in fields:
             message = message.replace(f"`{name}`", flag_of(name))
-        raise PonderingError(message) from error
+        raise type(error)(message) from error
 
 
 class _Null:

@@ -1,6 +1,7 @@
 """The flags of `ponder-hf train` that are read off transformers' TrainingArguments, and YAML files of any flags."""
 
 import argparse
+import difflib
 import json
 
 from ponder_hf import PonderingError
@@ -44,20 +45,26 @@ def read_arguments_file(path, parser):
     words = []
     for key, value in _read_mapping(path).items():
         flag = f"--{str(key).replace('_', '-')}"
+        _check_not_taken(str(key).replace("-", "_"), path)
         if key == "source":
             words = [str(value), *words]
             continue
-        if flag not in flags or flag in ("--arguments", "--help"):
-            try:
-                parser.refuse([flag])
-            except PonderingError as error:
-                message = str(error).replace("there is no flag", "there is no argument").replace(" --", " ")
-                raise PonderingError(f"{path}: {message}") from error
+        if flag not in flags or flag in ("--arguments", "--help", "--json"):
+            near = difflib.get_close_matches(flag, flags, n=1)
+            hint = f", did you mean {near[0].lstrip('-')}?" if near else ""
+            raise PonderingError(f"{path}: there is no argument {key}{hint}")
         words += _as_words(flag, value, flags[flag])
     try:
         return parser.parse_args(words)
     except PonderingError as error:
         raise PonderingError(f"{path}: {error}") from error
+
+
+def _check_not_taken(name, path):
+    from ponder_hf.training.arguments import NOT_ARGUMENTS
+
+    if name in NOT_ARGUMENTS and name != "output_dir":
+        raise PonderingError(f"{path}: {name} cannot be given: {NOT_ARGUMENTS[name]}")
 
 
 def _read_mapping(path):

@@ -71,7 +71,8 @@ def check_fields(fields, config, checkpoint):
 
 
 def _contradiction(name, value, stored, checkpoint):
+    said = "SOURCE" if name == "source" else flag_of(name)
     return PonderingError(
-        f"{flag_of(name)} is {value}, but {checkpoint} was made with {stored}: leave it out, or start a new run with "
+        f"{said} is {value}, but {checkpoint} was made with {stored}: leave it out, or start a new run with "
         f"{checkpoint} as SOURCE"
     )

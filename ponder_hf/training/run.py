@@ -1,6 +1,7 @@
 """One training run, from what the user asked for to the folder that it leaves."""
 
 import contextlib
+import math
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,7 +9,8 @@ from pathlib import Path
 from huggingface_hub import get_token
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import TrainingArguments, default_data_collator, set_seed
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 
 from ponder_hf import PonderingError
 from ponder_hf.callbacks import PonderingCallback
@@ -152,6 +154,8 @@ def _check_settings(options, settings):
         raise PonderingError(f"--num-train-epochs must be > 0, got {settings.num_train_epochs}")
     if settings.eval_strategy != "no" and not options.evaluates:
         raise PonderingError("--eval-strategy needs something to evaluate on: give --validation or --held-out")
+    with wrong_arguments():
+        get_reporting_integration_callbacks(settings.report_to)  # whether they are known and installed
     if settings.push_to_hub and get_token() is None:
         raise PonderingError("--push-to-hub needs a token: set HF_TOKEN, or log in with `hf auth login`")
 
@@ -225,9 +229,20 @@ def _make_trainer(plan, model):
 
 
 def _train(trainer, plan):
-    trainer.train(resume_from_checkpoint=None if plan.checkpoint is None else str(plan.checkpoint))
+    if plan.checkpoint is not None:
+        trainer.state = TrainerState.load_from_json(str(plan.checkpoint / "trainer_state.json"))
+    if trainer.state.global_step < _total_steps(trainer):  # otherwise Trainer would take one step more
+        trainer.train(resume_from_checkpoint=None if plan.checkpoint is None else str(plan.checkpoint))
     if plan.material.held_out is not None and _last_evaluated(trainer) != trainer.state.global_step:
         trainer.evaluate()
+
+
+def _total_steps(trainer):
+    settings = trainer.args
+    if settings.max_steps > 0:
+        return settings.max_steps
+    batches = len(trainer.get_train_dataloader())
+    return math.ceil(settings.num_train_epochs * max(1, math.ceil(batches / settings.gradient_accumulation_steps)))
 
 
 def _last_evaluated(trainer):
