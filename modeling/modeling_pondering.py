@@ -29,7 +29,7 @@ from .pondering_backbone import (
     run_backbone,
     verify_backbone,
 )
-from .pondering_base import load_backbone, read_base_config, split_arguments
+from .pondering_base import load_backbone, names_in_memory, read_base_config, split_arguments
 from .pondering_cache import mark_owner, pass_cache, step_cache
 
 # transformers 4.57 fetches only the files that this one imports by itself, so it must name all of them.
@@ -96,7 +96,8 @@ class PonderingPreTrainedModel(PreTrainedModel):
     @property
     def embedding_size(self):
         """Width of the embeddings that the backbone takes; OPT's can differ from its hidden size."""
-        return self.backbone.get_input_embeddings().weight.shape[1]
+        embedding = self.backbone.get_input_embeddings()
+        return getattr(embedding, "embedding_dim", None) or embedding.weight.shape[1]
 
     @property
     def state_size(self):
@@ -181,6 +182,10 @@ class PonderingPreTrainedModel(PreTrainedModel):
             weight = self.backbone.get_output_embeddings().weight
             self.draft_heads = DraftHeads(config.draft_heads, self.state_size).to(weight.device, self.backbone.dtype)
             self.draft_heads.requires_grad_(False)
+
+    def load_state_dict(self, state_dict, *args, **kwargs):
+        """As torch's, and takes the official names of weights too: Trainer resumes by reading a file into this."""
+        return super().load_state_dict(names_in_memory(self, state_dict), *args, **kwargs)
 
     def to_base(self):
         """The plain backbone, an instance of its own transformers class: the same weights, no copy."""

@@ -88,15 +88,26 @@ def backbone_logits(backbone, hidden_states):
     return finish_logits(backbone.get_output_embeddings()(hidden_states), backbone.config)
 
 
-def embedding_table(backbone):
+def embedding_table(backbone, device=None):
     """(V, d), every token's embedding as the backbone feeds it in, scaled where its embedding module scales (Gemma).
 
-    A plain embedding gives its weight itself; any other (scaled, quantised, wrapped by PEFT) is asked for all rows.
+    A plain embedding gives its weight itself; any other (scaled, quantised, sharded, wrapped by PEFT) is asked for all
+    rows, by ids on `device`.
     """
     module = backbone.get_input_embeddings()
-    if type(module) is nn.Embedding:
+    if type(module) is nn.Embedding and _is_bare(module):
         return module.weight
-    return module(torch.arange(len(module.weight), device=module.weight.device))
+    embeddings = [part for part in module.modules() if isinstance(part, nn.Embedding)]
+    num_rows = embeddings[-1].num_embeddings if embeddings else len(module.weight)
+    # An embedding gives its padding row no gradient; in the pondering sum that row is one like any other.
+    padding = [(part, part.padding_idx) for part in embeddings if part.padding_idx is not None]
+    try:
+        for part, _ in padding:
+            part.padding_idx = None
+        return module(torch.arange(num_rows, device=module.weight.device if device is None else device))
+    finally:
+        for part, index in padding:
+            part.padding_idx = index
 
 
 def backbone_readout(backbone):
@@ -126,12 +137,13 @@ def bare_table(backbone):
 
 
 def _is_bare(module):
-    # Hooks before a module gather what is sharded or offloaded (accelerate, DeepSpeed): its weight is not there yet.
-    # Hooks after an embedding, as gradient checkpointing and PEFT set them, are about token ids, not about its rows.
+    # Hooks before a module gather what is sharded or offloaded (FSDP, accelerate, DeepSpeed): its weight is not there
+    # yet. Hooks after an embedding, as gradient checkpointing and PEFT set them, are about token ids, not its rows.
     gathered = module._forward_pre_hooks or hasattr(module, "_hf_hook")
     weight = getattr(module, "weight", None)
-    plain = type(weight) in (nn.Parameter, torch.Tensor) and not hasattr(weight, "ds_id")
-    return plain and not gathered and weight.device.type != "meta"
+    # A shard is a DTensor (FSDP2), carries `ds_id` (ZeRO-3) or has no rows outside its unit's forward pass (FSDP1).
+    whole = type(weight) in (nn.Parameter, torch.Tensor) and not hasattr(weight, "ds_id") and weight.numel() > 0
+    return whole and not gathered and weight.device.type != "meta"
 
 
 def backbone_decoder(backbone):

@@ -6,6 +6,11 @@ from .configuration_pondering import PONDERING_FIELDS, PonderingConfig, unknown_
 from .pondering_backbone import backbone_class
 from .pondering_errors import PonderingError
 
+try:  # since 5.0 some backbones have other names in memory than on disk
+    from transformers.core_model_loading import revert_weight_conversion
+except ImportError:
+    revert_weight_conversion = None
+
 
 # Where to find a checkpoint and how to load it; everything else that `from_base` takes is a pondering field.
 LOADING_ARGUMENTS = frozenset(
@@ -132,6 +137,27 @@ def load_backbone(source, base_config, **loading):
     if unknown:
         raise PonderingError(f"{source} has {_some(unknown)}, which {type(backbone).__name__} does not know")
     return backbone
+
+
+def names_in_memory(model, state_dict):
+    """A state dict with the names on disk renamed to those that the model has in memory (GPT-NeoX's `embed_out`).
+
+    Raises:
+        PonderingError: a weight is stored in another form than the model holds it in (experts one by one, say).
+    """
+    own = model.state_dict()
+    if revert_weight_conversion is None or own.keys() >= state_dict.keys():
+        return state_dict
+    names = {id(tensor): name for name, tensor in own.items()}
+    on_disk = revert_weight_conversion(model, own)
+    converted = [name for name in state_dict if name in on_disk and id(on_disk[name]) not in names]
+    if converted:
+        raise PonderingError(
+            f"the state dict has {_some(converted)} in the form of a checkpoint on disk, which only from_pretrained reads"
+        )
+    return {
+        name if name in own else names.get(id(on_disk.get(name)), name): tensor for name, tensor in state_dict.items()
+    }
 
 
 def split_arguments(arguments):

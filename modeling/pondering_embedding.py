@@ -55,8 +55,11 @@ class PonderingEmbedding:
         temperature, top_k = self.config.pondering_temperature, self.config.pondering_top_k
         if self.kernel == "plain":
             if self._all_rows is None:
-                self._all_rows = embedding_table(self.backbone)
-            return plain_embedding(backbone_logits(self.backbone, hidden_states), self._all_rows, temperature, top_k)
+                self._all_rows = embedding_table(self.backbone, hidden_states.device)
+            logits = backbone_logits(self.backbone, hidden_states)
+            # With a device_map, head and embedding may lie on different devices.
+            table = self._all_rows.to(logits.device)
+            return plain_embedding(logits, table, temperature, top_k).to(self._all_rows.device)
         table, scale = self.table
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         if self.kernel == "top_k":
