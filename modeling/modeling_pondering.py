@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import logging
 
 from .configuration_pondering import PonderingConfig, check_steps
 from .pondering_adaptive import AdaptivePasses
@@ -49,6 +50,8 @@ from .pondering_vocabulary import vocabulary_embedding  # noqa: F401
 from .pondering_wave import Wave  # noqa: F401
 from .pondering_wave_cache import WaveCache  # noqa: F401
 
+
+logger = logging.get_logger(__name__)
 
 _LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")
 
@@ -87,6 +90,15 @@ class PonderingPreTrainedModel(PreTrainedModel):
             nn.init.zeros_(module.weight)
         if isinstance(module, DraftHeads):
             module.reset()
+
+    def _set_gradient_checkpointing(self, enable=True, **kwargs):
+        # Every layer runs S + 1 times with the same weights: DDP fails on them ("marked as ready twice") where
+        # checkpointing is reentrant, as it is by default before transformers 5.
+        checkpoint = kwargs.get("gradient_checkpointing_func")
+        if getattr(checkpoint, "keywords", {}).get("use_reentrant") and _in_several_processes():
+            logger.warning_once("gradient checkpointing in several processes: `use_reentrant=False` is used instead")
+            kwargs["gradient_checkpointing_func"] = partial(checkpoint, use_reentrant=False)
+        super()._set_gradient_checkpointing(enable, **kwargs)
 
     def _verify_once(self):
         if self._needs_verification:
@@ -182,6 +194,19 @@ class PonderingPreTrainedModel(PreTrainedModel):
             weight = self.backbone.get_output_embeddings().weight
             self.draft_heads = DraftHeads(config.draft_heads, self.state_size).to(weight.device, self.backbone.dtype)
             self.draft_heads.requires_grad_(False)
+
+    def save_pretrained(self, *args, **kwargs):
+        """As transformers', under the class's own name.
+
+        FSDP2 makes a subclass within torch for each sharded module; transformers would name that one in config.json
+        and write torch's files beside it instead of these.
+        """
+        current = type(self)
+        self.__class__ = next(parent for parent in current.__mro__ if not parent.__module__.startswith("torch."))
+        try:
+            return super().save_pretrained(*args, **kwargs)
+        finally:
+            self.__class__ = current
 
     def load_state_dict(self, state_dict, *args, **kwargs):
         """As torch's, and takes the official names of weights too: Trainer resumes by reading a file into this."""
@@ -409,6 +434,11 @@ class PonderingForCausalLM(PonderingPreTrainedModel, PonderingGenerationMixin):
         if readout is not None:
             return linear_causal_lm_loss(hidden_states, readout, labels, **loss_arguments)
         return causal_lm_loss(backbone_logits(self.backbone, hidden_states), labels, **loss_arguments)
+
+
+def _in_several_processes():
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def _wants_tuple(return_dict, config):

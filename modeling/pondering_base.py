@@ -6,6 +6,7 @@ from .configuration_pondering import PONDERING_FIELDS, PonderingConfig, unknown_
 from .pondering_backbone import backbone_class
 from .pondering_errors import PonderingError
 
+
 try:  # since 5.0 some backbones have other names in memory than on disk
     from transformers.core_model_loading import revert_weight_conversion
 except ImportError:
@@ -153,7 +154,7 @@ def names_in_memory(model, state_dict):
     converted = [name for name in state_dict if name in on_disk and id(on_disk[name]) not in names]
     if converted:
         raise PonderingError(
-            f"the state dict has {_some(converted)} in the form of a checkpoint on disk, which only from_pretrained reads"
+            f"the state dict has {_some(converted)} in its form on disk, which only from_pretrained reads"
         )
     return {
         name if name in own else names.get(id(on_disk.get(name)), name): tensor for name, tensor in state_dict.items()

@@ -1,0 +1,148 @@
+"""Training in two processes, by transformers' Trainer on DDP and FSDP2, is training in one.
+
+One launch of two processes trains all cases (distributed_worker.py); this process trains the same models alone.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import distributed_worker
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from ponder_hf import PonderingForCausalLM
+
+
+FIELDS = {"pondering_steps": 2, "pondering_gate": "zero_init", "intermediate_loss_weight": 0.3}
+TOP_K = {**FIELDS, "pondering_top_k": 9}
+SAVE = {"save_strategy": "steps", "save_steps": 2}
+FREED = {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}}
+KEPT = {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": False}}
+CHECKPOINTING = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+
+# name: (backbone, pondering fields, arguments of Trainer, what else the worker takes). GPT-2 is tied, LLaMA has a
+# padding row, GPT-NeoX has other names on disk than in memory.
+CASES = {
+    "ddp gpt_neox top_k": ("gpt_neox", TOP_K, SAVE, {}),
+    "ddp gpt_neox resumed": ("gpt_neox", TOP_K, SAVE, {"resume": "ddp gpt_neox top_k/checkpoint-2"}),
+    "ddp gpt2 vocabulary": ("gpt2", FIELDS, {"ddp_find_unused_parameters": False}, {}),
+    "ddp gpt2 unused": ("gpt2", FIELDS, {"ddp_find_unused_parameters": True}, {}),
+    "ddp llama plain": ("llama", FIELDS, {}, {"plain": True}),
+    "ddp gpt2 checkpointing": ("gpt2", FIELDS, CHECKPOINTING, {}),
+    "ddp gpt2 reentrant": ("gpt2", FIELDS, REENTRANT, {}),
+    "fsdp gpt_neox top_k": ("gpt_neox", TOP_K, {**SAVE, **FREED}, {}),
+    "fsdp gpt_neox resumed": ("gpt_neox", TOP_K, {**SAVE, **FREED}, {"resume": "fsdp gpt_neox top_k/checkpoint-2"}),
+    "fsdp gpt2 vocabulary": ("gpt2", FIELDS, FREED, {}),
+    "fsdp gpt2 checkpointing": ("gpt2", FIELDS, {**KEPT, **CHECKPOINTING}, {}),
+    "fsdp llama vocabulary": ("llama", FIELDS, KEPT, {}),
+    "fsdp llama float32": ("llama", TOP_K, FREED, {"dtype": "float32"}),
+}
+
+
+def launch(path, timeout):
+    """Two processes, one thread each, on a free port."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, distributed_worker.__file__, str(path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """The folder in which the two processes have left one folder a case."""
+    root = tmp_path_factory.mktemp("distributed")
+    cases = []
+    for name, (model_type, fields, arguments, more) in CASES.items():
+        case = {"folder": str(root / name), "model_type": model_type, "fields": fields, "arguments": arguments, **more}
+        if "resume" in more:
+            case["resume"] = str(root / more["resume"])
+        cases.append(case)
+    (root / "cases.json").write_text(json.dumps(cases))
+    launch(root / "cases.json", timeout=240)
+    return root
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A function from a case's name to what one process sees and the folder of the weights that it ends with."""
+    done = {}
+
+    def run(name):
+        model_type, fields, _, more = CASES[name]
+        key = json.dumps([model_type, fields, more.get("dtype")])
+        if key not in done:
+            folder = tmp_path_factory.mktemp("alone")
+            case = {"folder": str(folder), "model_type": model_type, "fields": fields}
+            case |= {"dtype": more["dtype"]} if "dtype" in more else {}
+            done[key] = distributed_worker.run_case(case, 1), folder / "final"
+        return done[key]
+
+    return run
+
+
+def result_of(root, name):
+    result = json.loads((root / name / "result.json").read_text())
+    assert "error" not in result, result["error"]
+    return result
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_train_as_one(root, alone, name):
+    result = result_of(root, name)
+    expected, folder = alone(name)
+    steps = len(result["losses"])
+    assert steps == (1 if "resumed" in name else distributed_worker.STEPS)
+    precise = "float32" not in name
+    # Trainer adds up its losses in float32; its gradient norms are in the model's own dtype.
+    assert result["losses"] == pytest.approx(expected["losses"][-steps:], abs=2e-6 if precise else 1e-5)
+    assert result["norms"] == pytest.approx(expected["norms"][-steps:], rel=1e-10 if precise else 1e-5)
+    weights, one = load_file(root / name / "final" / "model.safetensors"), load_file(folder / "model.safetensors")
+    if name.startswith("fsdp gpt2"):  # gathered one by one, tied weights no longer share memory
+        assert torch.equal(weights.pop("backbone.lm_head.weight"), weights["backbone.transformer.wte.weight"])
+    assert weights.keys() == one.keys()
+    # AdamW divides by the size of a gradient: of a gradient near zero nothing but rounding is left.
+    tolerance = 1e-8 if precise else 1e-3
+    assert max((weights[key] - one[key]).abs().max() for key in one) < tolerance
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_the_engine_and_the_kernel_are_the_expected_ones(root, name):
+    """Guards the cases above: accelerate trains with DDP, without a word, where it knows no FSDP."""
+    result = result_of(root, name)
+    if name.startswith("fsdp"):
+        assert result["wrapped"] == "FSDPPonderingForCausalLM"
+        assert result["kernels"] == ["plain"]
+    else:
+        assert result["wrapped"] == "DistributedDataParallel"
+        expected = "plain" if "plain" in name else "top_k" if "gpt_neox" in name else "vocabulary"
+        assert result["kernels"] == [expected]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddp gpt_neox top_k", "fsdp gpt_neox top_k"])
+def test_every_checkpoint_is_one_that_loads_by_itself(root, name):
+    """Also the one in the middle. tests/test_loads_anywhere.py shows that these files and this auto_map are enough."""
+    modeling = Path(distributed_worker.__file__).parents[1] / "modeling"
+    files = {path.name: path.read_bytes() for path in modeling.glob("*.py") if path.name != "__init__.py"}
+    for folder in ("final", "checkpoint-2"):
+        checkpoint = root / name / folder
+        auto_map = json.loads((checkpoint / "config.json").read_text())["auto_map"]
+        assert auto_map["AutoModelForCausalLM"] == "modeling_pondering.PonderingForCausalLM"
+        assert {path.name: path.read_bytes() for path in checkpoint.glob("*.py")} == files
+        assert len(list(checkpoint.glob("*.safetensors"))) == 1
+    model, report = AutoModelForCausalLM.from_pretrained(root / name / "final", output_loading_info=True)
+    assert type(model) is PonderingForCausalLM
+    assert not any(report.values()), report
