@@ -5,13 +5,20 @@ One launch of two processes trains all cases (distributed_worker.py); this proce
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import checkpoints
 import distributed_worker
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DistributedType
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
+from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -45,17 +52,15 @@ CASES = {
 }
 
 
-def launch(path, timeout):
-    """Two processes, one thread each, on a free port."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, distributed_worker.__file__, str(path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def done_in_time(command, timeout):
+    """Run a program that starts processes of one thread each, and give back its standard output."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +74,7 @@ def root(tmp_path_factory):
             case["resume"] = str(root / more["resume"])
         cases.append(case)
     (root / "cases.json").write_text(json.dumps(cases))
-    launch(root / "cases.json", timeout=240)
+    done_in_time([*TWO_PROCESSES, distributed_worker.__file__, str(root / "cases.json")], timeout=240)
     return root
 
 
@@ -146,3 +151,59 @@ def test_every_checkpoint_is_one_that_loads_by_itself(root, name):
     model, report = AutoModelForCausalLM.from_pretrained(root / name / "final", output_loading_info=True)
     assert type(model) is PonderingForCausalLM
     assert not any(report.values()), report
+
+
+CONFIGURATIONS = Path(__file__).resolve().parents[1] / "examples" / "configs"
+ZERO3 = CONFIGURATIONS / "zero3.json"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGURATIONS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_the_configuration_files(path):
+    config = load_config_from_file(str(path))
+    line = ["--config_file", str(path), "--machine_rank", "0", "--main_process_ip", "127.0.0.1", "--no_python", "x"]
+    arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(line))
+    assert arguments.num_processes == config.num_processes > 1
+    environment = prepare_multi_gpu_env(arguments)
+    if config.distributed_type == DistributedType.FSDP:
+        expected = {"VERSION": "2", "STATE_DICT_TYPE": "FULL_STATE_DICT", "AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+        assert {name: environment[f"FSDP_{name}"] for name in expected} == expected
+    if config.distributed_type == DistributedType.DEEPSPEED:
+        assert CONFIGURATIONS.parents[1] / config.deepspeed_config["deepspeed_config_file"] == ZERO3
+
+
+def test_accelerate_reads_the_deepspeed_file():
+    config = HfDeepSpeedConfig(str(ZERO3))
+    assert config.is_zero3()
+    assert not config.is_offload()
+    assert config.get_value("zero_optimization.stage3_gather_16bit_weights_on_model_save") is True
+    assert config.get_value("gradient_clipping") == "auto"
+
+
+@pytest.mark.slow
+def test_ponder_hf_train_in_two_processes(tmp_path):
+    """One of them speaks and looks after the folder, the model is that of one process, and the run is resumed."""
+    base = checkpoints.save_base(tmp_path / "base", tokenizer=True)
+    text = tmp_path / "text.txt"
+    text.write_text(
+        "\n".join(f"once upon a time there was one {animal}" for animal in ("cat", "sea", "two dogs") * 90)
+    )
+    line = ["train", base, "--data", text, "--pondering-steps", "2", "--block-size", "16", "--use-cpu", "--json"]
+    line += ["--max-steps", "4", "--save-steps", "2", "--learning-rate", "1e-3", "--held-out", "8"]
+    launched = [*TWO_PROCESSES, "--no-python", Path(sys.executable).with_name("ponder-hf")]
+
+    def train(program, output, *more):
+        command = [*program, *line, "--output", tmp_path / output, *more]
+        return done_in_time([str(part) for part in command], timeout=300)
+
+    train(launched[-1:], "one", "--per-device-train-batch-size", "4")
+    (answer,) = train(launched, "two", "--per-device-train-batch-size", "2").splitlines()
+    assert json.loads(answer)["steps"] == 4
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert max((one[key] - two[key]).abs().max() for key in one) < 1e-3  # float32, and AdamW as above
+    shutil.rmtree(tmp_path / "two" / "checkpoint-4")
+    (tmp_path / "two" / "model.safetensors").unlink()
+    resume = ["train", "--output", tmp_path / "two", "--resume", "--json"]
+    (answer,) = done_in_time([str(part) for part in [*launched, *resume]], timeout=300).splitlines()
+    assert json.loads(answer)["resumed_from"].endswith("checkpoint-2")
+    resumed = load_file(tmp_path / "two" / "model.safetensors")
+    assert all(torch.equal(resumed[key], two[key]) for key in two)

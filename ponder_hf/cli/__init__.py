@@ -12,7 +12,7 @@ import sys
 from ponder_hf import PonderingError, __version__
 from ponder_hf.errors import TrainingStopped
 
-from .outcome import bad_input, interrupted, stopped, unexpected
+from .outcome import bad_input, interrupted, is_first_process, stopped, unexpected
 from .parser import OneLineParser, check_command
 from .quiet import quiet_libraries, standard_output_for_json
 
@@ -50,7 +50,9 @@ def main(argv=None):
                 args.run(args)
             else:
                 with standard_output_for_json() as output:
-                    print(json.dumps(args.run(args) or {}), file=output)
+                    answer = json.dumps(args.run(args) or {})
+                    if is_first_process():
+                        print(answer, file=output)
         sys.stdout.flush()  # here, where a reader that is gone can still be noticed
     except SystemExit as done:  # --help and --version
         return done.code or 0

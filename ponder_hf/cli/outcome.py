@@ -16,6 +16,11 @@ def is_debugging():
     return os.environ.get(DEBUG, "") not in ("", "0")
 
 
+def is_first_process():
+    """Whether this process speaks for all that torchrun or `accelerate launch` started; true where it is alone."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def bad_input(error):
     """Say what is wrong with the input and what to do."""
     _traceback_if_debugging()

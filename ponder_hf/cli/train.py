@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from .fields import add_field_flags, errors_named_by_flags, given_fields
+from .outcome import is_first_process
 from .training_flags import add_training_flags, read_arguments_file
 
 
@@ -108,7 +109,8 @@ def run(args):
 
     with errors_named_by_flags([*options.as_dict(), *options.fields, *argument_names()]):
         result = train(options)
-    _tell(result, options.output)
+    if is_first_process():
+        _tell(result, options.output)
     return result
 
 

@@ -185,7 +185,12 @@ def _adapted(plan, model):
 def _output_folder(plan):
     """The folder of the run, emptied where that was asked for. It is not left behind with nothing in it."""
     output = plan.options.folder
+    # Of several processes one looks after the folder, once all have checked it.
+    plan.settings.distributed_state.wait_for_everyone()
     with writing(plan.options.output):
+        if not plan.settings.should_save:
+            yield
+            return
         if plan.options.overwrite and output.is_dir():
             for path in output.iterdir():
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
