@@ -182,6 +182,15 @@ class PonderingPreTrainedModel(PreTrainedModel):
         model.config.dtype = backbone.dtype
         return model.train(backbone.training)  # no post_init: it would initialise modules that the user put in
 
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """transformers' own; draft heads do not learn with the model, and loading would make them."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.draft_heads is not None:
+            model.draft_heads.requires_grad_(False)
+        return loaded
+
     def add_draft_heads(self, num_passes=None):
         """Give the first `num_passes` passes new draft heads (pondering_drafts.py), by default all but the last pass.
 

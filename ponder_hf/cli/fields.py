@@ -10,8 +10,9 @@ from ponder_hf import PonderingConfig, PonderingError
 from ponder_hf.modeling.configuration_pondering import PONDERING_FIELDS
 
 
-_NO_FLAG = "pondering_format_version"  # the code decides on it
-FLAG_FIELDS = tuple(name for name in PONDERING_FIELDS if name != _NO_FLAG)
+# The code decides on the one, and training makes the other (`ponder-hf train --draft-heads`).
+_NO_FLAGS = ("pondering_format_version", "draft_heads")
+FLAG_FIELDS = tuple(name for name in PONDERING_FIELDS if name not in _NO_FLAGS)
 
 
 def flag_of(name):

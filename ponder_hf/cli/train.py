@@ -42,6 +42,12 @@ def _add_run_flags(parser):
     )
     group.add_argument("--overwrite", action="store_true", help="replace DIR if it is not empty")
     group.add_argument("--arguments", metavar="FILE", help="a YAML file with any of these flags; flags win over it")
+    group.add_argument(
+        "--draft-heads",
+        action="store_true",
+        help="leave SOURCE, a pondering model, as it is and train draft heads for it, which speed up `generate` with "
+        "num_draft_tokens",
+    )
     group.add_argument("--revision", help="branch, tag or commit of SOURCE on the Hub")
     group.add_argument(
         "--dtype", metavar="DTYPE", help="of the weights: float32, bfloat16, or auto, as stored. Default: float32."

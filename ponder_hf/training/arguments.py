@@ -44,6 +44,8 @@ RECIPE = {
     "logging_nan_inf_filter": False,
     "report_to": "none",
 }
+# Draft heads learn fast, and from any text.
+HEADS_RECIPE = {"learning_rate": 2e-3, "weight_decay": 0.0, "max_steps": 600}
 _SCRATCH_RATES = ((100e6, 1e-3), (300e6, 6e-4), (float("inf"), 3e-4))  # up to so many parameters
 _CONTINUED = 1 / 3
 _LORA_RATE = 2e-4
@@ -104,10 +106,14 @@ def current_names(arguments):
     return {RENAMED[name] if RENAMED.get(name) in known else name: value for name, value in arguments.items()}
 
 
-def complete_arguments(given, kind, num_parameters, lora, evaluates):
+def complete_arguments(given, kind, num_parameters, lora, evaluates, draft_heads=False):
     """The recipe's arguments with those that were `given` over them, as a dict that JSON can hold."""
     check_argument_names(given)
     arguments = {**RECIPE, "learning_rate": learning_rate(kind, num_parameters, lora)}
+    if draft_heads:
+        arguments.update(HEADS_RECIPE)
+        if "num_train_epochs" in given:
+            del arguments["max_steps"]
     if evaluates:
         arguments["eval_strategy"] = "steps"
         arguments["eval_steps"] = given.get("save_steps", 500)

@@ -38,6 +38,7 @@ class TrainOptions:
         held_out: without `validation`, the share of the blocks, or their number, to keep apart and evaluate on.
         lora: train a low-rank adapter in place of all weights.
         lora_r, lora_alpha, lora_dropout, lora_target_modules: of the adapter; see peft's LoraConfig.
+        draft_heads: train draft heads (modeling/pondering_drafts.py) for a pondering model that stays as it is.
         merge: at the end, save the model with the adapter merged into it.
         resume: continue the run in `output`: "last", or the folder of one of its checkpoints.
         overwrite: replace `output` where it is not empty.
@@ -68,6 +69,7 @@ class TrainOptions:
     lora_alpha: float = 32
     lora_dropout: float = 0.0
     lora_target_modules: list = field(default_factory=list)
+    draft_heads: bool = False
     merge: bool = False
     resume: str | None = None
     overwrite: bool = False
@@ -109,6 +111,11 @@ class TrainOptions:
             raise PonderingError("`validation` and `held_out` are two ways to say one thing: give one of them")
         if self.lora and self.config is not None:
             raise PonderingError("`lora` adapts a trained model, `config` makes a new one: give SOURCE instead")
+        if self.draft_heads and (self.config is not None or self.lora):
+            other = "lora" if self.lora else "config"
+            raise PonderingError(
+                f"`draft_heads` trains nothing else: leave out `{other}`, and train draft heads for the model later"
+            )
         if self.merge and not self.lora:
             raise PonderingError("`merge` merges an adapter, but there is none: add `lora`, or leave it out")
 

@@ -24,6 +24,7 @@ from ponder_hf.modeling.configuration_pondering import PONDERING_FIELDS
 from . import adapter
 from .arguments import complete_arguments, keep_token_apart, make_arguments, wrong_arguments
 from .checkpoints import checkpoint_to_resume, clean_up, last_checkpoint
+from .draft_heads import DraftHeadTrainer
 from .material import Material, block_size_of, load_material
 from .options import TrainOptions
 from .record import check_fields, make_record, resumed_options
@@ -96,7 +97,7 @@ def make_plan(options):
         _check_output(options)
         start = find_start(options)
         arguments = complete_arguments(
-            options.arguments, start.kind, start.num_parameters, options.lora, options.evaluates
+            options.arguments, start.kind, start.num_parameters, options.lora, options.evaluates, options.draft_heads
         )
     else:
         checkpoint = checkpoint_to_resume(options.folder, options.resume)
@@ -148,6 +149,8 @@ def _check_settings(options, settings):
         raise PonderingError("--streaming needs --max-steps: how much data there is is not known")
     if settings.per_device_train_batch_size < 1 or settings.gradient_accumulation_steps < 1:
         raise PonderingError("--per-device-train-batch-size and --gradient-accumulation-steps must be at least 1")
+    if options.draft_heads and settings.world_size > 1:
+        raise PonderingError("--draft-heads trains in one process: start it without a launcher")
     if settings.learning_rate <= 0:
         raise PonderingError(f"--learning-rate must be > 0, got {settings.learning_rate}")
     if settings.max_steps < 1 and settings.num_train_epochs <= 0:
@@ -209,8 +212,9 @@ def _output_folder(plan):
 def _make_trainer(plan, model):
     options, material, settings = plan.options, plan.material, plan.settings
     record = make_record(options, plan.arguments, material.fingerprint)
+    trainer_class = DraftHeadTrainer if options.draft_heads else PonderingTrainer
     with wrong_arguments():
-        trainer = PonderingTrainer(
+        trainer = trainer_class(
             model=model,
             args=settings,
             train_dataset=material.training,
@@ -294,6 +298,7 @@ def _result(trainer, plan, progress):
         "tokens_per_second": round(progress.tokens_per_second, 1),
         "loss": losses[-1] if losses else None,
         "evaluation": {key: value for key, value in evaluation.items() if key.startswith("eval_")},
+        "draft_heads": plan.options.draft_heads,
         "adapter": plan.options.lora and not plan.options.merge,
         "checkpoints": [path.name for path in sorted(plan.options.folder.glob("checkpoint-*"))],
     }

@@ -18,6 +18,7 @@ from ponder_hf.conversion.source import CONFIG, Source, download_small_files
 from ponder_hf.errors import understanding
 from ponder_hf.modeling.pondering_base import read_base_config
 
+from .draft_heads import freeze_all_but_heads
 from .initialisation import check_initialisation, initialise
 
 
@@ -51,6 +52,10 @@ def find_start(options):
     tokenizer = _tokenizer(options, found)
     if found.is_pondering:
         return pondering_start(found, tokenizer, options)
+    if options.draft_heads:
+        raise PonderingError(
+            f"{found.name} is a plain model, which has no passes to put draft heads on: train it to ponder first"
+        )
     authors_fields, empty_model = understand_plain(found, options.fields)
     config = PonderingConfig(empty_model.config, **{**authors_fields, **options.fields})
     return Start(
@@ -68,11 +73,13 @@ def pondering_start(found, tokenizer, options):
     with understanding(found.name):
         config = PonderingConfig.from_pretrained(found.folder)
     _set_fields(config, options.fields, found.name)
+    if options.draft_heads and config.pondering_steps == 0:
+        raise PonderingError(f"{found.name} has 0 pondering steps, and so no passes to put draft heads on")
 
     def load():
         model = load_pondering(found, _dtype(options))
         _set_fields(model.config, options.fields, found.name)
-        return model
+        return freeze_all_but_heads(model) if options.draft_heads else model
 
     return Start(
         kind="pondering",
