@@ -189,21 +189,17 @@ def test_ponder_hf_train_in_two_processes(tmp_path):
     )
     line = ["train", base, "--data", text, "--pondering-steps", "2", "--block-size", "16", "--use-cpu", "--json"]
     line += ["--max-steps", "4", "--save-steps", "2", "--learning-rate", "1e-3", "--held-out", "8"]
-    launched = [*TWO_PROCESSES, "--no-python", Path(sys.executable).with_name("ponder-hf")]
-
-    def train(program, output, *more):
-        command = [*program, *line, "--output", tmp_path / output, *more]
-        return done_in_time([str(part) for part in command], timeout=300)
-
-    train(launched[-1:], "one", "--per-device-train-batch-size", "4")
-    (answer,) = train(launched, "two", "--per-device-train-batch-size", "2").splitlines()
+    launched = [*TWO_PROCESSES, "--no-python", str(Path(sys.executable).with_name("ponder-hf"))]
+    assert checkpoints.run(*line, "--output", tmp_path / "one", "--per-device-train-batch-size", "4") == 0
+    line = [str(part) for part in [*line, "--output", tmp_path / "two", "--per-device-train-batch-size", "2"]]
+    (answer,) = done_in_time([*launched, *line], timeout=300).splitlines()
     assert json.loads(answer)["steps"] == 4
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert max((one[key] - two[key]).abs().max() for key in one) < 1e-3  # float32, and AdamW as above
     shutil.rmtree(tmp_path / "two" / "checkpoint-4")
     (tmp_path / "two" / "model.safetensors").unlink()
-    resume = ["train", "--output", tmp_path / "two", "--resume", "--json"]
-    (answer,) = done_in_time([str(part) for part in [*launched, *resume]], timeout=300).splitlines()
+    resume = ["train", "--output", str(tmp_path / "two"), "--resume", "--json"]
+    (answer,) = done_in_time([*launched, *resume], timeout=300).splitlines()
     assert json.loads(answer)["resumed_from"].endswith("checkpoint-2")
     resumed = load_file(tmp_path / "two" / "model.safetensors")
     assert all(torch.equal(resumed[key], two[key]) for key in two)
