@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tiny
@@ -281,3 +282,30 @@ def test_code_is_uploaded_with_every_checkpoint(folder, capsys, monkeypatch):
         assert {"config.json", "model.safetensors", "modeling_pondering.py", "tokenizer.json"} <= names
     files = [path for path in (folder / "out").rglob("*") if path.is_file()]
     assert not any(b"hf_secret" in path.read_bytes() for path in files)
+
+
+@pytest.mark.parametrize("logger", ["tensorboard", "trackio"])
+def test_losses_go_to_a_logger(folder, capsys, monkeypatch, logger):
+    package = pytest.importorskip(logger)
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(folder / "tensorboard"))
+    train_json(capsys, "out", "--max-steps", "2", "--report-to", logger, "--held-out", "5", "--project", "ours")
+    place = folder / logger if logger == "tensorboard" else Path(package.utils.TRACKIO_DIR)
+    written = [path for path in place.rglob("*") if path.is_file()]
+    assert any(b"pass_1_loss" in path.read_bytes() for path in written)
+
+
+@pytest.mark.slow
+def test_a_real_model_on_real_text(shared, tmp_path, capsys, monkeypatch):
+    """LLaMA with a llama2.c tokenizer, on novels: what a base that never pondered loses is soon made up for."""
+    monkeypatch.chdir(tmp_path)
+    data = shared / "data"
+    arguments = [data / "models/stories260K-llama", "--data", data / "text/novels-valid.txt.gz", "--output", "out"]
+    settings = "--max-steps 40 --block-size 128 --held-out 0.02 --eval-on-start true --learning-rate 2e-3".split()
+    settings += ["--per-device-train-batch-size", "8", "--pondering-top-k", "50", "--max-grad-norm", "1"]
+    assert run("train", *arguments, *settings, "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    rows = json.loads((tmp_path / "out/checkpoint-40/trainer_state.json").read_text())["log_history"]
+    evaluated = [row["eval_loss"] for row in rows if "eval_loss" in row]
+    assert result["evaluation"]["eval_pass_3_loss"] == pytest.approx(evaluated[-1], abs=1e-4)
+    assert evaluated[-1] < evaluated[0] - 0.5
+    assert run("generate", "out", "--prompt", "The", "--max-new-tokens", "5") == 0
