@@ -60,6 +60,8 @@ def convert(source, destination, *, overwrite=False, max_shard_size=SHARD_SIZE, 
     model = load_converted(found, empty_model, pondering_fields)
     if any(name.name in TOKENIZER_FILES for name in names):
         _name_tokenizer(model.config, found)
+    # The base's id on the Hub, for the model card; a path of this machine says nothing elsewhere.
+    model.config.base_config._name_or_path = found.name if found.revision else ""
     with whole_folder(destination, overwrite) as folder:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         copy_files(names, found.folder, folder)

@@ -17,7 +17,7 @@ from .parser import OneLineParser, check_command
 from .quiet import quiet_libraries, standard_output_for_json
 
 
-COMMANDS = ("demo", "convert", "export", "train", "generate", "doctor")
+COMMANDS = ("demo", "convert", "export", "train", "generate", "push", "inspect-code", "doctor")
 
 
 def build_parser():
@@ -30,7 +30,7 @@ def build_parser():
     parser.add_argument("--version", action="version", version=f"ponder-hf {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for name in COMMANDS:
-        module = importlib.import_module(f".{name}", __name__)
+        module = importlib.import_module(f".{name.replace('-', '_')}", __name__)
         command = module.add_parser(subparsers)
         command.add_argument("--json", action="store_true", help="print one JSON object on standard output")
         command.set_defaults(run=module.run, parser=command)

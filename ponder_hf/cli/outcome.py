@@ -1,14 +1,18 @@
 """How a command that did not end well says so: one line on standard error, and an exit code."""
 
 import os
+import re
 import sys
 import traceback
+
+from huggingface_hub import get_token
 
 from ponder_hf.errors import first_line
 
 
 UNEXPECTED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 DEBUG = "PONDER_HF_DEBUG"
+_TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
 
 
 def is_debugging():
@@ -51,10 +55,18 @@ def interrupted(error=None):
 
 
 def _end(code, message):
-    print(f"ponder-hf: {message}", file=sys.stderr, flush=True)
+    print(f"ponder-hf: {without_token(message)}", file=sys.stderr, flush=True)
     return code
 
 
 def _traceback_if_debugging():
     if is_debugging():
-        traceback.print_exc()
+        print(without_token(traceback.format_exc()), file=sys.stderr)
+
+
+def without_token(text):
+    """The text with every access token of the Hub made unreadable, whoever wrote it there."""
+    token = get_token()
+    if token:
+        text = text.replace(token, "(token)")
+    return _TOKEN.sub("(token)", text)

@@ -6,6 +6,7 @@ import sys
 import warnings
 
 import transformers
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 
 from .outcome import is_debugging
 
@@ -17,8 +18,8 @@ _LOGGERS = ("transformers", "huggingface_hub", "torch", "datasets")
 def quiet_libraries():
     """A context in which libraries log nothing and warn nobody on standard error, unless the user is debugging.
 
-    Handlers and filters that others installed (a test suite's) still see everything. Progress bars of downloads stay;
-    the one of loading weights goes, for it is over at once.
+    Handlers and filters that others installed (a test suite's) still see everything. Progress bars of downloads and
+    uploads stay; the one of loading weights goes, for it is over at once.
     """
     if is_debugging():
         yield
@@ -28,7 +29,10 @@ def quiet_libraries():
     for name, installed in handlers.items():
         # Without any handler Python would print the message itself.
         logging.getLogger(name).handlers = [logging.NullHandler(), *filter(_is_silent, installed)]
-    transformers.utils.logging.disable_progress_bar()
+    downloads = not are_progress_bars_disabled()
+    transformers.utils.logging.disable_progress_bar()  # which switches those of the Hub off, too
+    if downloads:
+        enable_progress_bars()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_nothing

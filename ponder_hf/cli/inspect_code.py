@@ -1,0 +1,38 @@
+"""`ponder-hf inspect-code`: whether the code in a checkpoint is a release's."""
+
+import sys
+
+
+def add_parser(subparsers):
+    parser = subparsers.add_parser(
+        "inspect-code",
+        help="compare a checkpoint's code with this release's",
+        description="Compare the Python files in a checkpoint with those of the installed ponder_hf by SHA-256, and "
+        "say: the same, an older release's, or changed and where. None of them is run.",
+    )
+    parser.add_argument("source", metavar="SOURCE", help="a checkpoint: a folder or a Hub id")
+    parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
+    return parser
+
+
+def run(args):
+    from ponder_hf.hub import inspect_code
+
+    result = inspect_code(args.source, args.revision)
+    if not args.json:
+        _tell(result)
+    return result
+
+
+def _tell(result):
+    release = f" (ponder_hf {result['release']})" if result["release"] else ""
+    print(f"{result['status']}{release}")
+    for file in result["files"]:
+        if file["status"] == "changed":
+            print(f"  {file['file']}: differs from line {file['line']}: {file['text']}")
+        elif file["status"] != "same":
+            print(f"  {file['file']}: {file['status']}")
+    for reference in result["elsewhere"]:
+        print(f"  code in another repository, {reference}")
+    if result["revision"]:
+        print(f"at commit {result['revision']}: load it with revision={result['revision']!r}", file=sys.stderr)

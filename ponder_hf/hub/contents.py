@@ -1,0 +1,111 @@
+"""Which files of a checkpoint's folder belong on the Hub, which are left out, and which must not get there."""
+
+import re
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import get_token
+
+from ponder_hf import PonderingError
+from ponder_hf.errors import reading
+
+
+PICKLES, SECRETS, OPTIMISER_STATES = "pickles", "secrets", "optimiser-states"
+KINDS = {
+    PICKLES: "a pickle, which runs code when it is loaded",
+    SECRETS: "holds an access token or a private key",
+    OPTIMISER_STATES: "the state of an optimiser, which only the run needs that wrote it",
+}
+
+_LEFT_OUT = re.compile(r"\..*|_.*|checkpoint-\d+|runs|.*\.egg-info")
+_PICKLE_SUFFIXES = {".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".bin", ".joblib", ".dill"}
+_STATE = re.compile(r"(optimizer|optimiser|scheduler|scaler|rng_state)([_.\-].*)?|global_step\d+|.*\.distcp")
+_SECRET_NAMES = {"token", "stored_tokens", "credentials", "netrc", "id_rsa", "id_ed25519"}
+_SECRETS = re.compile(
+    rb"\bhf_[A-Za-z0-9]{30,}|\bgh[pousr]_[A-Za-z0-9]{36,}|\bgithub_pat_\w{40,}|\bsk-[A-Za-z0-9_-]{32,}"
+    rb"|\bAKIA[A-Z0-9]{16}\b|\bxox[abp]-[A-Za-z0-9-]{20,}|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+)
+_WEIGHTS = (".safetensors", ".gguf")  # numbers only; a token in them would be chance
+
+
+@dataclass(frozen=True)
+class Contents:
+    """The files of a folder, as paths relative to it: those to push, and those that stay here on their own."""
+
+    folder: Path
+    files: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+    def size(self, name):
+        return (self.folder / name).stat().st_size
+
+
+def read_contents(folder, allowed=(), skip=False):
+    """Look at every file in a folder.
+
+    Left out without a word from the user: hidden files, names with an underscore in front, the checkpoints of a run
+    (checkpoint-500) and its logs (runs); none of these is part of the model.
+
+    Args:
+        allowed: kinds of files, of KINDS, that are pushed although they should not be.
+        skip: leave files of the other kinds out, in place of refusing the folder.
+
+    Raises:
+        PonderingError: a file must not be pushed, and which.
+    """
+    files, left_out, refused = [], [], []
+    with reading(folder):
+        for path in sorted(folder.rglob("*")):
+            if not path.is_file():
+                continue
+            name = path.relative_to(folder).as_posix()
+            kind = kind_of(path, name)
+            if any(_LEFT_OUT.fullmatch(part) for part in name.split("/")):
+                left_out.append(name)
+            elif kind is None or kind in allowed:
+                files.append(name)
+            elif skip:
+                left_out.append(name)
+            else:
+                refused.append((name, kind))
+    if refused:
+        name, kind = refused[0]
+        others = f" (and {len(refused) - 1} more such files)" if len(refused) > 1 else ""
+        raise PonderingError(
+            f"{folder} has {name}{others}: {KINDS[kind]}; push without with --skip-unsafe, or as it is with "
+            f"--allow {kind}"
+        )
+    return Contents(folder, tuple(files), tuple(left_out))
+
+
+def kind_of(path, name=None):
+    """Why a file should not be pushed, one of KINDS, or None."""
+    name = path.name if name is None else name
+    if any(_STATE.fullmatch(part) for part in name.split("/")):
+        return OPTIMISER_STATES
+    if _is_pickle(path):
+        return PICKLES
+    if path.stem in _SECRET_NAMES or path.suffix in (".pem", ".key") or (path.suffix not in _WEIGHTS and _tells(path)):
+        return SECRETS
+    return None
+
+
+def _is_pickle(path):
+    """Whether a file is named like a pickle, begins like one, or is an archive of torch.save."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    if path.suffix in _WEIGHTS:  # which begin with the length of their header, and are never unpickled
+        return False
+    if path.suffix in _PICKLE_SUFFIXES or (start[:1] == b"\x80" and start[1:2] in {b"\2", b"\3", b"\4", b"\5"}):
+        return True
+    if start != b"PK\3\4":
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith(".pkl") for name in archive.namelist())
+
+
+def _tells(path):
+    content = path.read_bytes()
+    token = get_token()
+    return bool(_SECRETS.search(content)) or (bool(token) and len(token) >= 8 and token.encode() in content)
