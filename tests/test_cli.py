@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -66,7 +67,7 @@ def one_object(text):
 def test_help_lists_every_command(capsys):
     assert run("--help") == 0
     output = capsys.readouterr()
-    listed = {line.split()[0]: line.split()[1:] for line in output.out.splitlines() if line.startswith("    ")}
+    listed = {line.split()[0]: line.split()[1:] for line in output.out.splitlines() if re.match(r" {4}\S", line)}
     assert set(COMMANDS) == set(listed)
     assert all(listed.values()), "a command has no description"
     assert output.err == ""
