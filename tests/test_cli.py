@@ -67,7 +67,8 @@ def one_object(text):
 def test_help_lists_every_command(capsys):
     assert run("--help") == 0
     output = capsys.readouterr()
-    listed = {line.split()[0]: line.split()[1:] for line in output.out.splitlines() if re.match(r" {4}\S", line)}
+    # A long name has its description on the next line.
+    listed = dict(re.findall(r"^ {4}([\w-]+)\s+(\S.*)$", output.out, flags=re.MULTILINE))
     assert set(COMMANDS) == set(listed)
     assert all(listed.values()), "a command has no description"
     assert output.err == ""
