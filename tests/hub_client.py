@@ -10,7 +10,7 @@ import sys
 from contextlib import contextmanager
 
 import hub_server
-from test_loads_anywhere import WITHOUT_PONDER_HF
+from elsewhere import WITHOUT_PONDER_HF
 
 
 WORKER = """

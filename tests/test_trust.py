@@ -12,7 +12,7 @@ from pathlib import Path
 import checkpoints
 import pytest
 import torch
-from test_loads_anywhere import run_elsewhere
+from elsewhere import run as run_elsewhere
 
 from ponder_hf import __version__
 from ponder_hf.conversion import convert
