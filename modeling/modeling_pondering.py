@@ -34,7 +34,7 @@ from .pondering_base import load_backbone, names_in_memory, read_base_config, sp
 from .pondering_cache import mark_owner, pass_cache, step_cache
 
 # transformers 4.57 fetches only the files that this one imports by itself, so it must name all of them.
-from .pondering_call import GenerationCall  # noqa: F401
+from .pondering_call import keep_settings
 from .pondering_drafts import DraftHeads
 from .pondering_embedding import PonderingEmbedding, PonderingGate
 from .pondering_errors import PonderingError
@@ -437,6 +437,11 @@ class PonderingForCausalLM(PonderingPreTrainedModel, PonderingGenerationMixin):
             pondering_losses=(*step_losses, last_loss) if output_pondering and needs_loss else None,
         )
         return result.to_tuple() if _wants_tuple(return_dict, self.config) else result
+
+    def save_pretrained(self, *args, **kwargs):
+        """As transformers does, in a way that settings of pondering in the generation configuration are read back."""
+        keep_settings(self.generation_config)
+        return super().save_pretrained(*args, **kwargs)
 
     def _loss(self, hidden_states, labels, loss_arguments):
         readout = backbone_readout(self.backbone)

@@ -4,7 +4,6 @@ A backbone is one of transformers' own causal language models, used as it is. To
 logits in a way of its own, extend `finish_logits` and `backbone_readout`; to refuse one, extend `REFUSED`.
 """
 
-import functools
 import inspect
 
 import torch
@@ -153,9 +152,14 @@ def backbone_decoder(backbone):
     return backbone.get_decoder() if decoder is backbone else decoder
 
 
-@functools.cache
+_TAKES_POSITION_IDS = {}  # by class: reading a signature takes a while, and torch.compile cannot
+
+
 def _takes_position_ids(decoder_class):
-    return "position_ids" in inspect.signature(decoder_class.forward).parameters
+    if decoder_class not in _TAKES_POSITION_IDS:
+        parameters = inspect.signature(decoder_class.forward).parameters
+        _TAKES_POSITION_IDS[decoder_class] = "position_ids" in parameters
+    return _TAKES_POSITION_IDS[decoder_class]
 
 
 def takes_position_ids(backbone):

@@ -86,6 +86,15 @@ def current_call():
     return _CALL.get()
 
 
+def keep_settings(generation_config):
+    """Make transformers read these settings back from generation_config.json.
+
+    From a file that is marked as made from a model's configuration it takes only what it knows itself.
+    """
+    if any(getattr(generation_config, name, None) is not None for name in SETTINGS):
+        generation_config._from_model_config = False
+
+
 @contextlib.contextmanager
 def during(call):
     """Within it, `call` is this thread's current call."""

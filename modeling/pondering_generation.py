@@ -83,6 +83,17 @@ class PonderingGenerationMixin(GenerationMixin):
         call.acceptance_rate = speculation.acceptance_rate
         return output
 
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refused: a paged cache has one slot a layer, which all passes would write.
+
+        Raises:
+            PonderingError: always. `generate_batch` and everything else of continuous batching come here first.
+        """
+        raise PonderingError(
+            "continuous batching keeps one cache a layer, and pondering needs one a layer and pass: "
+            "use `generate` with a left-padded batch, and `transformers serve` without `--continuous-batching`"
+        )
+
     def _num_prompt_tokens(self, inputs, kwargs):
         """How many of the tokens in the output's `sequences` are the prompt's."""
         prompt = inputs if inputs is not None else kwargs.get("input_ids")

@@ -12,6 +12,27 @@ from torch.nn import functional
 from .pondering_readout import chunks
 
 
+_BLOCK = 32  # near sqrt(V / K), where blocks and candidates are equally many
+
+
+def largest(scores, top_k):
+    """The K largest of each row in no order, like `scores.topk(K, sorted=False)`: values and indices, both (n, K).
+
+    On a CPU topk looks at every element, one by one. So first K blocks are found, those with the largest maxima, which
+    hold all that is looked for, and then the K largest in them.
+    """
+    num_rows, size = scores.shape
+    if scores.device.type != "cpu" or size < 4 * _BLOCK * top_k or size % _BLOCK:
+        return scores.topk(top_k, dim=-1, sorted=False)
+    num_blocks = size // _BLOCK
+    blocks = scores.view(num_rows, num_blocks, _BLOCK)
+    chosen = blocks.amax(-1).topk(top_k, dim=-1, sorted=False).indices
+    flat = chosen + num_blocks * torch.arange(num_rows).unsqueeze(1)
+    candidates = blocks.view(-1, _BLOCK).index_select(0, flat.flatten()).view(num_rows, -1)
+    values, indices = candidates.topk(top_k, dim=-1, sorted=False)
+    return values, chosen.gather(1, indices // _BLOCK) * _BLOCK + indices % _BLOCK
+
+
 class _ChosenScores(torch.autograd.Function):
     """scores[n, k] = hidden_states[n] . weight[token_ids[n, k]] + bias[token_ids[n, k]], computed before."""
 
@@ -56,10 +77,7 @@ def top_k_embedding(hidden_states, readout, table, temperature, top_k):
         (n, d), in the dtype of `table`.
     """
     with torch.no_grad():
-        found = [
-            readout.scores(hidden_states[part]).topk(top_k, dim=-1, sorted=False)
-            for part in chunks(hidden_states, len(table))
-        ]
+        found = [largest(readout.scores(hidden_states[part]), top_k) for part in chunks(hidden_states, len(table))]
     scores = torch.cat([values for values, _ in found])
     token_ids = torch.cat([indices for _, indices in found])
     scores = _ChosenScores.apply(hidden_states, readout.weight, readout.bias, token_ids, scores)
@@ -69,6 +87,6 @@ def top_k_embedding(hidden_states, readout, table, temperature, top_k):
 
 def top_k_of_scores(scores, readout, table, temperature, top_k):
     """top_k_embedding without gradients, from all scores (n, V) of the head. Returns (n, d)."""
-    scores, token_ids = scores.topk(top_k, dim=-1, sorted=False)
+    scores, token_ids = largest(scores, top_k)
     weights = torch.softmax(readout.finish(scores) / temperature, dim=-1).to(table.dtype)
     return functional.embedding_bag(token_ids, table, per_sample_weights=weights, mode="sum")

@@ -9,7 +9,7 @@ from ponder_hf.modeling import pondering_readout
 from ponder_hf.modeling.pondering_embedding import plain_embedding
 from ponder_hf.modeling.pondering_loss import causal_lm_loss, linear_causal_lm_loss
 from ponder_hf.modeling.pondering_readout import Readout
-from ponder_hf.modeling.pondering_topk import top_k_embedding
+from ponder_hf.modeling.pondering_topk import largest, top_k_embedding
 from ponder_hf.modeling.pondering_vocabulary import vocabulary_embedding
 
 
@@ -312,3 +312,15 @@ def test_a_scaled_loss_scales_its_gradients():
         (factor * linear_causal_lm_loss(hidden[None], Readout(weight), labels)).backward()
         gradients.append((hidden.grad, weight.grad))
     torch.testing.assert_close(tuple(3 * gradient for gradient in gradients[0]), gradients[1])
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "size", "top_k"), [(3, 1024, 5), (1, 1024, 8), (2, 1024, 1), (4, 1000, 3), (2, 64, 64)]
+)
+def test_largest_finds_what_topk_finds(num_rows, size, top_k):
+    scores = torch.randn(num_rows, size)
+    scores[0, 17:25] = 9.0  # neighbours in one block, and equal ones
+    values, indices = largest(scores, top_k)
+    assert torch.equal(values.sort().values, scores.topk(top_k).values.sort().values)
+    assert torch.equal(scores.gather(1, indices), values)
+    assert all(len(set(row)) == top_k for row in indices.tolist())
