@@ -34,7 +34,7 @@ from .pondering_base import load_backbone, names_in_memory, read_base_config, sp
 from .pondering_cache import mark_owner, pass_cache, step_cache
 
 # transformers 4.57 fetches only the files that this one imports by itself, so it must name all of them.
-from .pondering_call import keep_settings
+from .pondering_call import current_call, keep_settings
 from .pondering_drafts import DraftHeads
 from .pondering_embedding import PonderingEmbedding, PonderingGate
 from .pondering_errors import PonderingError
@@ -272,12 +272,17 @@ class PonderingPreTrainedModel(PreTrainedModel):
         hidden_inputs = _scaled(inputs_embeds, self.config.input_scale * self.config.embedding_scale)
         return AdaptivePasses(self, num_steps, past_key_values, pondering_exit).run(hidden_inputs, **kwargs)
 
+    def _default_steps(self):
+        # Within `generate` whoever calls the model by itself, as guidance does, means the S of the call.
+        call = None if torch.compiler.is_compiling() else current_call()
+        return call.steps if call is not None and call.model is self else self.config.pondering_steps
+
     def _prepare(self, input_ids, inputs_embeds, past_key_values, use_cache, pondering_steps, kwargs):
         """Settle what `forward` was called with: (inputs_embeds, S, cache, use_cache, output switches in kwargs)."""
         if (input_ids is None) == (inputs_embeds is None):
             raise PonderingError("give exactly one of `input_ids` and `inputs_embeds`")
         self._verify_once()
-        num_steps = self.config.pondering_steps if pondering_steps is None else pondering_steps
+        num_steps = self._default_steps() if pondering_steps is None else pondering_steps
         check_steps("pondering_steps", num_steps)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)

@@ -39,12 +39,14 @@ class GenerationCall:
         exit: a PonderingExit, or None where every token takes all S steps.
         num_draft_tokens: how far ahead the model may guess; 0: not at all.
         draft_source: where the guesses come from (pondering_drafts.py); None without guesses.
+        model: whose call it is.
         acceptance_rate: the share of guesses that proved right, told by whoever drafts.
         steps_used: list of (first slot, (B, T) steps that each position took), one entry a forward pass; filled only
             where tokens may take fewer than S.
     """
 
-    def __init__(self, steps, exit=None, num_draft_tokens=0, draft_source=None):
+    def __init__(self, steps, exit=None, num_draft_tokens=0, draft_source=None, model=None):
+        self.model = model
         self.steps, self.exit = steps, exit
         self.num_draft_tokens, self.draft_source = num_draft_tokens, draft_source
         self.acceptance_rate = 0.0
@@ -78,7 +80,7 @@ class GenerationCall:
                 "the very passes that an exit leaves out: use one of them"
             )
         source = read_source(draft_source, model)
-        return cls(steps, exit, num_draft_tokens, source if num_draft_tokens else None)
+        return cls(steps, exit, num_draft_tokens, source if num_draft_tokens else None, model)
 
 
 def current_call():

@@ -50,6 +50,11 @@ class PonderingGenerationMixin(GenerationMixin):
                         f"`{name}` needs the same passes for every token: leave out `pondering_exit_threshold`"
                     )
             generation_config.disable_compile = True  # how many passes run is known only while they run
+        if str(generation_config.cache_implementation).startswith("offloaded") and self.device.type == "cpu":
+            raise PonderingError(
+                "an offloaded cache moves from the GPU to memory, but the model is in memory: leave out "
+                "`cache_implementation`"
+            )
         super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
 
     # transformers reads the parameters of this method to learn what the model takes.

@@ -102,6 +102,14 @@ def test_where_settings_are_said(where, tmp_path):
     assert output.past_key_values.layers[3 * 2].get_seq_length() == 12  # S = 3 has slots for pass 3
 
 
+def test_guidance_ponders_as_often_as_the_call():
+    model = tiny.pondering_model("llama", pondering_steps=3)
+    passes = []
+    model.backbone.base_model.register_forward_hook(lambda *_: passes.append(1))
+    model.generate(tiny.token_ids(1, 5), pondering_steps=1, guidance_scale=1.5, **GREEDY)
+    assert len(passes) == 2 * 2 * 8  # twice two passes a token
+
+
 def test_cached_decoding_runs_each_pass_over_new_tokens_only():
     model = tiny.pondering_model("gpt_neox", pondering_steps=3)
     widths = []

@@ -1,0 +1,274 @@
+"""Everything that transformers' generate does, tried on a pondering model: what works, and what is refused with what.
+
+    python tests/strategies.py      prints the table of docs/generation.md
+
+Each entry has a function that is given a model and raises where the strategy does not do what it should. A refusal is
+an error that says what to use instead.
+"""
+
+import threading
+
+import tiny
+import torch
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    StaticCache,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+    TextStreamer,
+)
+
+from ponder_hf import PonderingError
+
+
+COUNT = 8
+GREEDY = {"max_new_tokens": COUNT, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+def make_model(model_type="llama"):
+    torch.manual_seed(0)
+    return tiny.pondering_model(model_type, torch.float64, pondering_steps=2)
+
+
+def prompt():
+    return tiny.token_ids(1, 6).repeat(1, 2)  # repeats itself, for prompt lookup
+
+
+def generate(model, input_ids=None, **settings):
+    input_ids = prompt() if input_ids is None else input_ids
+    return model.generate(input_ids, attention_mask=torch.ones_like(input_ids), **{**GREEDY, **settings})
+
+
+def recomputed(model, row, count=COUNT):
+    """The plain reference: whole forward passes without a cache, and argmax."""
+    for _ in range(count):
+        row = torch.cat([row, model(row.unsqueeze(0), use_cache=False).logits[0, -1].argmax().view(1)])
+    return row
+
+
+def is_greedy(**settings):
+    """A check that generation with these settings gives the tokens of the plain reference."""
+
+    def check(model):
+        assert generate(model, **settings)[0].tolist() == recomputed(model, prompt()[0]).tolist()
+
+    return check
+
+
+def is_uncached(**settings):
+    """A check that generation with a cache gives what the same generation without one gives."""
+
+    def check(model):
+        results = []
+        for use_cache in (True, False):
+            torch.manual_seed(0)
+            results.append(generate(model, use_cache=use_cache, **settings).tolist())
+        assert results[0] == results[1]
+
+    return check
+
+
+def runs(**settings):
+    """A check that generation with these settings gives so many tokens."""
+
+    def check(model):
+        assert generate(model, **settings).shape[1] == prompt().shape[1] + COUNT
+
+    return check
+
+
+class _Words:
+    """Stands for a tokenizer in streamers: a token is its number."""
+
+    def decode(self, ids, **_):
+        return "".join(f" {int(token)}" for token in ids)
+
+
+def text_streamer(model):
+    texts = []
+
+    class Streamer(TextStreamer):
+        def on_finalized_text(self, text, stream_end=False):
+            texts.append(text)
+
+    tokens = generate(model, streamer=Streamer(_Words(), skip_prompt=True))
+    assert "".join(texts).split() == [str(token) for token in tokens[0, -COUNT:].tolist()]
+
+
+def iterator_streamer(model):
+    streamer = TextIteratorStreamer(_Words(), skip_prompt=True, timeout=60)
+    thread = threading.Thread(target=generate, args=(model,), kwargs={"streamer": streamer})
+    thread.start()
+    words = "".join(streamer).split()
+    thread.join()
+    assert words == [str(token) for token in recomputed(model, prompt()[0])[-COUNT:].tolist()]
+
+
+def stopping_criteria(model):
+    criteria = StoppingCriteriaList([MaxLengthCriteria(prompt().shape[1] + 3)])
+    assert generate(model, stopping_criteria=criteria).shape[1] == prompt().shape[1] + 3
+
+
+def logits_processor(model):
+    class Only(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            return scores.masked_fill(torch.arange(scores.shape[-1]) != 7, -torch.inf)
+
+    assert generate(model, logits_processor=LogitsProcessorList([Only()]))[0, -COUNT:].tolist() == [7] * COUNT
+
+
+def constrained_prefix(model):
+    tokens = generate(model, num_beams=3, prefix_allowed_tokens_fn=lambda batch_index, ids: [5, 6])
+    assert set(tokens[0, -COUNT:].tolist()) <= {5, 6}
+
+
+def ragged_batch(model):
+    rows = [tiny.token_ids(length, seed=length) for length in (7, 3)]
+    ids, mask = tiny.left_padded(rows)
+    tokens = model.generate(ids, attention_mask=mask, **GREEDY)
+    for index, row in enumerate(rows):
+        assert tokens[index, -COUNT:].tolist() == recomputed(model, row)[-COUNT:].tolist()
+
+
+def embeddings(model):
+    tokens = model.generate(inputs_embeds=model.get_input_embeddings()(prompt()), **GREEDY)
+    assert tokens[0].tolist() == recomputed(model, prompt()[0])[-COUNT:].tolist()
+
+
+def conversation(model):
+    first = generate(model, return_dict_in_generate=True)
+    longer = torch.cat([first.sequences, tiny.token_ids(1, 3, seed=4)], dim=1)
+    tokens = model.generate(longer, past_key_values=first.past_key_values, **GREEDY)
+    assert tokens[0].tolist() == recomputed(model, longer[0]).tolist()
+
+
+def cropping(model):
+    first = generate(model, return_dict_in_generate=True)
+    first.past_key_values.crop(-5)
+    kept = first.sequences[:, : first.past_key_values.get_seq_length() + 1]
+    tokens = model.generate(kept, past_key_values=first.past_key_values, **GREEDY)
+    assert tokens[0].tolist() == recomputed(model, kept[0]).tolist()
+
+
+def outputs(model):
+    names = ("scores", "logits", "hidden_states", "attentions")
+    model.set_attn_implementation("eager")
+    output = generate(model, return_dict_in_generate=True, **{f"output_{name}": True for name in names})
+    assert all(len(output[name]) == COUNT for name in names)
+    num_layers = model.config.num_hidden_layers
+    assert [len(output.hidden_states[1]), len(output.attentions[1])] == [num_layers + 1, num_layers]
+
+
+def static_cache_of_the_user(model):
+    cache = StaticCache(model.config.get_text_config(), max_cache_len=32)
+    assert generate(model, past_key_values=cache)[0].tolist() == recomputed(model, prompt()[0]).tolist()
+    assert len(cache.layers) == 3 * model.config.num_hidden_layers
+
+
+def quantised_cache(model):
+    output = generate(
+        model, cache_implementation="quantized", cache_config={"backend": "fp8"}, return_dict_in_generate=True
+    )
+    kinds = {type(layer).__name__ for layer in output.past_key_values.layers}
+    assert kinds == {"Fp8QuantizedLayer"}
+    assert len(output.past_key_values.layers) == 3 * model.config.num_hidden_layers
+    plain = generate(model, return_dict_in_generate=True).past_key_values
+    for layer, other in zip(output.past_key_values.layers, plain.layers, strict=True):
+        length = prompt().shape[1]  # the tokens after it need not be the same
+        keys = layer._dequantize(layer._quantized_keys)[:, :, :length]
+        assert (keys - other.keys[:, :, :length]).abs().max() < 0.1 * other.keys.abs().max()
+
+
+def assisted(model):
+    assert generate(model, assistant_model=model.to_base()).tolist() == generate(model).tolist()
+
+
+def custom_loop(model):
+    def loop(model, input_ids, **kwargs):
+        return type(model)._sample(model, input_ids, **kwargs)
+
+    assert generate(model, custom_generate=loop).tolist() == generate(model).tolist()
+
+
+def continuous_batching(model):
+    model.generate_batch([prompt()[0].tolist()], max_new_tokens=2)
+
+
+# What it is, how it is asked for, and the check.
+STRATEGIES = {
+    "greedy search": ("`do_sample=False`", is_greedy()),
+    "sampling": (
+        "`do_sample=True`, `temperature`, `top_k`, `top_p`, `min_p`, ...",
+        is_uncached(do_sample=True, top_k=9),
+    ),
+    "beam search": ("`num_beams=3`", is_uncached(num_beams=3)),
+    "beam sampling": ("`num_beams=3, do_sample=True`", is_uncached(num_beams=3, do_sample=True)),
+    "several sequences": ("`num_return_sequences=3`", is_uncached(num_return_sequences=3, do_sample=True)),
+    "assisted decoding": ("`assistant_model=...`", assisted),
+    "prompt lookup": ("`prompt_lookup_num_tokens=3`", is_greedy(prompt_lookup_num_tokens=3)),
+    "streaming text": ("`streamer=TextStreamer(...)`", text_streamer),
+    "streaming to an iterator": ("`streamer=TextIteratorStreamer(...)`", iterator_streamer),
+    "stopping criteria": ("`stopping_criteria=...`, `stop_strings`, `max_time`", stopping_criteria),
+    "logits processors": ("`logits_processor=...`, `repetition_penalty`, ...", logits_processor),
+    "constrained prefixes": ("`prefix_allowed_tokens_fn=...`", constrained_prefix),
+    "classifier-free guidance": ("`guidance_scale=1.5`", runs(guidance_scale=1.5)),
+    "ragged batches": ("left padding and `attention_mask`", ragged_batch),
+    "embeddings as prompt": ("`inputs_embeds=...`", embeddings),
+    "the prompt in chunks": ("`prefill_chunk_size=5`", is_greedy(prefill_chunk_size=5)),
+    "going on from a cache": ("`past_key_values=...`", conversation),
+    "cropping a cache": ("`past_key_values.crop(-5)`", cropping),
+    "scores, logits, hidden states, attentions": ("`output_scores=True`, ... (of the last pass)", outputs),
+    "dynamic cache": ("the default", is_greedy(cache_implementation="dynamic")),
+    "no cache": ("`use_cache=False`", is_greedy(use_cache=False)),
+    "static cache": ('`cache_implementation="static"`', is_greedy(cache_implementation="static")),
+    "a static cache of one's own": ("`past_key_values=StaticCache(...)`", static_cache_of_the_user),
+    "quantised cache": ('`cache_implementation="quantized", cache_config={"backend": "fp8"}`', quantised_cache),
+    "offloaded cache, without a GPU": ('`cache_implementation="offloaded"`', runs(cache_implementation="offloaded")),
+    "a decoding loop of one's own": ("`custom_generate=function`", custom_loop),
+    "continuous batching": ("`generate_batch(...)`", continuous_batching),
+    "paged cache": ('`cache_implementation="paged"`', runs(cache_implementation="paged")),
+    "drafts with beams": ("`num_draft_tokens=2, num_beams=3`", runs(num_draft_tokens=2, num_beams=3)),
+    "drafts with an assistant": (
+        "`num_draft_tokens=2, prompt_lookup_num_tokens=3`",
+        runs(num_draft_tokens=2, prompt_lookup_num_tokens=3),
+    ),
+    "early exits": (
+        '`pondering_exit_threshold=0.1, pondering_exit_criterion="kl"`',
+        is_uncached(pondering_exit_threshold=0.1, pondering_exit_criterion="kl"),
+    ),
+    "early exits, hidden states asked for": (
+        "`output_hidden_states=True` beside them",
+        runs(
+            pondering_exit_threshold=0.1,
+            pondering_exit_criterion="kl",
+            output_hidden_states=True,
+            return_dict_in_generate=True,
+        ),
+    ),
+}
+
+
+def outcome(name):
+    """What the table says of a strategy: "yes", or the error with which it is refused."""
+    _, check = STRATEGIES[name]
+    try:
+        with torch.no_grad():
+            check(make_model())
+    except PonderingError as error:
+        return f"refused: {error}"
+    return "yes"
+
+
+def rows():
+    """The table as lines of Markdown, one by one."""
+    yield "| what | how it is asked for | works |"
+    yield "| --- | --- | --- |"
+    for name, (how, _) in STRATEGIES.items():
+        yield f"| {name} | {how} | {outcome(name)} |"
+
+
+if __name__ == "__main__":
+    for row in rows():
+        print(row, flush=True)

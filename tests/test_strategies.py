@@ -1,0 +1,128 @@
+"""Everything that generate does: the table of docs/generation.md is what runs. Static caches compile once."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import checkpoints
+import pytest
+import strategies
+import tiny
+import torch
+from transformers import CompileConfig, StaticCache, pipeline
+
+from ponder_hf import PonderingForCausalLM, conversion
+
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def documented():
+    """The rows of the table in docs/generation.md by their first cell."""
+    text = (REPOSITORY / "docs" / "generation.md").read_text(encoding="utf-8")
+    rows = text.split("<!-- strategies -->")[1].split("<!-- end -->")[0].strip().splitlines()[2:]
+    return {row.split(" | ")[0].removeprefix("| "): row for row in rows}
+
+
+def test_the_table_has_every_strategy():
+    assert list(documented()) == list(strategies.STRATEGIES)
+
+
+@pytest.mark.deprecated_by_transformers("its assisted decoding calls generate in a way that it deprecates")
+@pytest.mark.parametrize("name", strategies.STRATEGIES)
+def test_a_row_of_the_table(name):
+    how, _ = strategies.STRATEGIES[name]
+    assert documented()[name] == f"| {name} | {how} | {strategies.outcome(name)} |"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("top_k", [None, 5], ids=["vocabulary", "top 5"])
+def test_a_static_cache_compiles_one_graph_once(top_k):
+    model = tiny.pondering_model("llama", pondering_steps=2, pondering_top_k=top_k)
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    prompts = [tiny.token_ids(1, length) for length in (6, 5)]
+    expected = [model.generate(prompt, **settings).tolist() for prompt in prompts]
+    compile_config = CompileConfig(backend="aot_eager", mode=None, dynamic=False, fullgraph=True)
+    compile_config._compile_all_devices = True
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for prompt, tokens in zip(prompts, expected, strict=True):
+        found = model.generate(prompt, cache_implementation="static", compile_config=compile_config, **settings)
+        assert found.tolist() == tokens
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma3_text"])
+def test_a_static_cache_has_slots_for_every_pass_of_the_kind_of_each_layer(model_type):
+    model = tiny.pondering_model(model_type, pondering_steps=2)
+    cache = StaticCache(model.config.get_text_config(), max_cache_len=32)
+    kinds = [type(layer) for layer in cache.layers]
+    with torch.no_grad():
+        model(tiny.token_ids(1, 12), past_key_values=cache, use_cache=True)
+    assert [type(layer) for layer in cache.layers] == kinds * 3
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A pondering checkpoint with a tokenizer."""
+    folder = tmp_path_factory.mktemp("served")
+    torch.manual_seed(0)
+    checkpoints.save_base(folder / "base", tokenizer=True)
+    conversion.convert(folder / "base", folder / "pondering")
+    return folder / "pondering"
+
+
+def test_pipeline(checkpoint):
+    generator = pipeline("text-generation", model=str(checkpoint), tokenizer=str(checkpoint))
+    settings = {"max_new_tokens": 5, "do_sample": False, "pondering_steps": 2, "return_full_text": False}
+    texts = generator(["once upon", "the sea"], **settings)
+    chat = generator([{"role": "user", "content": "once upon a time"}], max_new_tokens=3, do_sample=False)
+    model = PonderingForCausalLM.from_pretrained(checkpoint)
+    tokenizer = generator.tokenizer
+    for prompt, [found] in zip(["once upon", "the sea"], texts, strict=True):
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        tokens = model.generate(ids, max_new_tokens=5, do_sample=False, pondering_steps=2)[0, ids.shape[1] :]
+        assert found["generated_text"] == tokenizer.decode(tokens, skip_special_tokens=True)
+    assert chat[0]["generated_text"][-1]["role"] == "assistant"
+
+
+@pytest.mark.slow
+def test_serve_is_queried_by_the_openai_client(checkpoint, tmp_path):
+    openai = pytest.importorskip("openai", reason="needs transformers[serving]")
+    pytest.importorskip("fastapi", reason="needs transformers[serving]")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, REPOSITORY / "examples" / "serve.py", "--port", str(port), "--device", "cpu"]
+    log = tmp_path / "log"
+    with (
+        log.open("w") as output,
+        subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+        ) as server,
+    ):
+        try:
+            client = openai.OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none", max_retries=0)
+            deadline = time.monotonic() + 120
+            while "Uvicorn running" not in log.read_text():
+                assert time.monotonic() < deadline, log.read_text()
+                assert server.poll() is None, log.read_text()
+                time.sleep(0.2)
+            messages = [{"role": "user", "content": "once upon a time"}]
+            answer = client.chat.completions.create(
+                model=str(checkpoint), messages=messages, max_tokens=4, temperature=0
+            )
+            pieces = client.chat.completions.create(
+                model=str(checkpoint), messages=messages, max_tokens=4, temperature=0, stream=True
+            )
+            streamed = "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
+        finally:
+            server.terminate()
+    assert answer.usage.completion_tokens <= 4
+    assert streamed.strip() == answer.choices[0].message.content.strip()
