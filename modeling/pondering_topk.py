@@ -13,16 +13,17 @@ from .pondering_readout import chunks
 
 
 _BLOCK = 32  # near sqrt(V / K), where blocks and candidates are equally many
+_FEW_ROWS = 32
 
 
 def largest(scores, top_k):
     """The K largest of each row in no order, like `scores.topk(K, sorted=False)`: values and indices, both (n, K).
 
     On a CPU topk looks at every element, one by one. So first K blocks are found, those with the largest maxima, which
-    hold all that is looked for, and then the K largest in them.
+    hold all that is looked for, and then the K largest in them. For a few rows, as in decoding, it does not pay.
     """
     num_rows, size = scores.shape
-    if scores.device.type != "cpu" or size < 4 * _BLOCK * top_k or size % _BLOCK:
+    if scores.device.type != "cpu" or num_rows < _FEW_ROWS or size < 4 * _BLOCK * top_k or size % _BLOCK:
         return scores.topk(top_k, dim=-1, sorted=False)
     num_blocks = size // _BLOCK
     blocks = scores.view(num_rows, num_blocks, _BLOCK)

@@ -234,3 +234,19 @@ def test_a_cache_of_other_steps_or_no_cache_is_refused():
         model(input_ids, past_key_values=((torch.zeros(1),),), use_cache=True)
     with pytest.raises(PonderingError, match="`use_cache` is False"):
         model(input_ids, past_key_values=cache, use_cache=False)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+def test_the_cache_takes_s_plus_1_times_the_memory_of_the_plain_one(model_type):
+    model = tiny.pondering_model(model_type, pondering_steps=3)
+    ids, sizes, caches = tiny.token_ids(1, 5), [], [None, None]
+    for _ in range(4):  # goes on in chunks, beyond the sliding window
+        sizes.append([])
+        for index, which in enumerate((model, model.to_base())):
+            output = which.generate(ids, past_key_values=caches[index], return_dict_in_generate=True, **GREEDY)
+            caches[index] = output.past_key_values
+            sizes[-1].append(sum(layer.keys.nbytes + layer.values.nbytes for layer in caches[index].layers))
+        ids = torch.cat([ids, tiny.token_ids(1, 8, seed=len(sizes))], dim=1)  # the same tokens for both
+    assert all(pondering == 4 * plain for pondering, plain in sizes)
+    if model_type == "mistral":  # all layers slide
+        assert sizes[-1] == sizes[-2]
