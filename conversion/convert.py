@@ -60,8 +60,6 @@ def convert(source, destination, *, overwrite=False, max_shard_size=SHARD_SIZE, 
     model = load_converted(found, empty_model, pondering_fields)
     if any(name.name in TOKENIZER_FILES for name in names):
         _name_tokenizer(model.config, found)
-    # The base's id on the Hub, for the model card; a path of this machine says nothing elsewhere.
-    model.config.base_config._name_or_path = found.name if found.revision else ""
     with whole_folder(destination, overwrite) as folder:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         copy_files(names, found.folder, folder)
@@ -90,7 +88,10 @@ def load_converted(found, empty_model, pondering_fields, dtype=None):
     """
     stored = stored_dtype(found, _unused(found.tensors, empty_model))
     with reading(found.name), fitting(found.name):
-        return PonderingForCausalLM.from_base(found.folder, dtype=dtype or stored, **pondering_fields)
+        model = PonderingForCausalLM.from_base(found.folder, dtype=dtype or stored, **pondering_fields)
+    # The base's id on the Hub, for the model card; a path of this machine says nothing elsewhere.
+    model.config.base_config._name_or_path = found.name if found.revision else ""
+    return model
 
 
 def understand_plain(found, pondering_fields):

@@ -14,3 +14,15 @@ __all__ = ["PonderingConfig", "PonderingError", "PonderingForCausalLM", "Ponderi
 AutoConfig.register(PonderingConfig.model_type, PonderingConfig)
 AutoModel.register(PonderingConfig, PonderingModel)
 AutoModelForCausalLM.register(PonderingConfig, PonderingForCausalLM)
+
+
+def _push_to_hub(self, repo_id, **arguments):
+    from .hub import push_model
+
+    return push_model(self, repo_id, **arguments)
+
+
+# The code that ships with a checkpoint pushes as transformers does; here it also gets a card and a tokenizer.
+for _model_class in (PonderingModel, PonderingForCausalLM):
+    _push_to_hub.__doc__ = "Push the model with its code, card and tokenizer; see ponder_hf.hub.push_model."
+    _model_class.push_to_hub = _push_to_hub

@@ -31,6 +31,7 @@ FULL = Facts(
     languages=("en",),
     datasets=("somebody/texts",),
     data=("somebody/texts",),
+    evaluated_on="somebody/texts",
     training={"optimiser steps": "1,000", "seed": 42},
     evaluation_loss=2.5,
     pass_losses=(2.75, 2.625, 2.5625, 2.5),

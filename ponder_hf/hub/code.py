@@ -35,7 +35,7 @@ def code_of(folder):
     return {
         name: content
         for name, content in found.items()
-        if not any(part.startswith((".", "__pycache__", "checkpoint-")) for part in name.split("/"))
+        if not any(part.startswith((".", "__pycache__")) for part in name.split("/"))
     }
 
 
@@ -61,7 +61,9 @@ def inspect_code(source, revision=None):
     """
     folder, commit = _find(source, revision)
     found, installed = code_of(folder), installed_code()
-    files = [_compared(name, found.get(name), installed.get(name)) for name in sorted({*found, *installed})]
+    # A checkpoint of a run may lie in a folder of its own, with the same files.
+    wanted = {name: installed.get(name.rpartition("/")[2]) for name in found} | installed
+    files = [_compared(name, found.get(name), wanted[name]) for name in sorted(wanted)]
     elsewhere = _elsewhere(folder)
     release = None
     if not found:

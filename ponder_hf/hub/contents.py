@@ -18,7 +18,7 @@ KINDS = {
     OPTIMISER_STATES: "the state of an optimiser, which only the run needs that wrote it",
 }
 
-_LEFT_OUT = re.compile(r"\..*|_.*|checkpoint-\d+|runs|.*\.egg-info")
+_LEFT_OUT = re.compile(r"\..*|_.*|checkpoint-\d+|runs|trainer_state\.json|ponder_training\.json")
 _PICKLE_SUFFIXES = {".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".bin", ".joblib", ".dill"}
 _STATE = re.compile(r"(optimizer|optimiser|scheduler|scaler|rng_state)([_.\-].*)?|global_step\d+|.*\.distcp")
 _SECRET_NAMES = {"token", "stored_tokens", "credentials", "netrc", "id_rsa", "id_ed25519"}
@@ -45,7 +45,7 @@ def read_contents(folder, allowed=(), skip=False):
     """Look at every file in a folder.
 
     Left out without a word from the user: hidden files, names with an underscore in front, the checkpoints of a run
-    (checkpoint-500) and its logs (runs); none of these is part of the model.
+    (checkpoint-500), its logs (runs) and its record; none of these is part of the model.
 
     Args:
         allowed: kinds of files, of KINDS, that are pushed although they should not be.

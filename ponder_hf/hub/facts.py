@@ -10,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from huggingface_hub.utils import EntryNotFoundError, validate_repo_id
 
 from ponder_hf import __version__
-from ponder_hf.conversion.headers import read_headers, read_json
+from ponder_hf.conversion.headers import read_headers, read_json, shard_names
 from ponder_hf.conversion.travel import TOKENIZER_FILES
 from ponder_hf.modeling.configuration_pondering import PONDERING_FIELDS, PonderingConfig
 
@@ -18,6 +18,7 @@ from .code import code_of, installed_code, sha256
 
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_PASS = re.compile(r"eval_pass_(\d+)_loss")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -28,6 +29,7 @@ class Facts:
     fields: pondering fields that are not at their defaults. licence: the keys license, license_name and license_link.
     training: words to what they were. pass_losses: held-out loss in nats per token of pass 0 .. S. code: the shipped
     files to their SHA-256; release: whose they are, where they are those of this release.
+    evaluated_on: the id of a data set.
     """
 
     name: str | None = None
@@ -50,6 +52,8 @@ class Facts:
     pass_losses: tuple = ()
     code: dict = field(default_factory=dict)
     release: str | None = None
+    more_tags: tuple = ()
+    evaluated_on: str | None = None
 
     @property
     def passes(self):
@@ -63,15 +67,16 @@ class Facts:
     def tags(self):
         tags = ["pondering", "text-generation", self.backbone]
         tags += ["lora", "peft"] if self.is_adapter else ["custom_code"]
-        return [tag for tag in tags if tag]
+        return list(dict.fromkeys(tag for tag in [*tags, *self.more_tags] if tag))
 
     @property
     def evaluation_results(self):
         """The evaluation as huggingface_hub's EvalResults."""
         if self.evaluation_loss is None:
             return None
-        data = {"dataset_type": self.datasets[0], "dataset_name": self.datasets[0]} if self.datasets else {}
-        where = {"task_type": "text-generation", **(data or {"dataset_type": "text", "dataset_name": "held-out text"})}
+        name = self.evaluated_on
+        where = {"dataset_type": name or "text", "dataset_name": name or "held-out text"}
+        where["task_type"] = "text-generation"
         numbers = {"loss": self.evaluation_loss, "perplexity": self.perplexity}
         return [
             EvalResult(**where, metric_type=name, metric_name=f"held-out {name}", metric_value=round(value, 4))
@@ -92,15 +97,15 @@ def facts_of_folder(folder, repository=None):
         return replace(known, is_adapter=True, base_model=hub_id(base))
     config = read_json(folder / "config.json")
     base = config.get("base_config", {})
-    tensors = read_headers(folder).values()
+    tensors = read_headers(folder).values() if shard_names(folder) else ()  # a checkpoint may be sharded otherwise
     dtypes = {tensor.dtype for tensor in tensors}
     defaults = {name: default for name, (default, _) in PONDERING_FIELDS.items()}
-    code = code_of(folder)
+    code = {name: content for name, content in code_of(folder).items() if "/" not in name}
     return replace(
         known,
         backbone=base.get("model_type"),
         num_layers=PonderingConfig.from_dict(config).num_hidden_layers,
-        parameters=sum(math.prod(tensor.shape) for tensor in tensors),
+        parameters=sum(math.prod(tensor.shape) for tensor in tensors) or None,
         dtype=_DTYPES.get(next(iter(dtypes))) if len(dtypes) == 1 else None,
         pondering_steps=config["pondering_steps"],
         fields={n: config[n] for n in defaults if n in config and config[n] != defaults[n] and n != "pondering_steps"},
@@ -168,9 +173,7 @@ def with_training(facts, trainer):
     return replace(
         facts,
         training={name: value for name, value in training.items() if value is not None},
-        evaluation_loss=evaluation.get("eval_loss"),
+        # Trainer's own number may contain the losses of earlier passes, weighted.
+        evaluation_loss=passes[-1][1] if passes else evaluation.get("eval_loss"),
         pass_losses=tuple(value for _, value in passes),
     )
-
-
-_PASS = re.compile(r"eval_pass_(\d+)_loss")

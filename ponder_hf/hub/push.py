@@ -53,6 +53,8 @@ def push(
     base_model=None,
     allowed=(),
     skip_unsafe=False,
+    token=None,
+    tags=(),
 ):
     """Push a checkpoint, with its code, tokenizer, generation defaults and model card.
 
@@ -66,6 +68,8 @@ def push(
         message: of the commit.
         base_model: the Hub id of the base, where the files do not say it.
         allowed, skip_unsafe: see contents.read_contents.
+        token: in place of HF_TOKEN and of `hf auth login`.
+        tags: more of them for the model card.
 
     Returns:
         What was done, as a dict that JSON can hold. "uploaded": the files that were new or had changed.
@@ -82,14 +86,14 @@ def push(
     plan = Plan(folder, repository, _files_of(contents, base_model), contents.left_out)
     if dry_run:
         return {"repository": repository, "dry_run": True, "files": plan.listing(), "left_out": list(plan.left_out)}
-    if get_token() is None:
+    if (token or get_token()) is None:
         raise PonderingError("pushing needs a token: set HF_TOKEN, or log in with `hf auth login`")
-    api = HfApi()
+    api = HfApi(token=token)
     with pushing(repository):
         repository = api.create_repo(repository, private=private or None, exist_ok=True).repo_id
         head, remote = _remote(api, repository, MAIN if create_pr else revision or MAIN)
         plan = Plan(folder, repository, dict(plan.files), plan.left_out)
-        plan.files[cards.CARD] = write_card(plan, api, remote, head, base_model).encode()
+        plan.files[cards.CARD] = write_card(plan, api, remote, head, base_model, tags).encode()
         return _commit(api, plan, head, remote, revision or MAIN, create_pr, message)
 
 
@@ -166,9 +170,9 @@ def _remote(api, repository, revision):
     return head, {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
 
-def write_card(plan, api, remote, head, base_model=None):
+def write_card(plan, api, remote, head, base_model=None, tags=()):
     """The model card to push: facts, and what people wrote in the folder's or the repository's card."""
-    facts = facts_of_folder(plan.folder, plan.repository)
+    facts = replace(facts_of_folder(plan.folder, plan.repository), more_tags=tuple(tags))
     if base_model is not None or facts.is_adapter:
         base_model = base_model or json.loads(plan.files[ADAPTER_CONFIG])["base_model_name_or_path"]
         facts = replace(facts, base_model=base_model)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from huggingface_hub import get_token
-from huggingface_hub.errors import HfHubHTTPError
 from transformers import TrainingArguments, default_data_collator, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
@@ -18,7 +17,7 @@ from ponder_hf.cli.generate import load_tokenizer
 from ponder_hf.conversion import Source, open_source
 from ponder_hf.conversion.writer import check_destination
 from ponder_hf.data.loading import check_tokenizer
-from ponder_hf.errors import TrainingStopped, first_line, writing
+from ponder_hf.errors import TrainingStopped, writing
 from ponder_hf.modeling.configuration_pondering import PONDERING_FIELDS
 
 from . import adapter
@@ -266,10 +265,8 @@ def _save(trainer, plan):
         return
     try:
         trainer.push_to_hub()  # saves it first
-    except (HfHubHTTPError, OSError) as error:
-        raise TrainingStopped(
-            f"the model is in {plan.options.output}, but could not be uploaded: {first_line(error)}"
-        ) from error
+    except PonderingError as error:
+        raise TrainingStopped(f"the model is in {plan.options.output}, but could not be uploaded: {error}") from error
 
 
 def _how_to_resume(options):

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import torch
 from transformers import Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
+from transformers.utils.hub import PushInProgress
 
 from ponder_hf.errors import TrainingStopped
+from ponder_hf.hub.training import push_in_background, push_result, write_card
 
 from .checkpoints import PARTIAL, final_model, last_checkpoint, publish, remove_oldest
 from .simple import cache_setting_kept
@@ -130,6 +133,7 @@ class PonderingTrainer(Trainer):
         progress = {}
         if hasattr(self, "_tr_loss"):
             progress = {_PROGRESS: self._tr_loss.item(), "last_logged_step": self._globalstep_last_logged}
+        write_card(folder, self, self.record.get("options", {}))
         (folder / RECORD).write_text(json.dumps({**self.record, **progress}, indent=2), encoding="utf-8")
 
     def _check_weights(self):
@@ -169,15 +173,43 @@ class PonderingTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             partial = partial or Path(self.args.output_dir) / f"{PARTIAL}model"
             super().save_model(str(partial), _internal_call=True)
+            if self.args.should_save:
+                (partial / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, which loading has no need of
+                write_card(partial, self, self.record.get("options", {}))
             self.accelerator.wait_for_everyone()
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
+    def push_to_hub(self, commit_message="End of training", token=None, revision=None, private=None, **kwargs):
+        """Save the model and push it with its code, tokenizer and card, in one commit. Returns what was done."""
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self._finish_current_push()
+        settings = self._push_settings(commit_message, token, revision)
+        return push_result(self.args.output_dir, self.hub_model_id, **settings)
+
+    def _push_settings(self, message, token=None, revision=None):
+        return {
+            "message": message,
+            "token": token or self.args.hub_token,
+            "revision": revision or self.args.hub_revision,
+            "private": self.args.hub_private_repo,
+        }
+
     def _push_from_checkpoint(self, checkpoint_folder):
-        """Upload the code too: Trainer copies a fixed list of files to the folder that it uploads."""
-        if self._staging is not None:  # the checkpoint has not its name yet
+        """Push the checkpoint as a whole model, where Trainer copies a fixed list of files without the code."""
+        strategy, pushing = self.args.hub_strategy, self.push_in_progress
+        busy = pushing is not None and not pushing.is_done()
+        if self._staging is not None or not self.is_world_process_zero() or strategy == HubStrategy.END:
+            return  # _staging: the checkpoint has not its name yet
+        if busy and not self.args.hub_always_push:
             return
-        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
-            for path in Path(checkpoint_folder).glob("*.py"):
-                shutil.copyfile(path, Path(self.args.output_dir) / path.name)
-        super()._push_from_checkpoint(checkpoint_folder)
+        folder, place = Path(checkpoint_folder), None
+        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            place = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else folder.name
+        settings = self._push_settings(f"Training in progress, step {self.state.global_step}")
+        job = push_in_background(folder, self.hub_model_id, place, **settings)
+        self.push_in_progress = PushInProgress([*(pushing.jobs if busy else ()), job])
