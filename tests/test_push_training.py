@@ -58,7 +58,13 @@ def test_every_strategy_of_trainer(hub, client, stranger, strategy):
     name = f"somebody/{strategy}"
     words = ["train", "base", "--data", "text.txt", "--output", strategy, *training_runs.SMALL, "--max-steps", 4]
     words += ["--save-steps", 2, "--hub-always-push", "true", "--push-to-hub", "true", "--hub-strategy", strategy]
-    client.json(*words, "--held-out", 4, "--hub-model-id", name)
+    words += ["--held-out", 4, "--hub-model-id", name, "--hub-token", hub_server.WRITER]
+    client.json(*words, token=False)
+    token = hub_server.WRITER.encode()
+    assert not [
+        path for path in (client.folder / strategy).rglob("*") if path.is_file() and token in path.read_bytes()
+    ]
+    assert not [path for path, content in hub[name].contents().items() if token in content]
     repository = hub[name]
     commits = list(repository.commits.items())[1:]
     # The model at the end is the one of the last checkpoint.

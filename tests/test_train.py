@@ -14,7 +14,6 @@ from training_runs import SMALL, assert_same_model, train, train_json, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from ponder_hf import PonderingForCausalLM
-from ponder_hf.training import trainer as trainer_module
 from ponder_hf.training.evaluation import evaluate_passes
 from ponder_hf.training.material import load_material
 from ponder_hf.training.options import TrainOptions
@@ -256,32 +255,6 @@ def test_the_best_checkpoint_stays_and_is_loaded(folder, capsys):
     assert name == f"checkpoint-{best['step']}"
     assert state["best_model_checkpoint"] == str(folder / "out" / name)
     assert_same_model(folder / "out", folder / "out" / name)
-
-
-def test_code_is_uploaded_with_every_checkpoint(folder, capsys, monkeypatch):
-    """Trainer copies a fixed list of files to what it uploads while it trains, and the code is not on it."""
-    uploads = []
-
-    class Hub:
-        def create_repo(self, name, **arguments):
-            return type("Url", (), {"repo_id": f"somebody/{name}"})
-
-        def upload_folder(self, folder_path, **arguments):
-            uploads.append({path.name for path in (folder / folder_path).iterdir()})
-            return type("Job", (), {"done": lambda self: True})()
-
-    import transformers.trainer
-
-    monkeypatch.setattr(transformers.trainer, "hf_api", Hub)
-    monkeypatch.setenv("HF_TOKEN", "hf_xxx")
-    monkeypatch.setattr(trainer_module.PonderingTrainer, "create_model_card", lambda self, **arguments: None)
-    settings = ["--max-steps", "4", "--save-steps", "2", "--push-to-hub", "--hub-token", "hf_secret"]
-    train_json(capsys, "out", *settings)
-    assert len(uploads) == 3
-    for names in uploads:
-        assert {"config.json", "model.safetensors", "modeling_pondering.py", "tokenizer.json"} <= names
-    files = [path for path in (folder / "out").rglob("*") if path.is_file()]
-    assert not any(b"hf_secret" in path.read_bytes() for path in files)
 
 
 @pytest.mark.parametrize("logger", ["tensorboard", "trackio"])

@@ -2,7 +2,7 @@
 
 from contextlib import contextmanager
 
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from ponder_hf import PonderingError
 from ponder_hf.errors import _HTTP_ERROR, TrainingStopped, first_line
@@ -20,6 +20,8 @@ def pushing(repository):
     """Translate what goes wrong while `repository` is written."""
     try:
         yield
+    except OfflineModeIsEnabled as error:
+        raise PonderingError(f"{repository} cannot be pushed offline: unset HF_HUB_OFFLINE") from error
     except HfHubHTTPError as error:
         raise _translated(repository, error) from error
     except _HTTP_ERROR as error:
