@@ -101,6 +101,8 @@ def own_frame(event):
             return None
         if name.startswith("transformers_modules."):
             return frame
+        if frame.f_code.co_filename.endswith(("transformers/modeling_utils.py", "configuration_utils.py")):
+            return None  # from_pretrained, which reads the checkpoint whoever calls it
         if name.startswith("torch._dynamo") or name == "inspect" or name == "linecache":
             return None
         frame = frame.f_back
