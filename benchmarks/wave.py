@@ -39,13 +39,6 @@ def prompts_of(ids, number, length):
     return [ids[start : start + length].unsqueeze(0) for start in starts]
 
 
-class Recorded:
-    """A source of drafts that is asked as the one in it, but corrects only where told."""
-
-    def __init__(self, source, corrects):
-        self.source, self.corrects = source, corrects
-
-
 def generate(model, prompt, settings, **drafting):
     """(tokens, the finished Speculation or None)."""
     kept = []
@@ -110,6 +103,24 @@ def seconds_a_token(model, prompt, settings, variants, rounds):
             if index:  # the first round warms up
                 times[name].append(seconds)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def cost_of_a_tick(model, length, rounds):
+    """The seconds of a forward pass of the backbone over S + 1 rows, over those of one row, `length` tokens before."""
+    sizes, times = (1, model.config.pondering_steps + 1), {}
+    caches = {}
+    with torch.no_grad():
+        for size in sizes:
+            ids = torch.ones(size, length, dtype=torch.long)
+            caches[size] = model.backbone(ids, use_cache=True).past_key_values
+        for index in range(10 * rounds + 10):
+            for size in sizes:
+                start = time.perf_counter()
+                model.backbone(torch.ones(size, 1, dtype=torch.long), past_key_values=caches[size], use_cache=True)
+                if index >= 10:
+                    times.setdefault(size, []).append(time.perf_counter() - start)
+    one, several = (statistics.median(times[size]) for size in sizes)
+    return several / one
 
 
 def prepare(folder, arguments):
@@ -201,10 +212,17 @@ def report(model, ids, title, settings, arguments):
     if arguments.time:
         variants = {"plain pondering": {}}
         variants |= {name: {"num_draft_tokens": steps, "draft_source": source} for name, source in SOURCES.items()}
+        cost = cost_of_a_tick(model, arguments.prompt_tokens + arguments.new_tokens // 2, arguments.rounds)
+        print(f"a forward pass over {steps + 1} rows costs {cost:.2f} times one over one row")
         times = seconds_a_token(model, prompts[0][0], settings, variants, arguments.rounds)
-        print("| | ms a token | plain pondering over it |\n| --- | --- | --- |")
+        print("| drafts | ms a token | plain pondering over it | (S + 1) / ticks / cost |\n| --- | --- | --- | --- |")
         for name, seconds in times.items():
-            print(f"| {name} | {seconds * 1e3:.2f} | {times['plain pondering'] / seconds:.2f} |", flush=True)
+            bound = ""
+            if name in SOURCES:
+                ticks, _, _ = measure(model, prompts[:1], settings, **variants[name])
+                bound = f"{(steps + 1) / ticks / cost:.2f}"
+            speed = times["plain pondering"] / seconds
+            print(f"| {name} | {seconds * 1e3:.2f} | {speed:.2f} | {bound} |", flush=True)
 
 
 class corrections:

@@ -325,7 +325,8 @@ class Speculation:
             if self.chooses_drafts:
                 self._ask_source(row, flight, predicted)
             limit = self.max_length + self.shift - 1  # the last token of all needs no pass
-            final = flight.settle(predicted, self.num_steps, self.num_drafts, limit, self.corrects)
+            num_drafts = min(self.num_drafts, flight.num_worthwhile)
+            final = flight.settle(predicted, self.num_steps, num_drafts, limit, self.corrects)
             if final is not None:
                 finals.append(row)
                 if self.chooser.noise is not None:

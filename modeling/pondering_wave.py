@@ -14,6 +14,7 @@ Passes are batch rows (pondering_wave_cache.py); masks and positions are those o
 """
 
 import inspect
+import math
 
 import torch
 
@@ -27,11 +28,22 @@ class Flight:
     """The tokens of one prompt that are under way: the newest true one and the drafts behind it, oldest first.
 
     column: of the first. tokens: their ids, in successive columns. stages: the pass that each runs next, falling.
+    num_verdicts, num_hits: how often the last pass met a draft, and how often the draft was right.
     """
+
+    worth = 0.3  # a draft is worth its row in the batch where the ones before it have this chance to be right
 
     def __init__(self, column, token):
         self.column, self.tokens, self.stages = column, [token], [0]
         self.num_verdicts = self.num_hits = 0
+        self.hit_rate = 1.0  # of late
+
+    @property
+    def num_worthwhile(self):
+        """How many drafts in a row are worth their rows, at the rate of late; never fewer than two."""
+        if self.hit_rate >= 1:
+            return math.inf
+        return 1 + int(math.log(self.worth) / math.log(max(self.hit_rate, self.worth)))
 
     def settle(self, predicted, num_steps, num_drafts, num_columns, corrects=True):
         """Move on by one tick.
@@ -52,6 +64,7 @@ class Flight:
         if final is not None and len(tokens) > 1:
             self.num_verdicts += 1
             self.num_hits += tokens[1] == final
+            self.hit_rate += 0.1 * ((tokens[1] == final) - self.hit_rate)
         for index, stage in enumerate(stages):
             is_last, is_final = index + 1 == len(tokens), stage == num_steps
             if is_last:

@@ -176,6 +176,23 @@ def test_wrong_drafts_cost_no_more_ticks_than_plain_pondering():
     assert output.draft_acceptance_rate < 0.2
 
 
+def test_drafts_that_are_seldom_right_are_drafted_less_far_ahead():
+    flight = Flight(0, 0)
+    assert flight.num_worthwhile > 3
+    for rate, number in [(0.9, 12), (0.7, 4), (0.5, 2), (0.31, 2), (0.2, 2), (0.0, 2)]:
+        flight.hit_rate = rate
+        assert flight.num_worthwhile == number, rate
+
+
+def test_the_hit_rate_follows_what_the_last_pass_says():
+    flight = Flight(0, 5)
+    for _ in range(200):
+        flight.tokens, flight.stages = [5, 6], [1, 0]
+        flight.settle({1: 7, 0: 8}, 1, 3, 1000)
+    assert flight.hit_rate < 1e-6
+    assert (flight.num_verdicts, flight.num_hits) == (200, 0)
+
+
 class Oracle:
     """A made-up model: pass i of a text predicts a token that depends on the whole text, the last pass with noise."""
 
