@@ -2,8 +2,8 @@
 
     python examples/train_small.py ../shared/data/text/novels-train.txt.gz small-model
 
-With the defaults (1.3 million parameters, S = 3, 3.3 million tokens) it takes about twenty minutes on two cores. The
-documentation's measurements of generation are made with such models; docs/speculation.md names the arguments.
+With the defaults (1.3 million parameters, S = 3, 1.6 million tokens) it takes about twenty minutes on one idle core. The
+documentation's measurements of generation are made with such a model; docs/speculation.md names the arguments.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("text", type=Path, help="a text file, .gz or not")
     parser.add_argument("output", type=Path, help="a new folder")
-    parser.add_argument("--steps", type=int, default=1600, help="optimiser steps")
+    parser.add_argument("--steps", type=int, default=800, help="optimiser steps")
     parser.add_argument("--block", type=int, default=256, help="tokens in a row")
     parser.add_argument("--rows", type=int, default=8, help="rows in a step")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
