@@ -8,6 +8,7 @@ measure on should be ones that the model has not seen. Every output is held agai
 """
 
 import argparse
+import contextlib
 import statistics
 import time
 from pathlib import Path
@@ -127,7 +128,7 @@ def prepare(folder, arguments):
     """The model with heads, and its tokenizer."""
     model = PonderingForCausalLM.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    if not model.config.draft_heads:
+    if not model.config.draft_heads and arguments.heads_steps:
         ids = read_ids(arguments.train, tokenizer, arguments.heads_steps * 8 * 256)
         start = time.perf_counter()
         rates = train_draft_heads(model, ids[: len(ids) // 256 * 256].view(-1, 256), steps=arguments.heads_steps)
@@ -144,10 +145,20 @@ def prepare(folder, arguments):
     return model, tokenizer
 
 
+@contextlib.contextmanager
+def corrections(are_made):
+    """Within it, later passes replace guesses that they do not predict, or do not."""
+    pondering_speculation.Speculation.corrects = are_made
+    try:
+        yield
+    finally:
+        pondering_speculation.Speculation.corrects = True
+
+
 SOURCES = {
     "own predictions": "own",
     "draft heads": "heads",
-    "prompt lookup, then heads": "prompt_lookup",
+    "prompt lookup, then heads or own": "prompt_lookup",
 }
 
 
@@ -156,7 +167,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, nargs="+", default=[], help="folders of trained models")
     parser.add_argument("--train", type=Path, help="the text to train draft heads on")
-    parser.add_argument("--heads-steps", type=int, default=600)
+    parser.add_argument("--heads-steps", type=int, default=600, help="0: no heads where there are none")
     parser.add_argument("--save-heads", type=Path, metavar="FOLDER", help="write the models with their heads there")
     parser.add_argument("--texts", type=Path, nargs="+", default=[])
     parser.add_argument("--prompts", type=int, default=12)
@@ -199,7 +210,8 @@ def report(model, ids, title, settings, arguments):
         "| drafts | corrected by later passes | ticks a token | right at the last pass a | "
         "a + (1 - a)(S + 1) | rows a tick |\n| --- | --- | --- | --- | --- | --- |"
     )
-    for name, source in SOURCES.items():
+    sources = {name: source for name, source in SOURCES.items() if source != "heads" or model.draft_heads is not None}
+    for name, source in sources.items():
         for corrects in (False, True):
             drafting = {"num_draft_tokens": steps, "draft_source": source}
             with corrections(corrects):
@@ -211,28 +223,15 @@ def report(model, ids, title, settings, arguments):
             )
     if arguments.time:
         variants = {"plain pondering": {}}
-        variants |= {name: {"num_draft_tokens": steps, "draft_source": source} for name, source in SOURCES.items()}
+        variants |= {name: {"num_draft_tokens": steps, "draft_source": source} for name, source in sources.items()}
         cost = cost_of_a_tick(model, arguments.prompt_tokens + arguments.new_tokens // 2, arguments.rounds)
         print(f"a forward pass over {steps + 1} rows costs {cost:.2f} times one over one row")
         times = seconds_a_token(model, prompts[0][0], settings, variants, arguments.rounds)
         print("| drafts | ms a token | plain pondering over it | (S + 1) / ticks / cost |\n| --- | --- | --- | --- |")
         for name, seconds in times.items():
             bound = ""
-            if name in SOURCES:
+            if name in sources:
                 ticks, _, _ = measure(model, prompts[:1], settings, **variants[name])
                 bound = f"{(steps + 1) / ticks / cost:.2f}"
             speed = times["plain pondering"] / seconds
             print(f"| {name} | {seconds * 1e3:.2f} | {speed:.2f} | {bound} |", flush=True)
-
-
-class corrections:
-    """Within it, later passes replace drafts that they do not predict, or do not."""
-
-    def __init__(self, are_made):
-        self.are_made = are_made
-
-    def __enter__(self):
-        pondering_speculation.Speculation.corrects = self.are_made
-
-    def __exit__(self, *error):
-        pondering_speculation.Speculation.corrects = True
