@@ -92,22 +92,22 @@ def generator(model, prompt, new_tokens, **settings):
 
 
 def print_decoding(arguments, variant, batch, compiled=False):
-    """One row: seconds per token of both, and their ratio over (S+1)."""
+    """One row: seconds per token of both, and their ratio over (S+1), with the prompt and without it."""
     plain, pondering = models_of(arguments, variant)
     prompt = torch.randint(0, arguments.vocab_size, (batch, arguments.prompt))
     settings = COMPILED if compiled else {}
-    one, other = in_turn(
-        [
-            generator(plain, prompt, arguments.new_tokens),
-            generator(pondering, prompt, arguments.new_tokens, **settings),
-        ],
+    counts = (arguments.new_tokens, 1)  # the second is the prompt's own share
+    one, one_first, other, other_first = in_turn(
+        [generator(plain, prompt, count) for count in counts]
+        + [generator(pondering, prompt, count, **settings) for count in counts],
         arguments.rounds,
     )
-    ratio = other / one / (arguments.pondering_steps + 1)
+    passes, new = arguments.pondering_steps + 1, arguments.new_tokens
+    alone = (other - other_first) / (one - one_first) / passes
     print(
         f"| {variant}{', static cache and compile' if compiled else ''} | {arguments.pondering_steps} | {batch} "
-        f"| {arguments.prompt} + {arguments.new_tokens} | {1e3 * one / arguments.new_tokens:.2f} "
-        f"| {1e3 * other / arguments.new_tokens:.2f} | {ratio:.3f} | {read_limit(arguments, variant):.2f} |",
+        f"| {arguments.prompt} + {new} | {1e3 * one / new:.2f} | {1e3 * other / new:.2f} "
+        f"| {other / one / passes:.3f} | {alone:.3f} | {read_limit(arguments, variant):.2f} |",
         flush=True,
     )
 
@@ -167,8 +167,8 @@ def main(argv=None):
     parser.add_argument("--grow", action="store_true", help="vary S, context and batch in turn")
     arguments = parser.parse_args(argv)
     print(described())
-    head = "| what | S | batch | tokens | plain, ms a token | pondering, ms a token | over (S+1) plain | limit |"
-    print(f"\n{head}\n| --- | --- | --- | --- | --- | --- | --- | --- |")
+    head = "| what | S | batch | tokens | plain, ms a token | pondering, ms a token | over (S+1) plain "
+    print(f"\n{head}| the same without the prompt | limit |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     if arguments.grow:
         for name, values in (("pondering_steps", (0, 1, 3, 5)), ("prompt", (64, 512, 1536)), ("batch", (1, 4, 16))):
             for value in values:
