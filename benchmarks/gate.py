@@ -5,15 +5,13 @@ on the same tokens, and prints held-out losses as a Markdown table.
 """
 
 import argparse
-import gzip
 import time
 from pathlib import Path
 
 import torch
-from tokenizers import ByteLevelBPETokenizer
 from torch import nn
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+from benchmarks.novels import FOLDER, read_blocks, small_backbone
 from ponder_hf import PonderingForCausalLM
 
 
@@ -42,19 +40,6 @@ class StepGate(nn.Module):
     def forward(self, embedding):
         self.calls += 1
         return embedding * self.weight[(self.calls - 1) % STEPS]
-
-
-def read_blocks(folder, characters):
-    """Training and held-out token ids in rows of BLOCK, by a byte-level BPE tokenizer trained on the text."""
-    texts = []
-    for name, share in (("novels-train.txt.gz", characters), ("novels-valid.txt.gz", characters // 20)):
-        with gzip.open(folder / name, "rt", encoding="utf-8") as file:
-            texts.append(file.read(share))
-    tokenizer = ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator(texts[0].split("\n\n"), vocab_size=VOCAB_SIZE, show_progress=False)
-    for text in texts:
-        ids = [token for part in tokenizer.encode_batch(text.split("\n\n")) for token in part.ids]
-        yield torch.tensor(ids[: len(ids) // BLOCK * BLOCK]).view(-1, BLOCK)
 
 
 def train(model, blocks, steps, learning_rate, first=0):
@@ -87,27 +72,19 @@ def held_out(model, blocks):
 def main(argv=None):
     """Print one row for each seed and gate."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=Path("../shared/data/text"))
+    parser.add_argument("--data", type=Path, default=FOLDER)
     parser.add_argument("--base-steps", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1])
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="of the continued training")
     parser.add_argument("--characters", type=int, default=12_000_000)
     arguments = parser.parse_args(argv)
-    training, validation = read_blocks(arguments.data, arguments.characters)
+    training, validation = read_blocks(arguments.data, arguments.characters, VOCAB_SIZE, BLOCK)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {training.numel()} training tokens")
     print("| seed | model | held-out loss before | after | gate | seconds |\n| --- | --- | --- | --- | --- | --- |")
     for seed in arguments.seeds:
         torch.manual_seed(seed)
-        config = GPTNeoXConfig(
-            vocab_size=VOCAB_SIZE,
-            hidden_size=128,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            intermediate_size=512,
-            max_position_embeddings=BLOCK,
-        )
-        base = GPTNeoXForCausalLM(config)
+        base = small_backbone(VOCAB_SIZE, 128, 4, BLOCK)
         train(base, training, arguments.base_steps, 2e-3)
         weights = {key: value.clone() for key, value in base.state_dict().items()}
         for name in ("plain", "no gate", "scalar", "step", "channel"):
