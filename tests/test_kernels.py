@@ -16,7 +16,7 @@ from ponder_hf.modeling.pondering_vocabulary import vocabulary_embedding
 VOCAB_SIZE, WIDTH = 131, 24
 # Relative to the largest element of what is compared.
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 3e-2}
-TOP_K = [None, 1, 17, VOCAB_SIZE]
+TOP_K = [None, 1, 100, VOCAB_SIZE]
 HEADS = {
     "plain": {},
     "bias": {"bias": True},
@@ -169,6 +169,25 @@ def test_equal_scores_choose_k_tokens(top_k):
     embedding = top_k_embedding(hidden, Readout(weight), table, 1.0, top_k)
     torch.testing.assert_close(embedding.sum(-1), torch.ones(4))
     assert (embedding > 0).sum(-1).tolist() == [top_k] * 4
+
+
+@pytest.mark.parametrize("padding", ["zeros", "shut out"])
+@pytest.mark.parametrize("top_k", [None, 17, VOCAB_SIZE], ids="K={}".format)
+def test_rows_that_pad_the_vocabulary_are_predictions_too(top_k, padding):
+    """As in Pythia, whose 50304 rows hold 50277 tokens; where a bias of minus infinity shuts them out, no NaN comes."""
+    tensors = leaves(20, torch.float64, bias=True)
+    with torch.no_grad():
+        tensors[1][-5:] = 0
+        tensors[2][-5:] = 0 if padding == "zeros" else -torch.inf
+    check_against(
+        tensors,
+        lambda h, w, b, e: fast(h, Readout(w, b), e, 1.0, top_k),
+        lambda h, w, b, e: plain(h, Readout(w, b), e, 1.0, top_k),
+        TOLERANCE[torch.float64],
+    )
+    if top_k != 17:
+        counted = tensors[3].grad[-5:].abs().max() > 0
+        assert counted == (padding == "zeros")
 
 
 def test_all_of_the_vocabulary_is_the_whole_vocabulary():
