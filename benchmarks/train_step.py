@@ -22,7 +22,13 @@ from ponder_hf import PonderingForCausalLM
 from ponder_hf.modeling import modeling_pondering, pondering_embedding
 
 
-VARIANTS = ("top-K", "whole vocabulary", "top-K, checkpointed", "whole vocabulary, autograd")
+VARIANTS = (
+    "top-K",
+    "whole vocabulary",
+    "top-K, checkpointed",
+    "whole vocabulary, checkpointed",
+    "whole vocabulary, autograd",
+)
 
 
 class Shape:
@@ -103,13 +109,14 @@ def own_peak_memory():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
-def peak_memory(arguments, variant):
-    """Peak memory in GB of a process that takes three steps of this variant."""
+def own_process(arguments, variant):
+    """(median seconds, peak memory in GB) of a process that takes three steps of this variant; the first warms up."""
     command = [sys.executable, "-m", "benchmarks.train_step", "--memory-of", variant]
     for name in ("vocab_size", "pondering_steps", "batch", "length", "top_k", "hidden_size", "layers"):
         command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(done.stdout.split()[-1])
+    seconds, memory = done.stdout.split()[-2:]
+    return float(seconds), float(memory)
 
 
 def table(arguments, variants):
@@ -118,13 +125,42 @@ def table(arguments, variants):
     times = median_times(shape, ["plain", *variants], arguments.rounds)
     plain_steps = (shape.steps + 1) * times["plain"]
     for variant in ["plain", *variants]:
-        memory = f"{peak_memory(arguments, variant):.2f}" if arguments.memory else ""
+        memory = f"{own_process(arguments, variant)[1]:.2f}" if arguments.memory else ""
         ratio = times[variant] / plain_steps
         print(
             f"| {variant} | {shape.steps} | {shape.batch} x {shape.length} | {shape.vocab_size} "
             f"| {times[variant]:.2f} | {ratio:.2f} | {memory} |",
             flush=True,
         )
+
+
+GROWTH = {
+    "pondering_steps": (0, 1, 2, 4, 8),
+    "length": (128, 512, 2048),
+    "vocab_size": (2000, 16000, 50304, 128000),
+}
+
+
+def growth(arguments, variants):
+    """Print one row a value, and what each unit added since the row above, over what it added there at first.
+
+    Where time or memory is linear in the value, the last two columns stay at 1.
+    """
+    for name, values in GROWTH.items():
+        for variant in variants:
+            before = first = None
+            for value in values:
+                measured = own_process(argparse.Namespace(**{**vars(arguments), name: value}), variant)
+                shown = ["", ""]
+                if before is not None:
+                    added = [(new - old) / (value - before[0]) for new, old in zip(measured, before[1], strict=True)]
+                    first = first or added
+                    shown = [f"{new / old:.2f}" for new, old in zip(added, first, strict=True)]
+                before = (value, measured)
+                seconds, memory = measured
+                print(
+                    f"| {variant} | {name} {value} | {seconds:.2f} | {memory:.2f} | {' | '.join(shown)} |", flush=True
+                )
 
 
 def main(argv=None):
@@ -147,23 +183,26 @@ def main(argv=None):
     arguments = parser.parse_args(argv)
     if arguments.memory_of:
         step = Shape(arguments).step_of(arguments.memory_of)
+        seconds = []
         for _ in range(3):
+            start = time.perf_counter()
             step()
-        print(own_peak_memory())
+            seconds.append(time.perf_counter() - start)
+        print(statistics.median(seconds[1:]), own_peak_memory())
         return
     print(described())
+    if arguments.grow:
+        print(
+            f"d {arguments.hidden_size}, L {arguments.layers}, S {arguments.pondering_steps}, K {arguments.top_k}, "
+            f"batch {arguments.batch} x {arguments.length}, V {arguments.vocab_size}, but for the value of each row"
+        )
+        print("| what | value | seconds a step | peak memory, GB | added seconds a unit | added memory a unit |")
+        print("| --- | --- | --- | --- | --- | --- |")
+        growth(arguments, ["top-K", "whole vocabulary"])
+        return
     print("| what | S | batch | V | seconds a step | over (S+1) plain steps | peak memory, GB |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
-    if not arguments.grow:
-        table(arguments, arguments.variants)
-        return
-    for name, values in (
-        ("pondering_steps", (0, 1, 2, 4, 8)),
-        ("length", (128, 512, 2048)),
-        ("vocab_size", (2000, 16000, 50304, 128000)),
-    ):
-        for value in values:
-            table(argparse.Namespace(**{**vars(arguments), name: value}), ["top-K", "whole vocabulary"])
+    table(arguments, arguments.variants)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ import torch
 from torch.nn import functional
 
 
-# Elements of the largest (tokens, vocabulary) tensor that lives at a time: 64 MiB in float32 on a CPU.
-CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**28}
+# Elements of the largest (tokens, vocabulary) tensor that lives at a time: 23 MiB in float32 on a CPU. Smaller chunks
+# read and write the (V, d) sums of gradients more often; larger ones cost memory and gain no time (docs/log.md).
+CHUNK_ELEMENTS = {"cpu": 6 * 2**20, "cuda": 2**28}
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,8 @@ class _VocabularyEmbedding(torch.autograd.Function):
         for part in chunks(hidden, len(table)):
             scores = readout.scores(hidden[part])
             weights = _probabilities(readout, scores, temperature)
+            if readout.cap is None:  # nothing below reads them: two tensors of a chunk's size are alive, not three
+                scores = None
             if needs[3]:
                 add_product(table_gradient, weights.to(dtype), gradient[part])
             if not any(needs[:3]):

@@ -174,7 +174,7 @@ def test_equal_scores_choose_k_tokens(top_k):
 @pytest.mark.parametrize("padding", ["zeros", "shut out"])
 @pytest.mark.parametrize("top_k", [None, 17, VOCAB_SIZE], ids="K={}".format)
 def test_rows_that_pad_the_vocabulary_are_predictions_too(top_k, padding):
-    """As in Pythia, whose 50304 rows hold 50277 tokens; where a bias of minus infinity shuts them out, no NaN comes."""
+    """As in Pythia, whose 50304 rows hold 50277 tokens. A bias of minus infinity shuts them out without a NaN."""
     tensors = leaves(20, torch.float64, bias=True)
     with torch.no_grad():
         tensors[1][-5:] = 0
