@@ -38,7 +38,7 @@ style: setup ## Check style and formatting with ruff
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-bench: setup ## Run the benchmarks, or the one named by BENCH=NAME
+bench: setup ## Run the benchmark named by BENCH=NAME, or all of them (hours); `python -m benchmarks` lists them
 	$(VENV_PYTHON) -m benchmarks $(BENCH)
 
 clean: ## Remove build outputs and caches; keep .venv and ponder-demo

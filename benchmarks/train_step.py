@@ -142,25 +142,28 @@ GROWTH = {
 
 
 def growth(arguments, variants):
-    """Print one row a value, and what each unit added since the row above, over what it added there at first.
+    """Print one row a value, and what each unit added since the row above, over what a unit added in the whole range.
 
-    Where time or memory is linear in the value, the last two columns stay at 1.
+    Where time or memory is linear in the value, the last two columns stay near 1.
     """
     for name, values in GROWTH.items():
         for variant in variants:
-            before = first = None
-            for value in values:
-                measured = own_process(argparse.Namespace(**{**vars(arguments), name: value}), variant)
-                shown = ["", ""]
-                if before is not None:
-                    added = [(new - old) / (value - before[0]) for new, old in zip(measured, before[1], strict=True)]
-                    first = first or added
-                    shown = [f"{new / old:.2f}" for new, old in zip(added, first, strict=True)]
-                before = (value, measured)
-                seconds, memory = measured
-                print(
-                    f"| {variant} | {name} {value} | {seconds:.2f} | {memory:.2f} | {' | '.join(shown)} |", flush=True
-                )
+            measured = [
+                own_process(argparse.Namespace(**{**vars(arguments), name: value}), variant) for value in values
+            ]
+            slopes = _slopes(values[0], measured[0], values[-1], measured[-1])
+            for index, value in enumerate(values):
+                cells = [variant, f"{name} {value}", *(f"{number:.2f}" for number in measured[index])]
+                if index:
+                    added = _slopes(values[index - 1], measured[index - 1], value, measured[index])
+                    cells += [f"{part / whole:.2f}" for part, whole in zip(added, slopes, strict=True)]
+                else:
+                    cells += ["", ""]
+                print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def _slopes(value, measured, next_value, next_measured):
+    return [(after - before) / (next_value - value) for before, after in zip(measured, next_measured, strict=True)]
 
 
 def main(argv=None):

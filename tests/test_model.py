@@ -129,7 +129,7 @@ def test_logits_to_keep(input_ids, keep):
     part = model(input_ids, labels=input_ids, output_pondering=True, logits_to_keep=keep)
     positions = slice(-keep, None) if isinstance(keep, int) else keep
     torch.testing.assert_close(part.logits, whole.logits[:, positions])
-    assert torch.equal(part.pondering_logits[1], whole.pondering_logits[1][:, positions])
+    torch.testing.assert_close(part.pondering_logits[1], whole.pondering_logits[1][:, positions])
     assert torch.equal(part.loss, whole.loss)
     torch.testing.assert_close(model(input_ids, logits_to_keep=keep).logits, whole.logits[:, positions])
 
