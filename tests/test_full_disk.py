@@ -67,10 +67,10 @@ def test_a_disk_that_fails(place, check_refused, monkeypatch):
 
 
 def test_a_small_disk_of_its_own(place, capsys, monkeypatch, assert_refused):
-    """A real file system of 300 KB; the space check is told otherwise, so that writing itself must fail."""
+    """A real file system of 1 MB; the space check is told otherwise, so that writing itself must fail."""
     disk = place / "disk"
     disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
     if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode != 0:
         pytest.skip("mounting a small tmpfs needs Linux and the superuser")
     try:
@@ -78,7 +78,7 @@ def test_a_small_disk_of_its_own(place, capsys, monkeypatch, assert_refused):
         before = listing(place)
         for free in (usage.free, 10**12):
             monkeypatch.setattr(shutil, "disk_usage", lambda folder, free=free: usage._replace(free=free))
-            (disk / "filler").write_bytes(b"x" * 200_000)
+            (disk / "filler").write_bytes(b"x" * 950_000)
             code = checkpoints.run("convert", "base", disk / "out")
             output = capsys.readouterr()
             (disk / "filler").unlink()

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -156,7 +157,9 @@ def test_interrupted(folder):
     line = words("out", "--held-out", "5")
     line[line.index("--max-steps") + 1] = "100000"
     program = [sys.executable, "-c", "from ponder_hf.cli import main; raise SystemExit(main())", *line]
-    running = subprocess.Popen(program, stderr=subprocess.PIPE, text=True)
+    # A test run in the background ignores SIGINT, and its children would, too.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    running = subprocess.Popen(program, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     until = time.monotonic() + 120
     while not (folder / "out/checkpoint-4").exists() and time.monotonic() < until:
         time.sleep(0.05)
