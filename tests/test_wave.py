@@ -43,7 +43,7 @@ PROCESSORS = [
 MANY_EOS = list(range(3, 60, 6))  # so that rows end early and apart from each other
 
 
-def random_case(model, chance):
+def check_random_case(model, chance):
     """One random call, plain and with drafts: they must give the same tokens."""
     input_ids, mask = random_prompts(chance, chance.randint(1, 4))
     settings = {"attention_mask": mask, "max_new_tokens": chance.randint(3, 14), "do_sample": False, "pad_token_id": 0}
@@ -67,7 +67,7 @@ def spine_model(model_type):
 def test_random_calls_give_what_plain_pondering_gives(model_type):
     chance, model = random.Random(model_type), spine_model(model_type)
     for _ in range(8):
-        random_case(model, chance)
+        check_random_case(model, chance)
 
 
 @pytest.mark.slow
@@ -75,7 +75,7 @@ def test_random_calls_give_what_plain_pondering_gives(model_type):
 def test_hundreds_of_random_calls_give_what_plain_pondering_gives(model_type):
     chance, model = random.Random("again " + model_type), spine_model(model_type)
     for _ in range(200):
-        random_case(model, chance)
+        check_random_case(model, chance)
 
 
 OTHER_KINDS = {
@@ -99,7 +99,7 @@ def test_other_kinds_of_models(kind):
         torch.nn.init.normal_(model.pondering_gate.weight)
     chance = random.Random(str(kind))
     for _ in range(8):
-        random_case(model, chance)
+        check_random_case(model, chance)
 
 
 def test_eager_attention():
@@ -107,7 +107,7 @@ def test_eager_attention():
     assert model.backbone.config._attn_implementation == "eager"
     chance = random.Random(1)
     for _ in range(8):
-        random_case(model, chance)
+        check_random_case(model, chance)
 
 
 def test_a_cache_that_outgrows_its_room():
