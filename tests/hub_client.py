@@ -41,12 +41,14 @@ COMMAND = "from ponder_hf.cli import main\nresult = main(argv)"
 
 
 class Client:
-    """The other process. token: what HF_TOKEN is there; folder: where it runs."""
+    """The other process. token: what HF_TOKEN is there; folder: where it runs; packages: a folder with more of them."""
 
-    def __init__(self, hub, folder, without_ponder_hf=False, **variables):
+    def __init__(self, hub, folder, without_ponder_hf=False, packages=None, **variables):
         self.token, self.folder = hub_server.WRITER, folder
         self.home = folder / "home"
         program = (WITHOUT_PONDER_HF if without_ponder_hf else "") + WORKER
+        if packages is not None:
+            program = f"import sys\nsys.path.append({str(packages)!r})\n{program}"
         self.process = subprocess.Popen(
             [sys.executable, *(["-I"] if without_ponder_hf else []), "-W", "ignore", "-c", program],
             cwd=folder,

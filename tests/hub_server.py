@@ -10,6 +10,7 @@ with hub_server.serving() as hub:
 import base64
 import hashlib
 import json
+import math
 import re
 import threading
 from contextlib import contextmanager
@@ -54,6 +55,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repositories, self.requests, self.served, self.faults = {}, [], [], []
         self.uploaded = []  # sizes of LFS objects, as they arrived
+        self.part_size = None  # in bytes: larger LFS objects are asked for in parts, as the Hub does with large ones
         self.lock = threading.Lock()
 
     @property
@@ -229,8 +231,12 @@ class Handler(BaseHTTPRequestHandler):
         for entry in json.loads(body)["objects"]:
             if entry["oid"] not in repository.lfs_objects:
                 place = f"{self.server.url}/lfs/{name}"
-                actions = {"upload": f"{place}/{entry['oid']}", "verify": f"{place}/verify"}
-                entry = {**entry, "actions": {kind: {"href": href} for kind, href in actions.items()}}
+                upload, size = {"href": f"{place}/{entry['oid']}"}, self.server.part_size
+                if size is not None and entry["size"] > size:
+                    parts = range(1, math.ceil(entry["size"] / size) + 1)
+                    upload["header"] = {str(part): f"{upload['href']}/{part}" for part in parts}
+                    upload["header"]["chunk_size"] = str(size)
+                entry = {**entry, "actions": {"upload": upload, "verify": {"href": f"{place}/verify"}}}
             objects.append(entry)
         self.send_json({"transfer": "basic", "objects": objects})
 
@@ -240,6 +246,20 @@ class Handler(BaseHTTPRequestHandler):
         self.server[name].lfs_objects[oid] = body
         self.server.uploaded.append(len(body))
         self.send(b"")
+
+    def lfs_upload_part(self, name, oid, part, body):
+        self.server[name].lfs_parts[oid, int(part)] = body
+        self.send(b"", headers={"ETag": hashlib.md5(body).hexdigest()})
+
+    def lfs_complete(self, name, oid, body):
+        """Put the parts together that the client says it sent."""
+        parts, content = self.server[name].lfs_parts, b""
+        for entry in json.loads(body)["parts"]:
+            part = parts.get((oid, entry["partNumber"]), b"")
+            if hashlib.md5(part).hexdigest() != entry["etag"]:
+                raise Refused(400, message=f"part {entry['partNumber']} is not what was sent")
+            content += part
+        self.lfs_upload(name, oid, content)
 
     def lfs_verify(self, name, body):
         entry = json.loads(body)
@@ -343,7 +363,9 @@ ROUTES = [
     ("GET", f"/api/models/{ID}(?:/revision/(.+))?", Handler.model_info),
     ("POST", rf"/{ID}\.git/info/lfs/objects/batch", Handler.lfs_batch),
     ("PUT", f"/lfs/{ID}/([0-9a-f]+)", Handler.lfs_upload),
+    ("PUT", rf"/lfs/{ID}/([0-9a-f]+)/(\d+)", Handler.lfs_upload_part),
     ("POST", f"/lfs/{ID}/verify", Handler.lfs_verify),
+    ("POST", f"/lfs/{ID}/([0-9a-f]+)", Handler.lfs_complete),
     ("GET", f"/{ID}/resolve/(.+)", Handler.resolve),
 ]
 

@@ -64,12 +64,14 @@ class Commit:
 class Repository:
     """One model's history. Every change is one commit, made whole or not at all.
 
-    gated: its files are for nobody. lfs_objects: uploads that are complete, which a commit may refer to.
+    gated: its files are for nobody. lfs_objects: uploads that are complete, which a commit may refer to. lfs_parts:
+    what has arrived of those that are sent in parts, by (oid, number of the part).
     """
 
     def __init__(self, name, private=False, gated=False):
         self.name, self.private, self.gated = name, private, gated
-        self.commits, self.references, self.lfs_objects, self.num_pull_requests = {}, {}, {}, 0
+        self.commits, self.references, self.num_pull_requests = {}, {}, 0
+        self.lfs_objects, self.lfs_parts = {}, {}
         self.lock = threading.Lock()
         self.references[MAIN] = self._add(Commit(None, "initial commit", {".gitattributes": Blob(b"")}))
 

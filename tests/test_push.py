@@ -26,6 +26,13 @@ def client(hub, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def with_xet(hub, tmp_path_factory):
+    pytest.importorskip("hf_xet")
+    with hub_client.connected(hub, tmp_path_factory.mktemp("xet"), HF_HUB_DISABLE_XET="0") as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A pondering checkpoint `model` with a tokenizer and `sharded`, the same in several files."""
     folder = tmp_path_factory.mktemp("made")
@@ -238,6 +245,71 @@ def test_faults(hub, client, made, name, fault):
     shards = len(list((made / "sharded").glob("*.safetensors")))
     expected = shards if path == "/lfs/" or fault == "429" else 0
     assert len(hub.uploaded) - before == expected, "what had arrived was sent again"
+
+
+@pytest.fixture
+def in_parts(hub):
+    """Parts of so many bytes, which cut the one file of weights into several."""
+    hub.part_size = 50_000
+    yield hub.part_size
+    hub.part_size = None
+
+
+def parts_sent(hub, start=0):
+    return [int(path.rpartition("/")[2]) for method, path in hub.requests[start:] if re.search(r"/lfs/.*/\d+$", path)]
+
+
+def test_a_large_file_goes_in_parts(hub, client, made, name, in_parts):
+    start, size = len(hub.requests), (made / "model/model.safetensors").stat().st_size
+    client.json("push", made / "model", name)
+    assert parts_sent(hub, start) == [*range(1, -(-size // in_parts) + 1)]
+    assert len(parts_sent(hub, start)) > 2
+    assert hub[name].contents()["model.safetensors"] == (made / "model/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "what", "says"),
+    [
+        ("PUT", r"/lfs/.*/2$", {"drop": True, "times": 99}, "connection to"),
+        ("PUT", r"/lfs/.*/2$", {"status": 503, "times": 99}, "the Hub did not take"),
+        ("PUT", r"/lfs/.*/2$", {"corrupt": True}, "SHA-256"),
+        ("POST", r"/lfs/.*/[0-9a-f]{64}$", {"drop": True, "times": 99}, "connection to"),
+    ],
+    ids=["a part breaks off", "a part is refused", "a part arrives damaged", "they are not put together"],
+)
+def test_parts_that_do_not_arrive(hub, client, made, name, in_parts, method, path, what, says):
+    hub.fail(method, path, **what)
+    assert says in client.refused("push", made / "model", name, code=1)
+    assert hub[name].contents() == {}
+    hub.faults.clear()
+    start = len(hub.requests)
+    client.json("push", made / "model", name)
+    assert parts_sent(hub, start)[0] == 1, "the client does not remember parts: an unfinished file begins anew"
+    assert hub[name].contents()["model.safetensors"] == (made / "model/model.safetensors").read_bytes()
+
+
+def test_a_part_that_breaks_once_is_sent_again(hub, client, made, name, in_parts):
+    start = len(hub.requests)
+    hub.fail("PUT", r"/lfs/.*/2$", drop=True)
+    client.json("push", made / "model", name)
+    assert parts_sent(hub, start)[:4] == [1, 2, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("what", "code", "says"),
+    [
+        ({}, 2, "HF_HUB_DISABLE_XET=1"),
+        ({"status": 403}, 2, "does not accept the token"),
+        ({"status": 401}, 2, "does not accept the token"),
+        ({"status": 400}, 1, "broke"),
+    ],
+    ids=["no Xet here", "403", "401", "400"],
+)
+def test_xet_storage_that_does_not_answer(hub, with_xet, made, name, what, code, says):
+    """hf_xet never falls back to LFS by itself. This Hub has no Xet: only the way to its failures is tested."""
+    hub.fail("GET", "xet-write-token", **what)
+    assert says in with_xet.refused("push", made / "model", name, code=code)
+    assert hub[name].contents() == {}
 
 
 def test_a_short_fault_is_waited_out(hub, client, made, name):

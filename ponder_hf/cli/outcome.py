@@ -6,6 +6,7 @@ import sys
 import traceback
 
 from huggingface_hub import get_token
+from tqdm import tqdm
 
 from ponder_hf.errors import first_line
 
@@ -55,6 +56,8 @@ def interrupted(error=None):
 
 
 def _end(code, message):
+    for bar in list(getattr(tqdm, "_instances", ())):  # one that broke off would share its line with the message
+        bar.close()
     print(f"ponder-hf: {without_token(message)}", file=sys.stderr, flush=True)
     return code
 

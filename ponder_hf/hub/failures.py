@@ -1,5 +1,6 @@
 """What goes wrong while something is pushed, in one line: what it was, and what to do."""
 
+import re
 from contextlib import contextmanager
 
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
@@ -33,6 +34,20 @@ def pushing(repository):
         if isinstance(cause, _HTTP_ERROR):
             raise PushStopped(f"the connection to {repository} broke ({first_line(cause)}): {_AGAIN}") from error
         raise
+    except OSError as error:
+        if error.errno is not None:  # the system's own, about a file here
+            raise
+        raise _translated_xet(repository, error) from error
+
+
+def _translated_xet(repository, error):
+    """hf_xet, which sends large files where it is installed, raises Python's own OSErrors, without a number."""
+    reason = first_line(error)
+    if "404" in reason and "xet-write-token" in reason:
+        return PonderingError(f"this Hub has no Xet storage for {repository}: set HF_HUB_DISABLE_XET=1 and push again")
+    if isinstance(error, PermissionError) or re.search("40[13] ", reason):
+        return PonderingError(f"the Hub's storage does not accept the token: use one that may write to {repository}")
+    return PushStopped(f"the connection to {repository} broke ({reason}): {_AGAIN}")
 
 
 def _translated(repository, error):
