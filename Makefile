@@ -17,6 +17,8 @@ BENCH ?= all
 
 VENV_PYTHON = $(VENV)/bin/python
 STAMP = $(VENV)/.ponder-hf-installed
+# For one test, beside the environment: transformers imports torchao wherever it is installed, and that writes to stderr.
+TORCHAO = $(VENV)/overlays/torchao
 # The environment's own interpreter where there is one already, $(PYTHON) otherwise.
 INTERPRETER = $(if $(wildcard $(VENV_PYTHON)),$(VENV_PYTHON),$(PYTHON))
 
@@ -52,4 +54,6 @@ $(STAMP): pyproject.toml constraints.txt
 		{ echo "make: $(PYTHON) cannot make a virtual environment; install its venv module" >&2; exit 1; }
 	$(VENV_PYTHON) -m pip install --quiet -c constraints.txt pip setuptools
 	$(VENV_PYTHON) -m pip install -c constraints.txt --no-build-isolation -e '.[all]'
+	@$(VENV_PYTHON) -m pip install --quiet -c constraints.txt --no-deps --upgrade --target $(TORCHAO) torchao || \
+		echo "make: no torchao: the test of quantised loading will be skipped" >&2
 	@touch $@

@@ -8,6 +8,7 @@ from huggingface_hub import snapshot_download
 from ponder_hf import PonderingConfig, PonderingError
 from ponder_hf.errors import reading
 
+from .checksums import check_files
 from .headers import INDEX, WEIGHTS, read_headers, read_json, shard_names
 from .travel import TEMPLATE_PATTERN, TRAVELLING_FILES, TRAVELLING_FOLDERS
 
@@ -76,15 +77,25 @@ def download_small_files(name, revision=None):
     patterns = [CONFIG, INDEX, "adapter_config.json", *TRAVELLING_FILES]
     patterns += [f"{folder}/{TEMPLATE_PATTERN}" for folder in TRAVELLING_FOLDERS]
     with reading(name):
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    check_files(name, _matching(folder, patterns))
+    return folder
+
+
+def _matching(folder, patterns):
+    return [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()]
 
 
 def _download(name, revision):
     """The folder in the Hub's cache with the model's files: the small ones first, which say where the weights are."""
     folder = download_small_files(name, revision)
+    if not (folder / CONFIG).exists():
+        return folder
+    names = shard_names(folder) or [WEIGHTS]
+    missing = [folder / name for name in names if not (folder / name).exists()]  # the rest was checked when it came
     with reading(name):
-        if (folder / CONFIG).exists():
-            snapshot_download(name, revision=folder.name, allow_patterns=shard_names(folder) or [WEIGHTS])
+        snapshot_download(name, revision=folder.name, allow_patterns=names)
+    check_files(name, [path for path in missing if path.exists()])
     return folder
 
 

@@ -26,13 +26,23 @@ from .modeling import PonderingError
 # Any failure of the Hub client's transport, from a refused connection to a status code (httpx.HTTPError).
 _HTTP_ERROR = HfHubHTTPError.__mro__[1]
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+_SHORT_FILE = "Consistency check failed: file should be of size"
+_AGAIN = "try again, files that have arrived are not fetched twice"
 _LONGEST_REASON = 300
 # What transformers says in a RuntimeError about weights that do not fit; others are not the input's fault.
 _MISFITS = ("size mismatch", "ignore_mismatched_sizes", "conversion of the weights")
 
 
-class TrainingStopped(PonderingError):
+class NotFinished(PonderingError):
+    """Something that could not be finished although nothing seemed wrong with what was asked for."""
+
+
+class TrainingStopped(NotFinished):
     """A training that cannot go on, although it began well. What it has written so far stays."""
+
+
+class DownloadStopped(NotFinished):
+    """A download that did not come to its end. Files that are whole stay in the cache."""
 
 
 def first_line(error):
@@ -49,6 +59,20 @@ def _reason(error):
 def _is_full_disk(error):
     # The writer of safetensors reports the system's error only in its message.
     return getattr(error, "errno", None) in _FULL_DISK or any(f"os error {code})" in str(error) for code in _FULL_DISK)
+
+
+def _not_downloaded(source, error):
+    """What to say of a failed request for a file: the Hub's answer, or that there was none."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status == 401:
+        return PonderingError(f"the Hub does not accept the token for {source}: set HF_TOKEN to a valid one")
+    if status == 403:
+        return PonderingError(f"the token in HF_TOKEN may not read {source}: use one that may")
+    if status == 429:
+        return DownloadStopped(f"the Hub takes no more requests for {source} for now: {_AGAIN}")
+    if status is not None:
+        return DownloadStopped(f"the Hub does not give {source}, it answered {status}: {_AGAIN}")
+    return DownloadStopped(f"the connection broke while {source} was downloaded ({first_line(error)}): {_AGAIN}")
 
 
 @contextmanager
@@ -74,7 +98,9 @@ def reading(source):
     except HFValidationError as error:
         raise PonderingError(f"there is no folder {source}, and it is not a Hub id: check the path") from error
     except _HTTP_ERROR as error:
-        raise PonderingError(f"cannot download {source}: {first_line(error)}") from error
+        raise _not_downloaded(source, error) from error
+    except (ConnectionError, TimeoutError) as error:  # hf_xet's
+        raise _not_downloaded(source, error) from error
     except SafetensorError as error:
         raise PonderingError(f"{source} has a broken safetensors file ({first_line(error)}): get it again") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -82,6 +108,8 @@ def reading(source):
     except OSError as error:
         if _is_full_disk(error):
             raise PonderingError(f"cannot download {source}: no space left in the Hugging Face cache") from error
+        if _SHORT_FILE in str(error):
+            raise DownloadStopped(f"a file of {source} arrived incomplete: {_AGAIN}") from error
         raise PonderingError(f"cannot read {error.filename or source}: {_reason(error)}") from error
 
 

@@ -41,10 +41,10 @@ COMMAND = "from ponder_hf.cli import main\nresult = main(argv)"
 
 
 class Client:
-    """The other process. token: what HF_TOKEN is there; folder: where it runs; packages: a folder with more of them."""
+    """The other process. token: its HF_TOKEN; folder: where it runs; packages: a folder with more of them."""
 
-    def __init__(self, hub, folder, without_ponder_hf=False, packages=None, **variables):
-        self.token, self.folder = hub_server.WRITER, folder
+    def __init__(self, hub, folder, without_ponder_hf=False, packages=None, token=hub_server.WRITER, **variables):
+        self.token, self.folder = token, folder
         self.home = folder / "home"
         program = (WITHOUT_PONDER_HF if without_ponder_hf else "") + WORKER
         if packages is not None:
@@ -100,10 +100,12 @@ class Client:
 
 
 def environment(hub, home):
-    """The variables of a process that has this Hub and no other, and an empty Hugging Face home."""
+    """The variables of a process that has this Hub and no other (None: the real one), and a Hugging Face home."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
-    kept |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_MODULES_CACHE": str(home / "modules")}
-    return kept | {"HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    kept |= {"HF_HOME": str(home), "HF_MODULES_CACHE": str(home / "modules"), "OMP_NUM_THREADS": "1"}
+    if hub is None:
+        return kept
+    return kept | {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
 
 
 @contextmanager

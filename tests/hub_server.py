@@ -211,6 +211,13 @@ class Handler(BaseHTTPRequestHandler):
             return self.send_json({**url, "error": "You already created this model repo"}, 409)
         return self.send_json(url)
 
+    def delete_repository(self, body):
+        asked = json.loads(body)
+        name = f"{asked.get('organization') or self.user()[0]}/{asked['name']}"
+        self.writable(name)
+        del self.server.repositories[name]
+        self.send_json({})
+
     def create_branch(self, name, branch, body):
         self.writable(name).create_branch(branch, json.loads(body).get("startingPoint") or MAIN)
         self.send_json({})
@@ -355,6 +362,7 @@ ROUTES = [
     ("GET", "/api/whoami-v2", Handler.who_am_i),
     ("POST", "/api/validate-yaml", Handler.validate_yaml),
     ("POST", "/api/repos/create", Handler.create_repository),
+    ("DELETE", "/api/repos/delete", Handler.delete_repository),
     ("POST", f"/api/models/{ID}/branch/(.+)", Handler.create_branch),
     ("POST", f"/api/models/{ID}/preupload/(.+)", Handler.preupload),
     ("POST", f"/api/models/{ID}/commit/(.+)", Handler.commit),

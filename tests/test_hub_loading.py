@@ -42,8 +42,8 @@ name, settings = argv[0], eval(argv[1])
 model = AutoModelForCausalLM.from_pretrained(name, **settings)
 module = sys.modules[type(model).__module__]
 where = "remote" if module.__name__.startswith("transformers_modules.") else module.__name__
-logits = model(torch.arange(3, 9)[None]).logits
-result = [where, getattr(module, "RELEASE", "this"), str(model.dtype), logits[0, -1, :4].tolist(), type(model).__name__]
+logits = model(torch.arange(3, 9)[None]).logits[0, -1, :4].tolist()
+result = [where, getattr(module, "RELEASE", "this"), str(model.dtype), logits, type(model).__name__]
 """
 QUANTISED = """
 import torch

@@ -10,7 +10,7 @@ import json
 import sys
 
 from ponder_hf import PonderingError, __version__
-from ponder_hf.errors import TrainingStopped
+from ponder_hf.errors import NotFinished
 
 from .outcome import bad_input, interrupted, is_first_process, stopped, unexpected
 from .parser import OneLineParser, check_command
@@ -56,7 +56,7 @@ def main(argv=None):
         sys.stdout.flush()  # here, where a reader that is gone can still be noticed
     except SystemExit as done:  # --help and --version
         return done.code or 0
-    except TrainingStopped as error:
+    except NotFinished as error:
         return stopped(error)
     except PonderingError as error:
         return bad_input(error)

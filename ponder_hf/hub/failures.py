@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from ponder_hf import PonderingError
-from ponder_hf.errors import _HTTP_ERROR, TrainingStopped, first_line
+from ponder_hf.errors import _HTTP_ERROR, NotFinished, first_line
 
 
-class PushStopped(TrainingStopped):
+class PushStopped(NotFinished):
     """A push that did not come to its end although nothing was wrong with it. The repository is as it was."""
 
 
