@@ -18,12 +18,7 @@ def load_pondering(source, dtype=None):
         PonderingError: it is not a pondering checkpoint, or its configuration and its weights are not one whole model.
     """
     name = source.name
-    if not source.is_pondering:
-        kind = source.config.get("model_type", "unknown")
-        raise PonderingError(
-            f"{name} is no pondering checkpoint but a plain one (model_type {kind!r}): "
-            f"convert it first, with `ponder-hf convert {name} DEST`"
-        )
+    check_pondering(name, source.config)
     try:
         with understanding(name):
             config = PonderingConfig.from_pretrained(source.folder)
@@ -44,6 +39,16 @@ def load_pondering(source, dtype=None):
         )
     _check_report(name, report)
     return model.eval()
+
+
+def check_pondering(name, config):
+    """Raise unless the contents of a config.json are those of a pondering checkpoint."""
+    kind = config.get("model_type", "unknown")
+    if kind != PonderingConfig.model_type:
+        raise PonderingError(
+            f"{name} is no pondering checkpoint but a plain one (model_type {kind!r}): "
+            f"convert it first, with `ponder-hf convert {name} DEST`"
+        )
 
 
 def _check_report(name, report):

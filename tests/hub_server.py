@@ -334,11 +334,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_file(self, path, content, headers):
         status, size = 200, len(content)
-        first = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        if first and self.command == "GET":
-            start = int(first[1])
-            status, content = 206, content[start:]
-            headers["Content-Range"] = f"bytes {start}-{size - 1}/{size}"
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if asked and self.command == "GET":
+            start, last = int(asked[1]), min(int(asked[2] or size), size - 1)
+            status, content = 206, content[start : last + 1]
+            headers["Content-Range"] = f"bytes {start}-{last}/{size}"
         fault = self.fault if self.command == "GET" else None
         if fault is not None and fault.drop:
             self.send_response(status)

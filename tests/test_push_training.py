@@ -1,6 +1,7 @@
 """What a Trainer, PEFT and `push_to_hub` leave on the Hub loads where ponder_hf is not installed, at every commit."""
 
 import re
+import shutil
 
 import checkpoints
 import hub_client
@@ -22,6 +23,13 @@ model = AutoModelForCausalLM.from_pretrained(name, **settings)
 tokenizer = AutoTokenizer.from_pretrained(name, **settings)
 inputs = tokenizer("once upon a", return_tensors="pt", return_token_type_ids=False)
 result = [type(model).__module__.split(".")[0], model.generate(**inputs, max_new_tokens=4).shape[1]]
+"""
+
+
+LOAD_INSTALLED = """
+import ponder_hf
+from transformers import AutoModelForCausalLM
+result = type(AutoModelForCausalLM.from_pretrained(argv[0])).__module__
 """
 
 
@@ -90,30 +98,62 @@ def test_every_strategy_of_trainer(hub, client, stranger, strategy):
             assert stranger.done(LOAD, name, sha) == ["transformers_modules", 7]
 
 
-def test_transformers_own_trainer_with_a_callback(hub, client, stranger):
-    program = """
-from transformers import AutoTokenizer, Trainer, TrainingArguments
-from ponder_hf import PonderingForCausalLM
-from ponder_hf.hub import CodeOnPush
-
+TRAINER = """
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+name, how = argv
+callbacks = []
+if how == "callback":
+    from ponder_hf.hub import CodeOnPush
+    callbacks.append(CodeOnPush())
+if how != "trusting":
+    import ponder_hf
+model = AutoModelForCausalLM.from_pretrained("model", trust_remote_code=how == "trusting")
+folder = name.split("/")[1]
+if how in ("saved", "trusting"):
+    model.save_pretrained(folder)
 rows = [{"input_ids": list(range(3, 11)), "labels": list(range(3, 11))}] * 4
-settings = dict(push_to_hub=True, hub_model_id="somebody/trainer", hub_strategy="every_save", hub_always_push=True)
+settings = dict(push_to_hub=True, hub_model_id=name, hub_strategy="every_save", hub_always_push=True, use_cpu=True)
 settings |= dict(save_steps=1, max_steps=2, per_device_train_batch_size=2, report_to="none", disable_tqdm=True)
-trainer = Trainer(
-    PonderingForCausalLM.from_pretrained("model"),
-    TrainingArguments("plain", **settings),
-    train_dataset=rows,
-    processing_class=AutoTokenizer.from_pretrained("model"),
-    callbacks=[CodeOnPush()],
-)
-trainer.train()
+tokenizer = AutoTokenizer.from_pretrained("model")
+Trainer(
+    model, TrainingArguments(folder, **settings), train_dataset=rows, processing_class=tokenizer, callbacks=callbacks
+).train()
+result = type(model).__module__.split(".")[0]
 """
-    client.done(program)
-    commits = [(sha, each) for sha, each in hub["somebody/trainer"].commits.items() if weights(each.files)]
-    assert commits
+
+
+def commits_with_weights(hub, name):
+    return [(sha, each) for sha, each in hub[name].commits.items() if weights(each.files)]
+
+
+@pytest.mark.parametrize("how", ["callback", "saved", "trusting"])
+def test_transformers_own_trainer_pushes_the_code(hub, client, stranger, how):
+    """With our callback, or with a model that was saved to the output folder first, which needs no ponder_hf."""
+    name, trainer = f"somebody/trainer-{how}", stranger if how == "trusting" else client
+    if how == "trusting":
+        shutil.copytree(client.folder / "model", stranger.folder / "model")
+    assert trainer.done(TRAINER, name, how) == ("transformers_modules" if how == "trusting" else "ponder_hf")
+    commits = commits_with_weights(hub, name)
+    assert commits, "at least one: Trainer may copy the next checkpoint before it has sent this one"
     for sha, commit in commits:
         assert set(installed_code()) <= set(commit.files)
-        assert stranger.done(LOAD, "somebody/trainer", sha) == ["transformers_modules", 7]
+        assert stranger.done(LOAD, name, sha) == ["transformers_modules", 7]
+
+
+def test_transformers_own_trainer_alone_forgets_the_code(hub, client, stranger):
+    """What that looks like, and what mends it. Where this fails, Trainer has learnt it: say so in docs/hub.md."""
+    name = "somebody/forgetful"
+    client.done(TRAINER, name, "alone")
+    assert commits_with_weights(hub, name)
+    assert not set(installed_code()) & set(hub[name].files())
+    reply = stranger.python(LOAD, name, "main")
+    assert "configuration_pondering.py" in reply["err"].splitlines()[-1]
+    assert client.done(LOAD_INSTALLED, name) == "ponder_hf.modeling.modeling_pondering"
+    status = client.json("inspect-code", name)["status"]
+    assert status == "no code"
+    assert "ponder-hf push" in client.command("inspect-code", name)[2]
+    client.json("push", "forgetful/checkpoint-2", name, "--skip-unsafe")
+    assert stranger.done(LOAD, name, "main") == ["transformers_modules", 7]
 
 
 def test_push_to_hub_of_a_model(hub, client, stranger):

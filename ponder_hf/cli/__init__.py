@@ -17,7 +17,7 @@ from .parser import OneLineParser, check_command
 from .quiet import quiet_libraries, standard_output_for_json
 
 
-COMMANDS = ("demo", "convert", "export", "train", "generate", "push", "inspect-code", "doctor")
+COMMANDS = ("demo", "convert", "export", "train", "generate", "eval", "inspect", "push", "inspect-code", "doctor")
 
 
 def build_parser():

@@ -34,5 +34,7 @@ def _tell(result):
             print(f"  {file['file']}: {file['status']}")
     for reference in result["elsewhere"]:
         print(f"  code in another repository, {reference}")
+    if result["status"] == "no code":
+        print("it loads where ponder_hf is installed; `ponder-hf push FOLDER REPO` adds the code", file=sys.stderr)
     if result["revision"]:
         print(f"at commit {result['revision']}: load it with revision={result['revision']!r}", file=sys.stderr)

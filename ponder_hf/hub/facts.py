@@ -17,7 +17,7 @@ from ponder_hf.modeling.configuration_pondering import PONDERING_FIELDS, Ponderi
 from .code import code_of, installed_code, sha256
 
 
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _PASS = re.compile(r"eval_pass_(\d+)_loss")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -106,7 +106,7 @@ def facts_of_folder(folder, repository=None):
         backbone=base.get("model_type"),
         num_layers=PonderingConfig.from_dict(config).num_hidden_layers,
         parameters=sum(math.prod(tensor.shape) for tensor in tensors) or None,
-        dtype=_DTYPES.get(next(iter(dtypes))) if len(dtypes) == 1 else None,
+        dtype=DTYPES.get(next(iter(dtypes))) if len(dtypes) == 1 else None,
         pondering_steps=config["pondering_steps"],
         fields={n: config[n] for n in defaults if n in config and config[n] != defaults[n] and n != "pondering_steps"},
         base_model=hub_id(base.get("_name_or_path")),

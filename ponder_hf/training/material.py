@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from ponder_hf import PonderingError
 from ponder_hf.data.loading import check_apart, load_blocks, split_held_out
 
 
@@ -29,8 +30,16 @@ class Material:
 
 
 def block_size_of(options, config):
-    """Tokens in a block: as asked for, or the model's positions, but not more than MOST_TOKENS."""
+    """Tokens in a block: as asked for, or the model's positions, but not more than MOST_TOKENS.
+
+    Raises:
+        PonderingError: more are asked for than the model has positions.
+    """
     positions = getattr(config, "max_position_embeddings", None)
+    if options.block_size and positions and options.block_size > positions:
+        raise PonderingError(
+            f"--block-size is {options.block_size}, but the model has only {positions} positions: use at most that"
+        )
     return options.block_size or min(MOST_TOKENS, positions or MOST_TOKENS)
 
 
@@ -49,7 +58,7 @@ def load_material(options, tokenizer, config, seed):
     }
     held_out = None
     if options.validation:
-        split = options.validation_split or _usual_split(options.validation)
+        split = options.validation_split or usual_split(options.validation)
         check_apart(
             options.data,
             options.validation,
@@ -72,7 +81,8 @@ def load_material(options, tokenizer, config, seed):
     return Material(training, held_out, _fingerprint(training, options.streaming))
 
 
-def _usual_split(names):
+def usual_split(names):
+    """The split to evaluate on where none is named: "train" of what all lies here, else "validation"."""
     # What lies here was put together by the user, and the default of everything local is the split "train".
     return "train" if all(Path(name).expanduser().exists() for name in names) else "validation"
 

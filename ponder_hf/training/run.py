@@ -107,7 +107,7 @@ def make_plan(options):
     if options.lora:
         adapter.target_modules(options, start.config)
     check_tokenizer(start.tokenizer, start.config, options.tokenizer or start.name)
-    _check_block_size(options, start.config)
+    block_size_of(options, start.config)
     settings = make_arguments(options.folder, arguments)
     _check_settings(options, settings)
     material = load_material(options, start.tokenizer, start.config, settings.data_seed or settings.seed)
@@ -133,14 +133,6 @@ def _check_output(options):
 
 def _is_folder(name):
     return name is not None and Path(name).expanduser().is_dir()
-
-
-def _check_block_size(options, config):
-    positions = getattr(config, "max_position_embeddings", None)
-    if options.block_size and positions and options.block_size > positions:
-        raise PonderingError(
-            f"--block-size is {options.block_size}, but the model has only {positions} positions: use at most that"
-        )
 
 
 def _check_settings(options, settings):

@@ -1,0 +1,90 @@
+"""What a pondering checkpoint is, told by its files without loading or downloading its weights."""
+
+import math
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
+
+from ponder_hf import PonderingConfig, PonderingError
+from ponder_hf.conversion.headers import StoredTensor, read_headers, read_json, shard_names
+from ponder_hf.conversion.loading import check_pondering
+from ponder_hf.conversion.source import CONFIG, download_small_files, open_source
+from ponder_hf.conversion.travel import TOKENIZER_FILES
+from ponder_hf.errors import reading, understanding
+from ponder_hf.modeling.configuration_pondering import PONDERING_FIELDS
+
+from .code import inspect_code
+from .facts import DTYPES
+
+
+_BACKBONE = ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings", "tie_word_embeddings")
+_OF_THE_FILES = ("draft_heads", "pondering_format_version")
+
+
+def inspect_checkpoint(source, revision=None):
+    """Say how a checkpoint ponders, what its backbone and its weights are, and whose code it brings.
+
+    Args:
+        source: a folder or a Hub id. Of a model on the Hub only small files and the headers of its weights are read.
+        revision: the branch, tag or commit of a model on the Hub.
+
+    Returns:
+        A dict that JSON can hold; "code" is inspect_code's.
+
+    Raises:
+        PonderingError: there is no such checkpoint, it does not ponder, or a file of it is missing or broken.
+    """
+    folder, commit = _find(source, revision)
+    config = read_json(folder / CONFIG)
+    check_pondering(source, config)
+    with understanding(source):
+        parsed = PonderingConfig.from_pretrained(folder)
+    tensors, files = _headers_on_the_hub(source, commit) if commit else (read_headers(folder), shard_names(folder))
+    return {
+        "source": str(source),
+        "revision": commit,
+        "backbone": _backbone(parsed),
+        "pondering": {name: getattr(parsed, name) for name in PONDERING_FIELDS if name not in _OF_THE_FILES},
+        "draft_heads": parsed.draft_heads,
+        "format_version": parsed.pondering_format_version,
+        "weights": {
+            "parameters": sum(math.prod(tensor.shape) for tensor in tensors.values()),
+            "dtypes": sorted({DTYPES.get(tensor.dtype, tensor.dtype) for tensor in tensors.values()}),
+            "bytes": sum(tensor.num_bytes for tensor in tensors.values()),
+            "files": files,
+        },
+        "tokenizer": any((folder / name).is_file() for name in TOKENIZER_FILES),
+        "code": inspect_code(source, commit),
+    }
+
+
+def _find(source, revision):
+    """The folder with the small files of a checkpoint, and its commit where it is on the Hub, else None."""
+    if Path(str(source)).expanduser().is_dir() or str(source).startswith((".", "~", "/")):
+        return open_source(source, revision).folder, None
+    folder = download_small_files(source, revision)
+    if not (folder / CONFIG).is_file():
+        raise PonderingError(f"{source} is not a model: it has no {CONFIG}")
+    return folder, folder.name
+
+
+def _backbone(config):
+    base = config.base_config
+    values = {name: getattr(config, name, None) for name in _BACKBONE}
+    return {"model_type": base.model_type, "name": base._name_or_path or None, **values}
+
+
+def _headers_on_the_hub(source, commit):
+    """Map each stored weight to a StoredTensor, and list the files: their first bytes are asked for, no more."""
+    with reading(source):
+        try:
+            found = HfApi().get_safetensors_metadata(source, revision=commit)
+        except (NotASafetensorsRepoError, SafetensorsParsingError) as error:
+            raise PonderingError(f"{source} has no weights in safetensors files that can be read") from error
+    tensors = {
+        name: StoredTensor(info.dtype, tuple(info.shape), info.data_offsets[1] - info.data_offsets[0])
+        for file in found.files_metadata.values()
+        for name, info in file.tensors.items()
+    }
+    return tensors, sorted(found.files_metadata)

@@ -1,0 +1,127 @@
+"""`ponder-hf eval`: the loss of each pass on a text, of pondering and of plain models."""
+
+import json
+import math
+
+import checkpoints
+import pytest
+import torch
+import training_runs
+from checkpoints import run
+from torch.nn import functional
+from transformers import AutoTokenizer
+
+from ponder_hf import PonderingForCausalLM
+from ponder_hf.conversion import convert
+from ponder_hf.data import load_blocks
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made")
+    torch.manual_seed(0)
+    checkpoints.save_base(folder / "base", tokenizer=True)
+    convert(folder / "base", folder / "model", pondering_steps=2)
+    training_runs.write_text(folder / "text.txt", 30)
+    return folder
+
+
+@pytest.fixture
+def evaluated(made, capsys, monkeypatch):
+    monkeypatch.chdir(made)
+
+    def evaluate(source, *words):
+        capsys.readouterr()
+        assert run("eval", source, "--data", "text.txt", "--block-size", 16, *words, "--json") == 0
+        return json.loads(capsys.readouterr().out)
+
+    return evaluate
+
+
+def losses(result):
+    return [each["loss"] for each in result["passes"]]
+
+
+def expected_losses(made, **settings):
+    """The same numbers the plain way: one block at a time, all logits."""
+    tokenizer = AutoTokenizer.from_pretrained(made / "model")
+    model = PonderingForCausalLM.from_pretrained(made / "model")
+    rows = load_blocks(str(made / "text.txt"), tokenizer, 16, progress=False, **settings).rows.long()
+    with torch.no_grad():
+        output = model(rows, output_pondering=True)
+    every_pass = [*output.pondering_logits, output.logits]
+    return [functional.cross_entropy(each[:, :-1].flatten(0, 1), rows[:, 1:].flatten()).item() for each in every_pass]
+
+
+def test_the_loss_of_each_pass(made, evaluated):
+    result = evaluated("model")
+    assert losses(result) == pytest.approx(expected_losses(made), abs=1e-5)
+    assert result["loss"] == losses(result)[-1]
+    assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
+    assert (result["pondering_steps"], result["block_size"], result["dtype"]) == (2, 16, "float32")
+    assert result["tokens"] == result["blocks"] * 15
+    assert result["tokens_per_second"] > 0
+
+
+def test_fewer_blocks_and_other_steps(made, evaluated):
+    whole, short = evaluated("model"), evaluated("model", "--max-blocks", 3)
+    assert short["blocks"] == 3 < whole["blocks"]
+    assert losses(short) == pytest.approx(expected_losses(made, max_blocks=3), abs=1e-5)
+    assert losses(evaluated("model", "--pondering-steps", 1)) == pytest.approx(losses(whole)[:2], abs=1e-6)
+    assert len(losses(evaluated("model", "--pondering-steps", 4))) == 5
+
+
+def test_a_plain_model_has_one_pass(evaluated):
+    assert losses(evaluated("base")) == pytest.approx(losses(evaluated("model"))[:1], abs=1e-6)
+    assert losses(evaluated("base", "--pondering-steps", 2)) == pytest.approx(losses(evaluated("model")), abs=1e-6)
+
+
+def test_half_precision(evaluated):
+    result = evaluated("model", "--dtype", "bfloat16")
+    assert result["dtype"] == "bfloat16"
+    assert result["loss"] != evaluated("model")["loss"]
+    assert result["loss"] == pytest.approx(evaluated("model")["loss"], rel=0.02)
+
+
+def test_for_people(made, evaluated, capsys):
+    result = evaluated("model")
+    assert run("eval", "model", "--data", "text.txt", "--block-size", 16) == 0
+    out, err = capsys.readouterr()
+    rows = [line.split() for line in out.splitlines()]
+    assert rows[0] == ["pass", "loss", "perplexity"]
+    assert [row[1] for row in rows[1:]] == [f"{loss:.4f}" for loss in losses(result)]
+    assert "evaluating: 100%" in err
+    assert f"{result['tokens']:,} tokens in {result['blocks']} blocks of 16" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["nowhere", "--data", "text.txt"], "no folder nowhere"),
+        (["model"], "--data"),
+        (["model", "--data", "nothing.txt"], "nothing.txt"),
+        (["model", "--data", "text.txt", "--block-size", "65"], "64 positions"),
+        (["model", "--data", "text.txt", "--block-size", "1"], "--block-size"),
+        (["model", "--data", "text.txt", "--max-blocks", "0"], "--max-blocks"),
+        (["model", "--data", "text.txt", "--pondering-steps", "-1"], "--pondering-steps"),
+        (["model", "--data", "text.txt", "--dtype", "int8"], "--dtype"),
+        (["model", "--data", "short.txt"], "fewer tokens than one block"),
+        (["bare", "--data", "text.txt"], "has no tokenizer"),
+        (["broken", "--data", "text.txt", "--block-size", "16"], "NaN or infinity"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input(made, monkeypatch, capsys, words, says):
+    monkeypatch.chdir(made)
+    (made / "short.txt").write_text("once upon a time")
+    model = PonderingForCausalLM.from_pretrained("model")
+    model.save_pretrained("bare")
+    model.save_pretrained("broken")
+    AutoTokenizer.from_pretrained("model").save_pretrained("broken")
+    checkpoints.change_tensors(made / "broken", lambda tensors: tensors["backbone.embed_out.weight"].fill_(math.nan))
+    capsys.readouterr()
+    assert run("eval", *words) == 2
+    out, err = capsys.readouterr()
+    last = err.replace("\r", "\n").splitlines()[-1]
+    assert (out, last.startswith("ponder-hf: error: ")) == ("", True)
+    assert says in last
