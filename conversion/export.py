@@ -3,7 +3,7 @@
 from ponder_hf import PonderingError
 
 from .convert import SHARD_SIZE, check_shard_size
-from .loading import load_pondering
+from .loading import load_pondering, quantised_by
 from .source import open_source
 from .travel import copy_files, travelling_files
 from .writer import check_destination, check_space, whole_folder
@@ -32,6 +32,10 @@ def export(source, destination, *, overwrite=False, max_shard_size=SHARD_SIZE, r
     path = check_destination(destination, overwrite, found.folder)
     if not found.is_pondering:
         raise PonderingError(f"{found.name} is a plain checkpoint already: there is nothing to export")
+    if quantised_by(found) is not None:
+        raise PonderingError(
+            f"{found.name} is quantised by {quantised_by(found)}: export the full-precision checkpoint"
+        )
     names = travelling_files(found.folder)
     check_space(path, found.num_bytes)
     model = load_pondering(found)

@@ -1,9 +1,11 @@
 """Load a pondering checkpoint through ponder_hf's own classes, every weight accounted for. Its code is never run."""
 
+from contextlib import contextmanager
+
 import torch
 
 from ponder_hf import PonderingConfig, PonderingError, PonderingForCausalLM
-from ponder_hf.errors import reading, understanding
+from ponder_hf.errors import first_line, reading, understanding
 
 from .dtype import stored_dtype
 
@@ -28,7 +30,7 @@ def load_pondering(source, dtype=None):
         place = f"config.json of {name}"
         message = str(error)
         raise PonderingError(message if message.startswith(place) else f"{place}: {message}") from error
-    with reading(name):
+    with reading(name), _what_quantised_weights_need(source):
         model, report = PonderingForCausalLM.from_pretrained(
             source.folder,
             config=config,
@@ -39,6 +41,27 @@ def load_pondering(source, dtype=None):
         )
     _check_report(name, report)
     return model.eval()
+
+
+def quantised_by(source):
+    """What the weights in `source`, a Source, are quantised by ("torchao"), or None."""
+    settings = source.config.get("quantization_config")
+    return settings.get("quant_method", "an unknown method") if isinstance(settings, dict) else None
+
+
+@contextmanager
+def _what_quantised_weights_need(source):
+    """Translate what transformers raises where the package is missing that a quantised checkpoint needs."""
+    try:
+        yield
+    except (ImportError, ValueError) as error:
+        method = quantised_by(source)
+        if method is None:
+            raise
+        raise PonderingError(
+            f"{source.name} is quantised by {method}, which does not work here ({first_line(error)}): install it, or "
+            "use the full-precision checkpoint"
+        ) from error
 
 
 def check_pondering(name, config):

@@ -196,6 +196,9 @@ def test_ponder_hf_train_in_two_processes(tmp_path):
     assert json.loads(answer)["steps"] == 4
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert max((one[key] - two[key]).abs().max() for key in one) < 1e-3  # float32, and AdamW as above
+    cards = [(tmp_path / name / "README.md").read_text() for name in ("one", "two")]
+    assert all("| rows in a step | 4 |" in card for card in cards), "of both processes together"
+    assert len(cards[1].splitlines()) == len(cards[0].splitlines()), "the card is written once"
     shutil.rmtree(tmp_path / "two" / "checkpoint-4")
     (tmp_path / "two" / "model.safetensors").unlink()
     resume = ["train", "--output", str(tmp_path / "two"), "--resume", "--json"]

@@ -1,5 +1,6 @@
 """A repository loads over HTTP, in a process that cannot import ponder_hf, whatever the connection does meanwhile."""
 
+import importlib.util
 import shutil
 import sys
 from pathlib import Path
@@ -47,6 +48,7 @@ result = [where, getattr(module, "RELEASE", "this"), str(model.dtype), logits, t
 """
 QUANTISED = """
 import torch
+from peft import LoraConfig, get_peft_model
 from torchao.quantization import Int8WeightOnlyConfig
 from transformers import AutoModelForCausalLM, TorchAoConfig
 name, with_head = argv[0], argv[1] == "head"
@@ -76,6 +78,9 @@ result = {
     "spread": whole.logits.std().item(),
     "tokens": model.generate(ids, max_new_tokens=4, pad_token_id=0).shape[1],
 }
+adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["query_key_value"])).train()
+adapted(input_ids=ids, labels=ids).loss.backward()
+result["gradients"] = [bool(each.grad.isfinite().all()) for each in adapted.parameters() if each.requires_grad]
 """
 
 
@@ -193,6 +198,7 @@ def test_int8_weights_by_torchao(hub, torchao, part):
     if part == "head":
         assert (found["kernel"], found["calls"]) == ("plain", 4), "the head's module runs in each of the four passes"
     assert found["tokens"] == 20
+    assert found["gradients"] == [True] * 4, "two matrices of an adapter in each of two layers"
 
 
 @pytest.mark.parametrize(
@@ -207,3 +213,49 @@ def test_a_download_that_breaks_is_whole_or_not_there(hub, stranger, fault):
     assert reply["result"] in (True, "raised")
     assert (reply["result"] == "raised") == ("keep" in fault or fault.get("status") == 500), reply["err"]
     assert stranger.done(LOAD, name) is True
+
+
+def test_a_checkpoint_that_was_saved_quantised(hub, torchao, tmp_path, capsys):
+    """The commands take it where torchao is, and say what is missing where it is not."""
+    save = """
+from torchao.quantization import Int8WeightOnlyConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
+settings = {"trust_remote_code": True, "quantization_config": TorchAoConfig(Int8WeightOnlyConfig())}
+AutoModelForCausalLM.from_pretrained(argv[0], **settings).save_pretrained(argv[1])
+AutoTokenizer.from_pretrained(argv[0], trust_remote_code=True).save_pretrained(argv[1])
+"""
+    torchao.done(save, "somebody/model", tmp_path / "int8")
+    logits = "model(torch.arange(3, 9)[None]).logits"
+    same = f"""
+import torch
+from torchao.quantization import Int8WeightOnlyConfig
+from transformers import AutoModelForCausalLM, TorchAoConfig
+model = AutoModelForCausalLM.from_pretrained(argv[1], trust_remote_code=True)
+loaded = {logits}
+settings = {{"trust_remote_code": True, "quantization_config": TorchAoConfig(Int8WeightOnlyConfig())}}
+model = AutoModelForCausalLM.from_pretrained(argv[0], **settings)
+result = bool((loaded == {logits}).all())
+"""
+    assert torchao.done(same, "somebody/model", tmp_path / "int8")
+    capsys.readouterr()
+    for words in (
+        ["generate", tmp_path / "int8", "--prompt", "once"],
+        ["export", tmp_path / "int8", tmp_path / "out"],
+    ):
+        assert checkpoints.run(*words) == 2
+        err = capsys.readouterr().err
+        assert "is quantised by torchao" in err
+        assert len(err.splitlines()) == 1
+    assert checkpoints.run("inspect", tmp_path / "int8") == 0
+    assert "I8" in capsys.readouterr().out
+
+
+def test_a_damaged_download_is_what_hf_cache_verify_finds(hub, stranger):
+    """transformers takes a file of the right size as it is, so docs/hub.md names the command that does not."""
+    hub.add("somebody/damaged", hub.folder)
+    hub.fail("GET", r"resolve/.*model\.safetensors$", corrupt=True)
+    stranger.done(LOAD, "somebody/damaged")
+    program = "from huggingface_hub.cli.hf import main\nimport sys\nsys.argv[1:] = ['cache', 'verify', *argv]\nmain()"
+    found = stranger.python(program, "somebody/damaged")
+    assert "model.safetensors" in found["out"] + found["err"]
+    assert "verification failed" in found["out"] + found["err"]

@@ -241,17 +241,3 @@ def test_a_quantised_base_ponders_and_trains_through_its_modules():
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])).train()
     adapted(input_ids=input_ids, labels=input_ids).loss.backward()
     assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
-
-
-def test_a_model_quantised_by_torchao_ponders_and_trains_an_adapter():
-    quantization = pytest.importorskip("torchao.quantization", reason="torchao, which no extra brings")
-    torch.manual_seed(0)
-    model = tiny.pondering_model("llama", base_changes={"tie_word_embeddings": False}, pondering_top_k=9)
-    input_ids = tiny.token_ids(2, 9)
-    expected = model(input_ids).logits
-    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
-    assert model.pondering_kernel == "plain"
-    torch.testing.assert_close(model(input_ids).logits, expected, rtol=0.2, atol=0.5)
-    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])).train()
-    adapted(input_ids=input_ids, labels=input_ids).loss.backward()
-    assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)

@@ -6,6 +6,7 @@ import time
 
 from ponder_hf import PonderingError
 
+from .data_flags import add_text_flags
 from .fields import errors_named_by_flags
 
 
@@ -18,17 +19,8 @@ def add_parser(subparsers):
         "fill a last block is left out. SOURCE may be a plain model, which has one pass.",
     )
     parser.add_argument("source", metavar="SOURCE", help="a pondering or a plain model: a folder or a Hub id")
-    parser.add_argument(
-        "--data",
-        nargs="+",
-        required=True,
-        metavar="DATA",
-        help="files (text, .jsonl, .parquet, .gz), folders of them, or data sets of the Hub",
-    )
-    parser.add_argument("--text-field", default="text", metavar="NAME", help="that holds the text. Default: text.")
-    parser.add_argument("--data-name", metavar="NAME", help="the configuration of a data set")
+    add_text_flags(parser, required=True)
     parser.add_argument("--split", help="of a data set. Default: validation; of files and folders here: train.")
-    parser.add_argument("--block-size", type=int, metavar="N", help="Default: the model's positions, up to 2048.")
     parser.add_argument("--max-blocks", type=int, metavar="N", help="no more than the first N blocks")
     parser.add_argument("--pondering-steps", type=int, metavar="S", help="in place of the checkpoint's own")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="Default: as stored.")
@@ -66,7 +58,7 @@ def evaluate(args):
         args.data,
         tokenizer,
         block_size_of(args, model.config),
-        text_field=args.text_field,
+        text_field=args.text_field or "text",
         name=args.data_name,
         split=args.split or usual_split(args.data),
         max_blocks=args.max_blocks,

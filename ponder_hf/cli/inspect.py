@@ -14,7 +14,7 @@ def add_parser(subparsers):
 
 
 def run(args):
-    from ponder_hf.hub.inspection import inspect_checkpoint
+    from ponder_hf.hub import inspect_checkpoint
 
     result = inspect_checkpoint(args.source, args.revision)
     if not args.json:

@@ -3,6 +3,7 @@
 import argparse
 import sys
 
+from .data_flags import add_text_flags
 from .fields import add_field_flags, errors_named_by_flags, given_fields
 from .outcome import is_first_process
 from .training_flags import add_training_flags, read_arguments_file
@@ -56,18 +57,8 @@ def _add_run_flags(parser):
 
 def _add_data_flags(parser):
     group = parser.add_argument_group("data")
-    group.add_argument(
-        "--data",
-        nargs="+",
-        metavar="DATA",
-        help="files (text, .jsonl, .parquet, .gz), folders of them, or data sets of the Hub. Required.",
-    )
-    group.add_argument("--text-field", metavar="NAME", help="the field or column that holds the text. Default: text.")
-    group.add_argument("--data-name", metavar="NAME", help="the configuration of a data set")
+    add_text_flags(group)
     group.add_argument("--split", metavar="SPLIT", help="of a data set to train on. Default: train.")
-    group.add_argument(
-        "--block-size", type=int, metavar="N", help="tokens in a row. Default: the model's, up to 2048."
-    )
     group.add_argument("--streaming", action="store_true", help="read DATA while training; needs --max-steps")
     group.add_argument(
         "--shuffle-buffer", type=int, metavar="N", help="streaming, shuffle among so many blocks. Default: 0."

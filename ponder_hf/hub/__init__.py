@@ -1,9 +1,10 @@
-"""The Hub: what of a folder is pushed, the model card, and what the code in a checkpoint is."""
+"""The Hub: what of a folder is pushed, the model card, what a checkpoint is, and what its code is."""
 
 from .code import inspect_code
+from .inspection import inspect_checkpoint
 from .model import push_model
 from .push import push
 from .training import CodeOnPush
 
 
-__all__ = ["CodeOnPush", "inspect_code", "push", "push_model"]
+__all__ = ["CodeOnPush", "inspect_checkpoint", "inspect_code", "push", "push_model"]
