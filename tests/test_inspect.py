@@ -102,6 +102,10 @@ def test_on_the_hub_the_weights_stay_there(made, capsys, tmp_path):
         result = client.json("inspect", "somebody/model")
         assert result.pop("revision") == commit
         assert not list(client.home.rglob("*.safetensors"))
+        client.json("export", "somebody/model", "plain")  # which downloads them
+        client.python("import huggingface_hub.constants as c\nc.HF_HUB_OFFLINE = True")
+        assert client.json("inspect", "somebody/model")["weights"] == result["weights"]
+        client.python("import huggingface_hub.constants as c\nc.HF_HUB_OFFLINE = False")
         assert "no weights" in client.refused("inspect", hub.add("somebody/bare", made / "code").name)
     for name in ("backbone", "pondering", "weights", "tokenizer"):
         assert result[name] == here[name], name

@@ -42,6 +42,7 @@ def evaluate(args):
 
     from ponder_hf.conversion import open_source
     from ponder_hf.data import check_tokenizer, load_blocks
+    from ponder_hf.data.sources import find_sources
     from ponder_hf.modeling.configuration_pondering import check_steps
     from ponder_hf.training.evaluation import evaluate_passes
     from ponder_hf.training.material import block_size_of, usual_split
@@ -50,6 +51,8 @@ def evaluate(args):
 
     if args.pondering_steps is not None:
         check_steps("pondering_steps", args.pondering_steps)
+    split = args.split or usual_split(args.data)
+    find_sources(args.data, args.data_name, split, streaming=True)  # a wrong name, before a model is loaded
     source = open_source(args.source, args.revision)
     tokenizer = load_tokenizer(source)
     model = _load(source, None if args.dtype is None else getattr(torch, args.dtype), args.pondering_steps)
@@ -60,7 +63,7 @@ def evaluate(args):
         block_size_of(args, model.config),
         text_field=args.text_field or "text",
         name=args.data_name,
-        split=args.split or usual_split(args.data),
+        split=split,
         max_blocks=args.max_blocks,
         vocab_size=model.config.vocab_size,
     )

@@ -105,7 +105,8 @@ def facts_of_folder(folder, repository=None):
         known,
         backbone=base.get("model_type"),
         num_layers=PonderingConfig.from_dict(config).num_hidden_layers,
-        parameters=sum(math.prod(tensor.shape) for tensor in tensors) or None,
+        # Quantised weights are stored as integers and scales, which are not what anybody calls parameters.
+        parameters=None if "quantization_config" in config else sum(math.prod(each.shape) for each in tensors) or None,
         dtype=DTYPES.get(next(iter(dtypes))) if len(dtypes) == 1 else None,
         pondering_steps=config["pondering_steps"],
         fields={n: config[n] for n in defaults if n in config and config[n] != defaults[n] and n != "pondering_steps"},

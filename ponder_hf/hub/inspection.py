@@ -40,7 +40,7 @@ def inspect_checkpoint(source, revision=None):
     check_pondering(source, config)
     with understanding(source):
         parsed = PonderingConfig.from_pretrained(folder)
-    tensors, files = _headers_on_the_hub(source, commit) if commit else (read_headers(folder), shard_names(folder))
+    tensors, files = _headers(source, folder, commit)
     return {
         "source": str(source),
         "revision": commit,
@@ -75,8 +75,13 @@ def _backbone(config):
     return {"model_type": base.model_type, "name": base._name_or_path or None, **values}
 
 
-def _headers_on_the_hub(source, commit):
-    """Map each stored weight to a StoredTensor, and list the files: their first bytes are asked for, no more."""
+def _headers(source, folder, commit):
+    """Map each stored weight to a StoredTensor, and list the files. Of files that lie on the Hub only, the first bytes
+    are asked for.
+    """
+    names = shard_names(folder)
+    if commit is None or (names and all((folder / name).is_file() for name in names)):
+        return read_headers(folder), names
     with reading(source):
         try:
             found = HfApi().get_safetensors_metadata(source, revision=commit)
