@@ -10,6 +10,9 @@ PYTHON ?= python3
 VENV ?= .venv
 # Test processes; each computes on one thread.
 WORKERS ?= 2
+# Where `make compat` keeps its environments (0.1 GB each), and which versions it tries; none: all of them.
+COMPAT ?= .compat
+VERSIONS ?=
 # Further options: make test PYTEST_ARGS="-k gate", make demo DEMO_ARGS="--base FOLDER", make bench BENCH=NAME.
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
@@ -23,7 +26,7 @@ TORCHAO = $(VENV)/overlays/torchao
 INTERPRETER = $(if $(wildcard $(VENV_PYTHON)),$(VENV_PYTHON),$(PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test style bench clean
+.PHONY: help setup demo test style compat bench clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -40,11 +43,14 @@ style: setup ## Check style and formatting with ruff
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
+compat: setup ## Try checkpoints under other versions of transformers, or only VERSIONS="4.57.6 newest" (two minutes)
+	PYTHONPATH=tests $(VENV_PYTHON) -m compat --environments $(COMPAT) $(VERSIONS)
+
 bench: setup ## Run the benchmark named by BENCH=NAME, or all of them (hours); `python -m benchmarks` lists them
 	$(VENV_PYTHON) -m benchmarks $(BENCH)
 
-clean: ## Remove build outputs and caches; keep .venv and ponder-demo
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+clean: ## Remove build outputs, caches and .compat; keep .venv and ponder-demo
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .compat
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt

@@ -5,9 +5,16 @@ transformers finds what to copy).
 """
 
 from .configuration_pondering import PonderingConfig
-from .modeling_pondering import PonderingForCausalLM, PonderingModel
 from .pondering_errors import PonderingError
-from .pondering_output import PonderingCausalLMOutput
+from .pondering_version import check_transformers
+
+
+try:
+    from .modeling_pondering import PonderingForCausalLM, PonderingModel
+    from .pondering_output import PonderingCausalLMOutput
+except ImportError:
+    check_transformers()  # a version that lacks what they import is outside the range, which says more
+    raise
 
 
 __all__ = ["PonderingCausalLMOutput", "PonderingConfig", "PonderingError", "PonderingForCausalLM", "PonderingModel"]

@@ -3,9 +3,15 @@
 import difflib
 import math
 
-from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
-
 from .pondering_errors import PonderingError
+from .pondering_version import check_transformers
+
+
+try:
+    from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+except ImportError:
+    check_transformers()  # a version that lacks one of these is outside the range, which says more
+    raise
 
 
 FORMAT_VERSION = 1  # raised whenever an older release could misread a newer checkpoint
@@ -111,6 +117,7 @@ class PonderingConfig(PretrainedConfig):
 
     Raises:
         PonderingError: a field has a wrong type or value; at construction and at any later assignment.
+            Or the installed transformers is outside the range of versions that the code is tested with.
     """
 
     model_type = "pondering"
@@ -129,6 +136,7 @@ class PonderingConfig(PretrainedConfig):
     tie_word_embeddings = _OfBackbone()
 
     def __init__(self, base_config=None, **kwargs):
+        check_transformers()
         self.base_config = _as_config(base_config)
         for name, (default, _) in PONDERING_FIELDS.items():
             setattr(self, name, kwargs.pop(name, default))

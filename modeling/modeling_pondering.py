@@ -46,6 +46,7 @@ from .pondering_prompt import check_prompt  # noqa: F401
 from .pondering_readout import Readout  # noqa: F401
 from .pondering_speculation import speculative_sample  # noqa: F401
 from .pondering_topk import top_k_embedding  # noqa: F401
+from .pondering_version import check_transformers  # noqa: F401
 from .pondering_vocabulary import vocabulary_embedding  # noqa: F401
 from .pondering_wave import Wave  # noqa: F401
 from .pondering_wave_cache import WaveCache  # noqa: F401

@@ -7,9 +7,14 @@ import sys
 import torch
 
 
-# Stands at the start of every program: ponder_hf must not be there, installed or not.
+# Stands at the start of every program: ponder_hf must not be there, installed or not. What transformers deprecates is
+# an error here as in the tests (pyproject.toml), also in transformers_modules, where it loads a checkpoint's code.
 WITHOUT_PONDER_HF = """
 import sys
+import warnings
+
+for category in (DeprecationWarning, FutureWarning):
+    warnings.filterwarnings("error", category=category, module="transformers")
 
 class Blocker:
     def find_spec(self, name, path=None, target=None):
@@ -26,13 +31,19 @@ else:
 """
 
 
-def run(program, home, *arguments):
-    """Run a program in a process of its own: isolated, from another folder, with an empty Hugging Face home."""
+def run(program, home, *arguments, python=sys.executable):
+    """Run a program in a process of its own: isolated, from another folder, with an empty Hugging Face home.
+
+    `python` may be the interpreter of another environment. Returns standard output.
+
+    Raises:
+        AssertionError: the program failed. The message is what it printed.
+    """
     home.mkdir()
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
     variables |= {"HF_HOME": str(home), "HF_MODULES_CACHE": str(home / "modules"), "HF_HUB_OFFLINE": "1"}
     variables["OMP_NUM_THREADS"] = str(torch.get_num_threads())
-    command = [sys.executable, "-I", "-W", "ignore", "-c", WITHOUT_PONDER_HF + program, *map(str, arguments)]
+    command = [str(python), "-I", "-W", "ignore", "-c", WITHOUT_PONDER_HF + program, *map(str, arguments)]
     result = subprocess.run(
         command, cwd=home, env=variables, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300
     )

@@ -34,6 +34,7 @@ MODELING_FILES = {
     "pondering_readout.py",
     "pondering_speculation.py",
     "pondering_topk.py",
+    "pondering_version.py",
     "pondering_vocabulary.py",
     "pondering_wave.py",
     "pondering_wave_cache.py",

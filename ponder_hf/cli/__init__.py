@@ -11,6 +11,7 @@ import sys
 
 from ponder_hf import PonderingError, __version__
 from ponder_hf.errors import NotFinished
+from ponder_hf.modeling.pondering_version import check_transformers
 
 from .outcome import bad_input, interrupted, is_first_process, stopped, unexpected
 from .parser import OneLineParser, check_command
@@ -45,6 +46,8 @@ def main(argv=None):
         args, unknown = build_parser().parse_known_args(argv)
         if unknown:  # the command's own parser knows which flags are near
             args.parser.refuse(unknown)
+        if args.command != "doctor":  # which reports it among other things
+            check_transformers()
         with quiet_libraries():
             if not args.json:
                 args.run(args)

@@ -6,14 +6,13 @@ import sys
 from importlib import metadata
 
 from ponder_hf import PonderingError, __version__
+from ponder_hf.modeling.pondering_version import TRANSFORMERS_RANGE, is_supported
 
 
 DISTRIBUTION = "ponder-hf"
 PACKAGES = (
     "torch transformers huggingface-hub safetensors tokenizers tqdm accelerate peft datasets evaluate matplotlib"
 ).split()
-# What checkpoints load with, without ponder_hf. The library itself needs what its own requirements say.
-CHECKPOINTS_NEED = ">=4.57,<5.24"
 
 
 def add_parser(subparsers):
@@ -110,14 +109,13 @@ def _is_met(requirement):
 
 def check_transformers():
     """Whether the installed transformers is in the ranges that checkpoints and the library were tested with."""
-    from packaging.specifiers import SpecifierSet
-
     version = _version("transformers")
     needed = next((each.specifier for each in _requirements() if each.name == "transformers"), None)
     return {
         "version": version,
-        "checkpoints_need": CHECKPOINTS_NEED,
-        "good_for_checkpoints": SpecifierSet(CHECKPOINTS_NEED).contains(version, prereleases=True),
+        # What checkpoints load with, without ponder_hf. The library itself needs what its own requirements say.
+        "checkpoints_need": TRANSFORMERS_RANGE,
+        "good_for_checkpoints": is_supported(version),
         "library_needs": None if needed is None else str(needed),
         "good_for_library": None if needed is None else needed.contains(version, prereleases=True),
     }
@@ -150,8 +148,8 @@ def find_problems(report):
         )
     if not transformers["good_for_checkpoints"]:
         problems.append(
-            f"checkpoints were tested with transformers {CHECKPOINTS_NEED}, not {transformers['version']}: "
-            f'pip install "transformers{CHECKPOINTS_NEED}"'
+            f"checkpoints were tested with transformers {TRANSFORMERS_RANGE}, not {transformers['version']}: "
+            f'pip install "transformers{TRANSFORMERS_RANGE}"'
         )
     if not hub["cache_is_writable"]:
         problems.append(f"the Hub's cache {hub['cache']} may not be written to: set HF_HOME to a folder of yours")

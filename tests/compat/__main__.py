@@ -1,0 +1,121 @@
+"""Run what versions.txt names and print the table. The exit code is 1 if anything fails.
+
+python -m compat [--environments FOLDER] [VERSION ...]      from tests/, or with it on PYTHONPATH
+"""
+
+import argparse
+import datetime
+import json
+import platform
+import sys
+import tempfile
+from pathlib import Path
+
+import elsewhere
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from ponder_hf import PonderingForCausalLM, __version__
+from ponder_hf.modeling.pondering_version import TRANSFORMERS_RANGE, is_supported
+
+from . import abilities
+from .environments import EnvironmentFailed, build, chosen_versions, read_pins
+from .written import CHECKPOINTS, write
+
+
+COLUMNS = (*abilities.ABILITIES, "back here", "no deprecations")
+REFUSED = "refused in words"
+
+
+def read_back(copies):
+    """Map each checkpoint that another version saved to None, or to what goes wrong when the library loads it here."""
+    problems = {}
+    for name in CHECKPOINTS:
+        try:
+            model = PonderingForCausalLM.from_pretrained(copies / name)
+            abilities.compare(abilities.measure(model, "logits"), load_file(copies / f"{name}.safetensors"), "logits")
+        except Exception as error:
+            problems[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+        else:
+            problems[name] = None
+    return problems
+
+
+def try_version(version, environments, written, place):
+    """Map each column to {checkpoint: problem or None} for one version of transformers."""
+    pins = read_pins()[version]
+    python = build(pins, environments / version)
+    copies = place / "copies"
+    copies.mkdir(parents=True)
+    expectation = "supported" if is_supported(version) else "refused"
+    program = Path(abilities.__file__).read_text(encoding="utf-8")
+    report = json.loads(elsewhere.run(program, place / "home", written, copies, expectation, python=python))
+    imported = {name: pins[name] for name in report["versions"]}
+    if report["versions"] != imported:
+        raise EnvironmentFailed(f"it imports {report['versions']} where {imported} were installed")
+    outcomes = report["outcomes"]
+    if expectation == "supported":
+        outcomes["back here"] = read_back(copies)
+        outcomes["no deprecations"] = {"all": "; ".join(report["deprecations"]) or None}
+    return outcomes
+
+
+def cells(version, outcomes):
+    """The texts of one row's columns, and the problems that they stand for."""
+    texts, problems = [], []
+    for column in COLUMNS:
+        found = outcomes.get(column)
+        if found is None:
+            texts.append("")
+            continue
+        failed = [name for name, problem in found.items() if problem]
+        problems += [f"{version}: {column}: {name}: {found[name]}" for name in failed]
+        good = "yes" if is_supported(version) else REFUSED
+        texts.append(f"NO: {', '.join(failed)}" if failed else good)
+    return texts, problems
+
+
+def row(texts):
+    return f"| {' | '.join(texts)} |"
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="make compat", description="Try checkpoints under versions of transformers.")
+    parser.add_argument("--environments", type=Path, default=Path(".compat"), metavar="FOLDER", help="where they lie")
+    parser.add_argument("versions", nargs="*", metavar="VERSION", help="by default all; also: oldest, newest")
+    args = parser.parse_args(argv)
+    try:
+        versions = chosen_versions(args.versions)
+    except EnvironmentFailed as error:
+        parser.error(str(error))
+    print(
+        f"ponder_hf {__version__}, range {TRANSFORMERS_RANGE}; checkpoints ({', '.join(CHECKPOINTS)}) written under "
+        f"transformers {transformers.__version__}, torch {torch.__version__}, Python {platform.python_version()}; "
+        f"{datetime.date.today()}\n"
+    )
+    print(row(["transformers", "huggingface_hub", "tokenizers", *COLUMNS]))
+    print(row(["---"] * (3 + len(COLUMNS))))
+    transformers.logging.disable_progress_bar()
+    problems = []
+    with tempfile.TemporaryDirectory() as place:
+        written = Path(place) / "written"
+        for name in CHECKPOINTS:
+            write(written, name)
+        for version in versions:
+            pins = read_pins()[version]
+            try:
+                outcomes = try_version(version, args.environments.absolute(), written, Path(place) / version)
+                texts, found = cells(version, outcomes)
+            except (EnvironmentFailed, AssertionError) as error:  # the latter: the program there ended with an error
+                texts = ["NO"] + [""] * (len(COLUMNS) - 1)
+                found = [f"{version}: {error}"]
+            problems += found
+            print(row([version, pins["huggingface-hub"], pins["tokenizers"], *texts]), flush=True)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

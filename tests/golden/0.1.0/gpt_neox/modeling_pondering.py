@@ -1,0 +1,474 @@
+"""Pondering language models: a causal language model that runs several times before each token.
+
+With token embeddings E, the backbone's decoder f and head W (arXiv 2505.20674, where steps and passes are counted):
+
+    x^0     = input_scale * embedding_scale * e^0
+    p^i     = softmax(W f(x^i) / temperature)                 i = 0 .. S-1
+    t^i     = p^i (embedding_scale * E)
+    x^(i+1) = x^i + t^i                                       or x^i + g * t^i with a gate
+    logits  = W f(x^S)
+
+This file holds only that. The backbone is transformers' own model, unchanged; what is particular to it is in
+pondering_backbone.py. Positions and masks are the tokens' own, the same in every pass.
+"""
+
+from functools import partial
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import logging
+
+from .configuration_pondering import PonderingConfig, check_steps
+from .pondering_adaptive import AdaptivePasses
+from .pondering_backbone import (
+    TESTED,
+    backbone_class,
+    backbone_logits,
+    backbone_readout,
+    run_backbone,
+    verify_backbone,
+)
+from .pondering_base import load_backbone, names_in_memory, read_base_config, split_arguments
+from .pondering_cache import mark_owner, pass_cache, step_cache
+
+# transformers 4.57 fetches only the files that this one imports by itself, so it must name all of them.
+from .pondering_call import current_call, keep_settings
+from .pondering_drafts import DraftHeads
+from .pondering_embedding import PonderingEmbedding, PonderingGate
+from .pondering_errors import PonderingError
+from .pondering_exit import PonderingExit  # noqa: F401
+from .pondering_generation import PonderingGenerationMixin
+from .pondering_loss import causal_lm_loss, linear_causal_lm_loss
+from .pondering_output import PonderingCausalLMOutput, logits_on_demand
+from .pondering_prompt import check_prompt  # noqa: F401
+from .pondering_readout import Readout  # noqa: F401
+from .pondering_speculation import speculative_sample  # noqa: F401
+from .pondering_topk import top_k_embedding  # noqa: F401
+from .pondering_version import check_transformers  # noqa: F401
+from .pondering_vocabulary import vocabulary_embedding  # noqa: F401
+from .pondering_wave import Wave  # noqa: F401
+from .pondering_wave_cache import WaveCache  # noqa: F401
+
+
+logger = logging.get_logger(__name__)
+
+_LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")
+
+
+class PonderingPreTrainedModel(PreTrainedModel):
+    """A backbone, perhaps a gate and draft heads, and the passes over them. Both model classes have the same weights.
+
+    `config.base_config` and the backbone's own `config` are one object.
+    """
+
+    config_class = PonderingConfig
+    base_model_prefix = "backbone"
+    supports_gradient_checkpointing = True
+    # Whether the backbone really has them is checked by the backbone itself, with the message that users know.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.backbone = backbone_class(config.base_config)(config.base_config)
+        # Masks that `generate` prepares must be of the kind that the backbone's layers expect.
+        self.config._attn_implementation_internal = self.backbone.config._attn_implementation
+        self.pondering_gate = PonderingGate(self.embedding_size) if config.pondering_gate == "zero_init" else None
+        self.draft_heads = DraftHeads(config.draft_heads, self.state_size) if config.draft_heads else None
+        if self.draft_heads is not None:
+            self.draft_heads.requires_grad_(False)  # trained by themselves, from a frozen model
+        self._needs_verification = config.base_config.model_type not in TESTED
+        self.post_init()
+        if self.device.type != "meta":  # otherwise the weights come later: at the first forward pass then
+            self._verify_once()
+
+    def _init_weights(self, module):
+        if isinstance(module, PonderingGate):  # the backbone initialises its own weights
+            nn.init.zeros_(module.weight)
+        if isinstance(module, DraftHeads):
+            module.reset()
+
+    def _set_gradient_checkpointing(self, enable=True, **kwargs):
+        # Every layer runs S + 1 times with the same weights: DDP fails on them ("marked as ready twice") where
+        # checkpointing is reentrant, as it is by default before transformers 5.
+        checkpoint = kwargs.get("gradient_checkpointing_func")
+        if getattr(checkpoint, "keywords", {}).get("use_reentrant") and _in_several_processes():
+            logger.warning_once("gradient checkpointing in several processes: `use_reentrant=False` is used instead")
+            kwargs["gradient_checkpointing_func"] = partial(checkpoint, use_reentrant=False)
+        super()._set_gradient_checkpointing(enable, **kwargs)
+
+    def _verify_once(self):
+        if self._needs_verification:
+            verify_backbone(self.backbone)
+            self._needs_verification = False
+
+    @property
+    def embedding_size(self):
+        """Width of the embeddings that the backbone takes; OPT's can differ from its hidden size."""
+        embedding = self.backbone.get_input_embeddings()
+        return getattr(embedding, "embedding_dim", None) or embedding.weight.shape[1]
+
+    @property
+    def state_size(self):
+        """Width of the last hidden states, which the head reads."""
+        return self.backbone.get_output_embeddings().weight.shape[1]
+
+    @property
+    def pondering_kernel(self):
+        """How the pondering embedding is computed: "top_k", "vocabulary" or "plain"; see pondering_embedding.py."""
+        return PonderingEmbedding(self.backbone, self.config).kernel
+
+    def get_input_embeddings(self):
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.backbone.set_input_embeddings(value)
+
+    def get_output_embeddings(self):
+        return self.backbone.get_output_embeddings()
+
+    def set_output_embeddings(self, value):
+        self.backbone.set_output_embeddings(value)
+
+    @classmethod
+    def from_base(cls, base, **arguments):
+        """Make a pondering model from a plain one, keeping every weight and its dtype.
+
+        Args:
+            base: a Hub id, a folder (a plain checkpoint, or one that the authors' implementation wrote), or a causal
+                language model of transformers. A model is used as it is, not copied.
+            arguments: pondering fields (see PonderingConfig), and for an id or a folder how to load it: revision,
+                token, cache_dir, local_files_only, force_download, subfolder, dtype, device_map,
+                attn_implementation.
+
+        Raises:
+            PonderingError: the base cannot ponder, lacks weights or has unknown ones, or a field is wrong.
+            OSError: there is no such checkpoint.
+        """
+        loading, fields = split_arguments(arguments)
+        if isinstance(base, PreTrainedModel):
+            if isinstance(base, PonderingPreTrainedModel):
+                raise PonderingError("the base is a pondering model already: use its to_base() to begin anew")
+            if loading:
+                raise PonderingError(
+                    f"`{next(iter(loading))}` is for loading a checkpoint; the base is a model already"
+                )
+            backbone_class(base.config)
+            config = PonderingConfig(base.config, **fields)
+            backbone = base
+        else:
+            base_config, found = read_base_config(base, **loading)
+            config = PonderingConfig(base_config, **{**found, **fields})
+            backbone = load_backbone(base, base_config, **loading)
+        return cls._around(backbone, config)
+
+    @classmethod
+    def _around(cls, backbone, config):
+        # Built without memory first: the backbone's random weights would be thrown away.
+        with torch.device("meta"):
+            model = cls(config)
+        model.backbone = backbone
+        if model.pondering_gate is not None:
+            table = backbone.get_input_embeddings().weight
+            model.pondering_gate = PonderingGate(model.embedding_size).to(table.device, backbone.dtype)
+        if model.draft_heads is not None:
+            model.add_draft_heads(config.draft_heads)
+        model._verify_once()
+        if model.can_generate() and getattr(backbone, "generation_config", None) is not None:
+            model.generation_config = backbone.generation_config
+        model.config.dtype = backbone.dtype
+        return model.train(backbone.training)  # no post_init: it would initialise modules that the user put in
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """transformers' own; draft heads do not learn with the model, and loading would make them."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.draft_heads is not None:
+            model.draft_heads.requires_grad_(False)
+        return loaded
+
+    def add_draft_heads(self, num_passes=None):
+        """Give the first `num_passes` passes new draft heads (pondering_drafts.py), by default all but the last pass.
+
+        They start as the passes' own predictions; `ponder_hf.training.draft_heads` trains them.
+        """
+        config = self.config
+        config.draft_heads = config.pondering_steps if num_passes is None else num_passes
+        self.draft_heads = None
+        if config.draft_heads:
+            weight = self.backbone.get_output_embeddings().weight
+            self.draft_heads = DraftHeads(config.draft_heads, self.state_size).to(weight.device, self.backbone.dtype)
+            self.draft_heads.requires_grad_(False)
+
+    def save_pretrained(self, *args, **kwargs):
+        """As transformers', under the class's own name.
+
+        FSDP2 makes a subclass within torch for each sharded module; transformers would name that one in config.json
+        and write torch's files beside it instead of these.
+        """
+        current = type(self)
+        self.__class__ = next(parent for parent in current.__mro__ if not parent.__module__.startswith("torch."))
+        try:
+            return super().save_pretrained(*args, **kwargs)
+        finally:
+            self.__class__ = current
+
+    def load_state_dict(self, state_dict, *args, **kwargs):
+        """As torch's, and takes the official names of weights too: Trainer resumes by reading a file into this."""
+        return super().load_state_dict(names_in_memory(self, state_dict), *args, **kwargs)
+
+    def to_base(self):
+        """The plain backbone, an instance of its own transformers class: the same weights, no copy."""
+        if getattr(self, "generation_config", None) is not None:
+            self.backbone.generation_config = self.generation_config
+        return self.backbone
+
+    def ponder(self, inputs_embeds, num_steps, past_key_values=None, use_cache=False, on_hidden_states=None, **kwargs):
+        """Run passes 0 .. S and give back the last one's output.
+
+        Args:
+            inputs_embeds: (B, T, d), token embeddings as the backbone's embedding module gives them.
+            num_steps: S.
+            past_key_values: a cache of S + 1 passes (pondering_cache.py), where `use_cache` is true.
+            on_hidden_states: called with the last hidden states (B, T, d) of each pass but the last, in order.
+            kwargs: `attention_mask`, `position_ids` and what else the backbone's decoder takes.
+
+        Returns:
+            transformers' output of the backbone's decoder, with `last_hidden_state` (B, T, d).
+        """
+        config = self.config
+        recording = {key: kwargs.pop(key) for key in ("output_hidden_states", "output_attentions") if key in kwargs}
+
+        def run_pass(index, **extra):
+            cache = pass_cache(past_key_values, index, config.num_hidden_layers) if use_cache else None
+            return run_backbone(
+                self.backbone, hidden_inputs, past_key_values=cache, use_cache=use_cache, **kwargs, **extra
+            )
+
+        pondering_embedding = PonderingEmbedding(self.backbone, config) if num_steps else None
+        hidden_inputs = _scaled(inputs_embeds, config.input_scale * config.embedding_scale)
+        for step in range(num_steps):
+            hidden_states = run_pass(step).last_hidden_state
+            if on_hidden_states is not None:
+                on_hidden_states(hidden_states)
+            hidden_inputs = hidden_inputs + self.finish_embedding(pondering_embedding(hidden_states))
+        return run_pass(num_steps, **recording)
+
+    def finish_embedding(self, embedding):
+        """What is added of a pondering embedding (..., d): scaled, and gated where there is a gate."""
+        embedding = _scaled(embedding, self.config.embedding_scale)
+        return embedding if self.pondering_gate is None else self.pondering_gate(embedding)
+
+    @torch.no_grad()
+    def ponder_until_converged(self, inputs_embeds, num_steps, past_key_values, pondering_exit, **kwargs):
+        """As `ponder`, but each token stops when it has converged. Gives back the AdaptivePasses that have run."""
+        wanted = [name for name in ("output_hidden_states", "output_attentions") if kwargs.pop(name, False)]
+        if wanted:
+            raise PonderingError(f"`{wanted[0]}` needs the same passes for every token: leave out the exit threshold")
+        hidden_inputs = _scaled(inputs_embeds, self.config.input_scale * self.config.embedding_scale)
+        return AdaptivePasses(self, num_steps, past_key_values, pondering_exit).run(hidden_inputs, **kwargs)
+
+    def _default_steps(self):
+        # Within `generate` whoever calls the model by itself, as guidance does, means the S of the call.
+        call = None if torch.compiler.is_compiling() else current_call()
+        return call.steps if call is not None and call.model is self else self.config.pondering_steps
+
+    def _prepare(self, input_ids, inputs_embeds, past_key_values, use_cache, pondering_steps, kwargs):
+        """Settle what `forward` was called with: (inputs_embeds, S, cache, use_cache, output switches in kwargs)."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise PonderingError("give exactly one of `input_ids` and `inputs_embeds`")
+        self._verify_once()
+        num_steps = self._default_steps() if pondering_steps is None else pondering_steps
+        check_steps("pondering_steps", num_steps)
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        if use_cache is None:  # training never reads a cache, and recomputed layers cannot fill one
+            use_cache = not self.training and getattr(self.config.base_config, "use_cache", True)
+        for switch in ("output_hidden_states", "output_attentions"):
+            if kwargs.get(switch) is None:
+                kwargs[switch] = getattr(self.config, switch)
+        if use_cache:
+            past_key_values = step_cache(past_key_values, self.config.base_config, num_steps + 1)
+            mark_owner(past_key_values, self.backbone)
+        elif past_key_values is not None and past_key_values.get_seq_length() > 0:
+            raise PonderingError("`past_key_values` holds tokens but `use_cache` is False: give one or the other")
+        else:
+            past_key_values = None
+        return inputs_embeds, num_steps, past_key_values, use_cache
+
+
+class PonderingModel(PonderingPreTrainedModel):
+    """The decoder after pondering, without the language-modelling output: what `AutoModel` loads."""
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        use_cache=None,
+        pondering_steps=None,
+        return_dict=None,
+        **kwargs,
+    ):
+        """Arguments as in PonderingForCausalLM.forward.
+
+        Returns:
+            BaseModelOutputWithPast with the last pass's `last_hidden_state` (B, T, d).
+        """
+        inputs_embeds, num_steps, past_key_values, use_cache = self._prepare(
+            input_ids, inputs_embeds, past_key_values, use_cache, pondering_steps, kwargs
+        )
+        output = self.ponder(
+            inputs_embeds,
+            num_steps,
+            past_key_values,
+            use_cache,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            **kwargs,
+        )
+        result = BaseModelOutputWithPast(
+            last_hidden_state=output.last_hidden_state,
+            past_key_values=past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+        return result.to_tuple() if _wants_tuple(return_dict, self.config) else result
+
+
+class PonderingForCausalLM(PonderingPreTrainedModel, PonderingGenerationMixin):
+    """A causal language model that ponders `pondering_steps` times before each token."""
+
+    @property
+    def base_model(self):
+        """All passes without the logits: a PonderingModel of the very same modules.
+
+        TRL computes its losses by calling this and multiplying with the head, so it must not be the bare backbone.
+        """
+        passes = PonderingModel.__new__(PonderingModel)
+        nn.Module.__init__(passes)
+        passes.config, passes.backbone, passes.pondering_gate = self.config, self.backbone, self.pondering_gate
+        passes.training, passes._verify_once = self.training, self._verify_once
+        return passes
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        logits_to_keep=0,
+        pondering_steps=None,
+        output_pondering=False,
+        pondering_exit=None,
+        return_dict=None,
+        **kwargs,
+    ):
+        """Ponder over a batch of token sequences.
+
+        Args:
+            input_ids: (B, T), or inputs_embeds: (B, T, d) as the embedding module gives them, before any scaling.
+            attention_mask: (B, T_past + T), 1 for tokens and 0 for padding.
+            position_ids: (B, T).
+            past_key_values: a cache of all passes; see pondering_cache.py.
+            labels: (B, T), not shifted, -100 where no loss is wanted.
+            logits_to_keep: the number of last positions to give logits for, or their indices; 0: all.
+            pondering_steps: S for this call, in place of the configuration's.
+            output_pondering: give logits (and with labels losses) of all passes.
+            pondering_exit: a PonderingExit; each token stops pondering when it says so. Without gradients.
+            kwargs: `num_items_in_batch`, `ignore_index` and `shift_labels` go to the loss, the rest to the backbone.
+
+        Returns:
+            PonderingCausalLMOutput: loss in nats per token, logits (B, T, V) or of the kept positions only.
+        """
+        loss_arguments = {key: kwargs.pop(key) for key in _LOSS_ARGUMENTS if key in kwargs}
+        inputs_embeds, num_steps, past_key_values, use_cache = self._prepare(
+            input_ids, inputs_embeds, past_key_values, use_cache, pondering_steps, kwargs
+        )
+        needs_loss = labels is not None or loss_arguments.get("shift_labels") is not None
+        weight = self.config.intermediate_loss_weight
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        step_logits, step_losses = [], []
+        inputs = {"attention_mask": attention_mask, "position_ids": position_ids, **kwargs}
+        if pondering_exit is not None and num_steps:
+            if output_pondering:
+                raise PonderingError("`output_pondering` needs all passes of every token: leave out `pondering_exit`")
+            passes = self.ponder_until_converged(inputs_embeds, num_steps, past_key_values, pondering_exit, **inputs)
+            result = PonderingCausalLMOutput(
+                loss=self._loss(passes.hidden_states, labels, loss_arguments) if needs_loss else None,
+                logits=passes.last_logits(kept),
+                past_key_values=past_key_values,
+            )
+            return result.to_tuple() if _wants_tuple(return_dict, self.config) else result
+
+        def collect(hidden_states):
+            if output_pondering:
+                step_logits.append(backbone_logits(self.backbone, hidden_states[:, kept]))
+            if needs_loss and (output_pondering or weight):
+                step_losses.append(self._loss(hidden_states, labels, loss_arguments))
+
+        output = self.ponder(
+            inputs_embeds,
+            num_steps,
+            past_key_values,
+            use_cache,
+            on_hidden_states=collect,
+            **inputs,
+        )
+        hidden_states = output.last_hidden_state
+        loss = last_loss = None
+        if needs_loss:
+            loss = last_loss = self._loss(hidden_states, labels, loss_arguments)
+            if weight and num_steps:
+                loss = loss + weight * sum(step_losses) / num_steps
+        head, kept_states = partial(backbone_logits, self.backbone), hidden_states[:, kept]
+        on_demand = self.training and needs_loss and not torch.compiler.is_compiling()
+        result = PonderingCausalLMOutput(
+            loss=loss,
+            logits=logits_on_demand(head, kept_states) if on_demand else head(kept_states),
+            past_key_values=past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+            pondering_logits=tuple(step_logits) if output_pondering else None,
+            pondering_losses=(*step_losses, last_loss) if output_pondering and needs_loss else None,
+        )
+        return result.to_tuple() if _wants_tuple(return_dict, self.config) else result
+
+    def save_pretrained(self, *args, **kwargs):
+        """As transformers does, in a way that settings of pondering in the generation configuration are read back."""
+        keep_settings(self.generation_config)
+        return super().save_pretrained(*args, **kwargs)
+
+    def _loss(self, hidden_states, labels, loss_arguments):
+        readout = backbone_readout(self.backbone)
+        if readout is not None:
+            return linear_causal_lm_loss(hidden_states, readout, labels, **loss_arguments)
+        return causal_lm_loss(backbone_logits(self.backbone, hidden_states), labels, **loss_arguments)
+
+
+def _in_several_processes():
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def _wants_tuple(return_dict, config):
+    return not (config.return_dict if return_dict is None else return_dict)
+
+
+def _scaled(tensor, factor):
+    # A factor of 1 must leave every bit as it is, and cost nothing.
+    return tensor if factor == 1 else tensor * factor
+
+
+PonderingModel.register_for_auto_class("AutoModel")
+PonderingForCausalLM.register_for_auto_class("AutoModelForCausalLM")

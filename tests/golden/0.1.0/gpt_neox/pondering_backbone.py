@@ -1,0 +1,215 @@
+"""What pondering needs to know of a backbone: what it feeds in, what it puts out, and whether it can ponder at all.
+
+A backbone is one of transformers' own causal language models, used as it is. To support another one that scales its
+logits in a way of its own, extend `finish_logits` and `backbone_readout`; to refuse one, extend `REFUSED`.
+"""
+
+import inspect
+
+import torch
+from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from .pondering_errors import PonderingError
+from .pondering_readout import Readout
+
+
+# The tests of ponder_hf hold these against their own logits; any other backbone is held against them at first use.
+TESTED = frozenset(
+    "cohere falcon gemma gemma2 gemma3_text glm gpt2 gpt_bigcode gpt_neo gpt_neox gptj granite llama mistral mixtral "
+    "olmo olmo2 opt phi phi3 qwen2 qwen3 smollm3 stablelm starcoder2".split()
+)
+
+_PER_LAYER_EMBEDDINGS = "each layer embeds the token ids again, which a pondering embedding does not have"
+REFUSED = {
+    "blt": "it models bytes in patches, not tokens",
+    "gemma3n_text": _PER_LAYER_EMBEDDINGS,
+    "gemma4_text": _PER_LAYER_EMBEDDINGS,
+    "reformer": "it buckets tokens by hashes of a whole padded sequence",
+    "xlm": "it is not a left-to-right language model by default",
+    "xlnet": "it permutes the order of the tokens",
+}
+
+# Layers that keep a recurrent state or a window of inputs instead of keys and values.
+_ATTENTION_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
+
+
+def backbone_class(base_config):
+    """The transformers class of the backbone, or a PonderingError that says why it cannot ponder."""
+    model_type = base_config.model_type
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(base_config), None)
+    reason = REFUSED.get(model_type)
+    if reason is None and base_config.is_encoder_decoder:
+        reason = "it is an encoder-decoder; pondering needs a decoder-only language model"
+    if reason is None and model_class is None:
+        reason = "transformers has no causal language model for it"
+    if reason is None:
+        reason = _why_not(base_config, model_class)
+    if reason is not None:
+        raise PonderingError(f"a backbone of model_type {model_type!r} cannot ponder: {reason}")
+    return model_class
+
+
+def _why_not(base_config, model_class):
+    other_inputs = any(hasattr(base_config, name) for name in ("vision_config", "audio_config"))
+    if other_inputs or base_config.get_text_config(decoder=True) is not base_config:
+        return "it is multimodal; use its text model's own configuration"
+    if getattr(model_class, "_is_stateful", False):
+        return "it keeps a recurrent state, for which caches of several passes are untested"
+    other = set(getattr(base_config, "layer_types", None) or ()) - set(_ATTENTION_LAYERS)
+    if other:
+        return f"layers of type {', '.join(sorted(other))} have caches of their own, untested with several passes"
+    if getattr(base_config, "use_bidirectional_attention", None):
+        return "`use_bidirectional_attention` lets it see later tokens"
+    if getattr(base_config, "add_cross_attention", False):
+        return "`add_cross_attention` makes it the decoder of another model"
+    if "inputs_embeds" not in inspect.signature(model_class.forward).parameters:
+        return "its forward pass takes no `inputs_embeds`"
+    return None
+
+
+def finish_logits(logits, base_config):
+    """What some backbones do between the head and the logits. logits: (..., V), returned in the same shape."""
+    cap = getattr(base_config, "final_logit_softcapping", None)  # Gemma
+    if cap is not None:
+        logits = torch.tanh(logits / cap) * cap
+    divisor = getattr(base_config, "logits_scaling", None)  # Granite
+    if divisor is not None:
+        logits = logits / divisor
+    factor = getattr(base_config, "logit_scale", None)  # Cohere
+    if factor is not None:
+        logits = logits * factor
+    return logits
+
+
+def backbone_logits(backbone, hidden_states):
+    """(..., V), exactly what the backbone itself would put out for its last hidden states (..., d)."""
+    return finish_logits(backbone.get_output_embeddings()(hidden_states), backbone.config)
+
+
+def embedding_table(backbone, device=None):
+    """(V, d), every token's embedding as the backbone feeds it in, scaled where its embedding module scales (Gemma).
+
+    A plain embedding gives its weight itself; any other (scaled, quantised, sharded, wrapped by PEFT) is asked for all
+    rows, by ids on `device`.
+    """
+    module = backbone.get_input_embeddings()
+    if type(module) is nn.Embedding and _is_bare(module):
+        return module.weight
+    embeddings = [part for part in module.modules() if isinstance(part, nn.Embedding)]
+    num_rows = embeddings[-1].num_embeddings if embeddings else len(module.weight)
+    # An embedding gives its padding row no gradient; in the pondering sum that row is one like any other.
+    padding = [(part, part.padding_idx) for part in embeddings if part.padding_idx is not None]
+    try:
+        for part, _ in padding:
+            part.padding_idx = None
+        return module(torch.arange(num_rows, device=module.weight.device if device is None else device))
+    finally:
+        for part, index in padding:
+            part.padding_idx = index
+
+
+def backbone_readout(backbone):
+    """The head as a Readout for code that works on its bare weight, or None where only the module itself will do.
+
+    That is so for a head that is wrapped (PEFT), quantised, sharded, moved by hooks, or of a class of its own.
+    """
+    head = backbone.get_output_embeddings()
+    if type(head) is not nn.Linear or not _is_bare(head) or head._forward_hooks:
+        return None
+    config = backbone.config
+    factor = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    return Readout(head.weight, head.bias, getattr(config, "final_logit_softcapping", None), factor)
+
+
+def bare_table(backbone):
+    """(weight, scale) of the embedding module, as in `backbone_readout`: rows fed in are scale * weight. Or None."""
+    module = backbone.get_input_embeddings()
+    if not _is_bare(module) or getattr(module, "max_norm", None) is not None:
+        return None
+    if type(module) is nn.Embedding:
+        return module.weight, 1.0
+    if isinstance(module, nn.Embedding) and type(module).__name__.endswith("ScaledWordEmbedding"):
+        scale = module.embed_scale
+        return module.weight, scale.to(module.weight.dtype) if torch.is_tensor(scale) else scale
+    return None
+
+
+def _is_bare(module):
+    # Hooks before a module gather what is sharded or offloaded (FSDP, accelerate, DeepSpeed): its weight is not there
+    # yet. Hooks after an embedding, as gradient checkpointing and PEFT set them, are about token ids, not its rows.
+    gathered = module._forward_pre_hooks or hasattr(module, "_hf_hook")
+    weight = getattr(module, "weight", None)
+    # A shard is a DTensor (FSDP2), carries `ds_id` (ZeRO-3) or has no rows outside its unit's forward pass (FSDP1).
+    whole = type(weight) in (nn.Parameter, torch.Tensor) and not hasattr(weight, "ds_id") and weight.numel() > 0
+    return whole and not gathered and weight.device.type != "meta"
+
+
+def backbone_decoder(backbone):
+    """The backbone without its head."""
+    decoder = backbone.base_model
+    # The prefix that the class names may not be there (Llama 4's text model).
+    return backbone.get_decoder() if decoder is backbone else decoder
+
+
+_TAKES_POSITION_IDS = {}  # by class: reading a signature takes a while, and torch.compile cannot
+
+
+def _takes_position_ids(decoder_class):
+    if decoder_class not in _TAKES_POSITION_IDS:
+        parameters = inspect.signature(decoder_class.forward).parameters
+        _TAKES_POSITION_IDS[decoder_class] = "position_ids" in parameters
+    return _TAKES_POSITION_IDS[decoder_class]
+
+
+def takes_position_ids(backbone):
+    """Whether it can be told the positions; models with ALiBi find them in the attention mask."""
+    return _takes_position_ids(type(backbone_decoder(backbone)))
+
+
+def num_positions(backbone):
+    """The length of the backbone's table of positions, or None where positions are computed (rotations, ALiBi)."""
+    config = backbone.config
+    if getattr(config, "alibi", False) or any("Rotary" in type(module).__name__ for module in backbone.modules()):
+        return None
+    return getattr(config, "max_position_embeddings", None)
+
+
+def run_backbone(backbone, inputs_embeds, position_ids=None, **kwargs):
+    """One forward pass of the decoder without its head. inputs_embeds: (B, T, d). Returns transformers' output."""
+    decoder = backbone_decoder(backbone)
+    if _takes_position_ids(type(decoder)):
+        kwargs["position_ids"] = position_ids
+    return decoder(inputs_embeds=inputs_embeds, return_dict=True, **kwargs)
+
+
+def verify_backbone(backbone):
+    """Hold an untested backbone against itself: embedding, passes and head taken apart must give its own logits.
+
+    Raises:
+        PonderingError: they do not, or a later token changes an earlier prediction. Pondering would be wrong then.
+    """
+    name = f"a backbone of model_type {backbone.config.model_type!r} cannot ponder"
+    was_training = backbone.training
+    backbone.eval()
+    ids = torch.arange(1, 7, device=backbone.device).unsqueeze(0) % backbone.config.vocab_size
+    other_ids = torch.cat([ids[:, :-1], ids[:, :1]], dim=1)
+    try:
+        with torch.no_grad():
+            expected = backbone(input_ids=ids, use_cache=False).logits
+            table = embedding_table(backbone)
+            apart = backbone_logits(backbone, run_backbone(backbone, table[ids], use_cache=False).last_hidden_state)
+            other = backbone(input_ids=other_ids, use_cache=False).logits
+    except (RuntimeError, TypeError, AttributeError, ValueError, IndexError) as error:
+        first_line = str(error).split("\n")[0]
+        raise PonderingError(f"{name}: it does not run on embeddings alone ({first_line})") from error
+    finally:
+        backbone.train(was_training)
+    tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 3e-2
+    scale = expected.abs().max()
+    if table.shape[0] != expected.shape[-1]:
+        raise PonderingError(f"{name}: it embeds {table.shape[0]} tokens but predicts {expected.shape[-1]}")
+    if apart.shape != expected.shape or not (apart - expected).abs().max() <= tolerance * scale:
+        raise PonderingError(f"{name}: it does more between tokens and logits than embedding, decoder and head")
+    if not (other - expected)[:, :-1].abs().max() <= tolerance * scale:
+        raise PonderingError(f"{name}: its predictions depend on later tokens")

@@ -1,0 +1,77 @@
+"""The step cache: one key/value cache per pass, all in one of transformers' own cache objects.
+
+A pass reads and writes only its own slots. With L layers, layer l of pass i lies at
+
+    slot(i, l) = i * L + l
+
+and a token that stopped pondering after pass j has there what pass min(i, j) computed for it (pondering_adaptive.py).
+So whatever transformers does to every slot of a cache (reorder for beams, crop, repeat, offload) reaches every pass.
+"""
+
+import copy
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache
+
+from .pondering_errors import PonderingError
+
+
+def step_cache(past_key_values, base_config, num_passes):
+    """Give back `past_key_values` with slots for `num_passes` passes.
+
+    A missing cache is created, an empty one (as `generate` hands it over) is extended by copies of its own empty
+    slots, and a cache in use is checked.
+
+    Raises:
+        PonderingError: the cache was filled with another number of passes, or is no `Cache`.
+    """
+    if past_key_values is None:
+        past_key_values = DynamicCache(config=base_config)
+    elif not isinstance(past_key_values, Cache):
+        raise PonderingError(
+            f"`past_key_values` must be one of transformers' Cache objects, got {type(past_key_values).__name__}"
+        )
+    num_layers = base_config.num_hidden_layers
+    layers = past_key_values.layers
+    if len(layers) != num_layers * num_passes and past_key_values.get_seq_length() == 0:
+        if not layers:  # a bare DynamicCache() appends slots as they come
+            layers.extend(past_key_values.layer_class_to_replicate() for _ in range(num_layers))
+        if len(layers) == num_layers:
+            layers.extend(copy.deepcopy(layers[slot % num_layers]) for slot in range(num_layers * (num_passes - 1)))
+    if len(layers) != num_layers * num_passes:
+        raise PonderingError(
+            f"`past_key_values` holds {len(layers)} slots, but {num_passes} passes of {num_layers} layers need "
+            f"{num_layers * num_passes}: it was filled with another `pondering_steps` or by another model"
+        )
+    return past_key_values
+
+
+def mark_owner(past_key_values, backbone):
+    """Note on an empty cache which backbone fills it."""
+    if getattr(past_key_values, "pondering_owner", None) is None and past_key_values.get_seq_length() == 0:
+        past_key_values.pondering_owner = _fingerprint(backbone)
+
+
+def check_owner(past_key_values, backbone):
+    """Raise a PonderingError if the cache is known to have been filled by a backbone with other weights."""
+    owner, own = getattr(past_key_values, "pondering_owner", None), _fingerprint(backbone)
+    if owner is not None and own is not None and owner != own:
+        raise PonderingError("`past_key_values` was filled by another model: give the model's own cache, or none")
+
+
+def _fingerprint(backbone):
+    # One number that tells weights apart. None where weights are not at hand (sharded, offloaded).
+    weight = backbone.get_input_embeddings().weight
+    if type(weight) not in (torch.nn.Parameter, torch.Tensor) or weight.device.type == "meta" or weight.ndim != 2:
+        return None
+    return weight.detach()[:: max(1, len(weight) // 64)].double().sum().item()
+
+
+def pass_cache(past_key_values, pass_index, num_layers, cache_class=Cache):
+    """The slots of one pass as a cache of their own: a view, the slots are shared."""
+    first = pass_index * num_layers
+    view = cache_class(layers=past_key_values.layers[first : first + num_layers])
+    if past_key_values.offloading:
+        for name in ("offloading", "only_non_sliding", "prefetch_stream"):
+            setattr(view, name, getattr(past_key_values, name))
+    return view

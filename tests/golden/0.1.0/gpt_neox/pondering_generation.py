@@ -1,0 +1,146 @@
+"""`generate` for pondering models: transformers' own, and what is said about pondering beside it (pondering_call.py).
+
+Settings and prompt are checked before any work. `prepare_inputs_for_generation` gives the settings of the call to each
+forward pass, `_sample` goes over to drafting where that is asked for, and at the end the output is told what happened.
+"""
+
+import functools
+
+import torch
+from transformers import GenerationMixin
+from transformers.utils import ModelOutput
+
+from .pondering_call import GenerationCall, current_call, during
+from .pondering_errors import PonderingError
+from .pondering_prompt import check_prompt
+from .pondering_speculation import speculative_sample
+
+
+class PonderingGenerationMixin(GenerationMixin):
+    """transformers' GenerationMixin with the settings of pondering_call.py."""
+
+    @torch.no_grad()
+    def generate(self, inputs=None, generation_config=None, *args, **kwargs):
+        """transformers' `generate`, and the settings at the head of pondering_call.py.
+
+        Returns:
+            What transformers returns. With `return_dict_in_generate=True` the output also has `pondering_steps_used`
+            (B, new tokens), the number of pondering steps from which each new token was predicted, and where tokens
+            were drafted `draft_acceptance_rate`, the share of guesses that proved right.
+
+        Raises:
+            PonderingError: a setting or the prompt cannot be used; nothing has been computed then.
+        """
+        call = GenerationCall.read(kwargs, generation_config, self)
+        check_prompt(self, inputs, call.steps, generation_config, kwargs)
+        with during(call):
+            output = super().generate(inputs, generation_config, *args, **kwargs)
+        if isinstance(output, ModelOutput):
+            self._report(call, output, self._num_prompt_tokens(inputs, kwargs))
+        return output
+
+    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
+        call = current_call()
+        if call is not None and call.num_draft_tokens:
+            _check_drafts(generation_mode, generation_config)
+        if call is not None and call.exit is not None:
+            for name in ("output_hidden_states", "output_attentions"):
+                if getattr(generation_config, name, None):
+                    raise PonderingError(
+                        f"`{name}` needs the same passes for every token: leave out `pondering_exit_threshold`"
+                    )
+            generation_config.disable_compile = True  # how many passes run is known only while they run
+        if str(generation_config.cache_implementation).startswith("offloaded") and self.device.type == "cpu":
+            raise PonderingError(
+                "an offloaded cache moves from the GPU to memory, but the model is in memory: leave out "
+                "`cache_implementation`"
+            )
+        super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
+
+    # transformers reads the parameters of this method to learn what the model takes.
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
+        model_inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        call = current_call()
+        if call is None:
+            return model_inputs
+        model_inputs["pondering_steps"] = call.steps
+        if call.exit is not None:
+            cache, given = model_inputs.get("past_key_values"), model_inputs.get("input_ids")
+            given = model_inputs["inputs_embeds"] if given is None else given
+            first_slot = 0 if cache is None else int(cache.get_seq_length())
+            if call.slot_offset is None:
+                call.slot_offset = first_slot + given.shape[1] - input_ids.shape[1]
+            model_inputs["pondering_exit"] = call.exit.recording(
+                lambda steps: call.steps_used.append((first_slot, steps))
+            )
+        return model_inputs
+
+    def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, *args, **model_kwargs):
+        call = current_call()
+        if call is None or not call.num_draft_tokens:
+            return super()._sample(
+                input_ids, logits_processor, stopping_criteria, generation_config, *args, **model_kwargs
+            )
+        output, speculation = speculative_sample(
+            self, input_ids, logits_processor, stopping_criteria, generation_config, call, *args, **model_kwargs
+        )
+        call.acceptance_rate = speculation.acceptance_rate
+        return output
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refused: a paged cache has one slot a layer, which all passes would write.
+
+        Raises:
+            PonderingError: always. `generate_batch` and everything else of continuous batching come here first.
+        """
+        raise PonderingError(
+            "continuous batching keeps one cache a layer, and pondering needs one a layer and pass: "
+            "use `generate` with a left-padded batch, and `transformers serve` without `--continuous-batching`"
+        )
+
+    def _num_prompt_tokens(self, inputs, kwargs):
+        """How many of the tokens in the output's `sequences` are the prompt's."""
+        prompt = inputs if inputs is not None else kwargs.get("input_ids")
+        if prompt is not None:
+            return prompt.shape[1]
+        return 0 if kwargs.get("inputs_embeds") is not None else 1  # otherwise transformers begins with one token
+
+    def _report(self, call, output, num_prompt_tokens):
+        sequences = output.sequences
+        shape = (len(sequences), sequences.shape[1] - num_prompt_tokens)
+        if "pondering_steps_used" not in output:
+            used = torch.full(shape, call.steps, device=sequences.device)
+            if call.steps_used:
+                used = _steps_of_new_tokens(call, output, num_prompt_tokens, used)
+            output["pondering_steps_used"] = used
+        if call.num_draft_tokens:
+            output["draft_acceptance_rate"] = call.acceptance_rate
+
+
+def _check_drafts(generation_mode, generation_config):
+    mode = getattr(generation_mode, "value", generation_mode)
+    if mode not in ("greedy_search", "sample"):
+        advice = "leave out `num_draft_tokens`, or use greedy search or sampling"
+        raise PonderingError(f"`num_draft_tokens` does not go with {str(mode).replace('_', ' ')}: {advice}")
+    if generation_config.use_cache is False:
+        raise PonderingError("`num_draft_tokens` needs the cache: leave out `use_cache=False`")
+
+
+def _steps_of_new_tokens(call, output, num_prompt_tokens, used):
+    """(B, new tokens): what was recorded, at the positions that each new token was predicted from."""
+    count = used.shape[1]
+    beam_indices = getattr(output, "beam_indices", None)
+    width = max(first + steps.shape[1] for first, steps in call.steps_used)
+    num_rows = len(call.steps_used[-1][1])
+    recorded = used.new_full((num_rows, width), call.steps)
+    last = torch.stack([steps[:, -1] for _, steps in call.steps_used[-count:]], dim=1)
+    if beam_indices is not None:  # rows change places from token to token
+        return last.gather(0, beam_indices[:, :count].clamp(min=0))
+    if last.shape == used.shape:
+        return last
+    # Several tokens may come of one pass, and guesses that proved wrong were overwritten by what came later.
+    for first, steps in call.steps_used:
+        recorded[:, first : first + steps.shape[1]] = steps
+    first = call.slot_offset + num_prompt_tokens - 1
+    return recorded[:, first : first + count]

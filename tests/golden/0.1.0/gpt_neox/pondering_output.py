@@ -1,0 +1,85 @@
+"""What PonderingForCausalLM returns."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .pondering_readout import compute_dtype
+
+
+class LogitsOnDemand:
+    """Stands in an output for logits that nobody may want. Calling it gives them; they are made at most once.
+
+    What accelerate does to an output in half precision, raising each tensor to float32, works on this, too, and
+    makes nothing.
+
+    make: called without arguments, gives the logits (B, T, V).
+    dtype: theirs.
+    """
+
+    def __init__(self, make, dtype):
+        self._make, self.dtype, self._logits = make, dtype, None
+
+    def __call__(self):
+        if self._logits is None:
+            self._logits, self._make = self._make(), None
+        return self._logits
+
+    def float(self):
+        return LogitsOnDemand(lambda: self().float(), torch.float32)
+
+
+def logits_on_demand(head, hidden_states):
+    """A LogitsOnDemand of `head(hidden_states)`, computed as here and now: under this autocast and gradient mode."""
+    device_type = hidden_states.device.type
+    dtype, enabled = torch.get_autocast_dtype(device_type), torch.is_autocast_enabled(device_type)
+    grad_enabled = torch.is_grad_enabled()
+
+    def make():
+        with torch.autocast(device_type, dtype=dtype, enabled=enabled), torch.set_grad_enabled(grad_enabled):
+            return head(hidden_states)
+
+    return LogitsOnDemand(make, compute_dtype(hidden_states))
+
+
+@dataclass
+class PonderingCausalLMOutput(CausalLMOutputWithPast):
+    """CausalLMOutputWithPast of the last pass, and with `output_pondering=True` also of the earlier ones.
+
+    pondering_logits: tuple of S tensors (B, T, V), the logits of passes 0 .. S-1.
+    pondering_losses: tuple of S + 1 scalars, the losses of passes 0 .. S, where labels were given.
+
+    In training, where the loss never needs the logits whole, `logits` are made when they are first read: by name, by
+    key, by index or with the tuple. What only walks through an output and hands it on, as accelerate, DDP, FSDP and
+    pytree do by `items()` and `values()`, gets a LogitsOnDemand in their place and makes nothing.
+    """
+
+    pondering_logits: tuple[torch.FloatTensor, ...] | None = None
+    pondering_losses: tuple[torch.FloatTensor, ...] | None = None
+
+    @property
+    def logits(self):
+        logits = self.__dict__.get("logits")
+        if isinstance(logits, LogitsOnDemand):
+            self.logits = logits = logits()
+        return logits
+
+    @logits.setter
+    def logits(self, value):  # called by ModelOutput, which keeps the same value as an item
+        self.__dict__["logits"] = value
+
+    def __getitem__(self, key):
+        if key == 0 and self.loss is not None:  # without the tuple of all items
+            return self.loss
+        return getattr(self, key) if isinstance(key, str) and key in self else super().__getitem__(key)
+
+    def get(self, key, default=None):
+        try:
+            return self[key]
+        except KeyError:
+            return default
+
+    def __reduce__(self):
+        _ = self.logits  # copies and pickles hold the tensor
+        return super().__reduce__()

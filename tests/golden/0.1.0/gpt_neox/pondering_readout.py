@@ -1,0 +1,83 @@
+"""A language-modelling head taken apart, for code that must not keep a (tokens, vocabulary) tensor.
+
+Logits are `finish(hidden_states @ weight.T + bias)`. `chunks` cuts the tokens so that one chunk's scores stay small.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+
+# Elements of the largest (tokens, vocabulary) tensor that lives at a time: 23 MiB in float32 on a CPU. Smaller chunks
+# read and write the (V, d) sums of gradients more often; larger ones cost memory and gain no time (docs/log.md).
+CHUNK_ELEMENTS = {"cpu": 6 * 2**20, "cuda": 2**28}
+
+
+@dataclass(frozen=True)
+class Readout:
+    """What lies between hidden states and logits.
+
+    weight: (V, d). bias: (V,) or None. cap: logits are cap * tanh(scores / cap) (Gemma), or None. factor: on the
+    logits after that (Cohere, Granite); positive.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    cap: float | None = None
+    factor: float = 1.0
+
+    def scores(self, hidden_states):
+        """(n, d) to (n, V), before cap and factor."""
+        return functional.linear(hidden_states, self.weight, self.bias)
+
+    def finish(self, scores):
+        """Scores to logits, any shape; raised to float32 where they are half precision."""
+        if scores.dtype in (torch.float16, torch.bfloat16):
+            scores = scores.float()
+        if self.cap is not None:
+            scores = torch.tanh(scores / self.cap) * self.cap
+        return scores if self.factor == 1 else scores * self.factor
+
+    def finish_backward(self, gradient, scores):
+        """The gradient of the scores from the gradient of the logits; overwrites `gradient`."""
+        if self.cap is not None:
+            gradient.mul_(1 - torch.tanh(scores.to(gradient.dtype) / self.cap).square_())
+        return gradient if self.factor == 1 else gradient.mul_(self.factor)
+
+
+def chunks(hidden_states, vocab_size):
+    """Slices over the tokens of (n, d) whose scores have at most CHUNK_ELEMENTS elements."""
+    elements = CHUNK_ELEMENTS.get(hidden_states.device.type, CHUNK_ELEMENTS["cpu"])
+    size = max(1, elements // vocab_size)
+    for first in range(0, len(hidden_states), size):
+        yield slice(first, first + size)
+
+
+def wide_dtype(dtype):
+    """What sums over many chunks are kept in: half precision would lose the small terms."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def zero_gradients(tensors, needed):
+    """A buffer of zeros, in `wide_dtype`, for each tensor whose gradient is needed, None for the others."""
+    return [
+        torch.zeros_like(tensor, dtype=wide_dtype(tensor.dtype)) if is_needed else None
+        for tensor, is_needed in zip(tensors, needed, strict=True)
+    ]
+
+
+def compute_dtype(tensor):
+    """The dtype that autocast would multiply this tensor's matrices in, or its own where autocast is off."""
+    device_type = tensor.device.type
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return tensor.dtype
+
+
+def add_product(total, left, right):
+    """total += left^T right, in the dtype of `total`. total: (V, d), left: (n, V), right: (n, d)."""
+    if total.dtype == left.dtype:
+        total.addmm_(left.t(), right)
+    else:
+        total += left.t() @ right

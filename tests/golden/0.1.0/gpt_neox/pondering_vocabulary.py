@@ -1,0 +1,91 @@
+"""The pondering embedding over the whole vocabulary, in chunks of tokens, recomputed in the backward pass.
+
+It is an attention over the vocabulary: queries are hidden states, keys the rows of the head, values the rows of the
+embedding table. A (tokens, vocabulary) tensor exists for one chunk at a time only. Backward, with g the gradient of t:
+
+    dp = g E^T      dlogits = p * (dp - <g, t>) / temperature      dhidden = dscores W      dW = dscores^T hidden
+    dE = p^T g
+"""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .pondering_readout import Readout, add_product, chunks, compute_dtype, wide_dtype, zero_gradients
+
+
+class _VocabularyEmbedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_states, weight, bias, table, cap, factor, temperature):
+        dtype = compute_dtype(hidden_states)
+        device_type = hidden_states.device.type
+        with torch.autocast(device_type, enabled=False):
+            inputs = [
+                tensor if tensor is None else tensor.to(dtype) for tensor in (hidden_states, weight, bias, table)
+            ]
+            hidden, readout = inputs[0], Readout(inputs[1], inputs[2], cap, factor)
+            embedding = hidden.new_empty(len(hidden), table.shape[1])
+            for part in chunks(hidden, len(table)):
+                weights = _probabilities(readout, readout.scores(hidden[part]), temperature)
+                torch.mm(weights.to(dtype), inputs[3], out=embedding[part])
+        ctx.save_for_backward(hidden_states, weight, bias, table, embedding)
+        ctx.settings = (cap, factor, temperature, dtype)
+        return embedding
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        hidden_states, weight, bias, table, embedding = ctx.saved_tensors
+        cap, factor, temperature, dtype = ctx.settings
+        hidden, rows, values = hidden_states.to(dtype), weight.to(dtype), table.to(dtype)
+        readout = Readout(rows, bias if bias is None else bias.to(dtype), cap, factor)
+        gradient = gradient.to(dtype)
+        needs = ctx.needs_input_grad
+        wide = wide_dtype(dtype)
+        hidden_gradient = torch.empty_like(hidden) if needs[0] else None
+        buffers = zero_gradients((rows, readout.bias, values), needs[1:4])
+        weight_gradient, bias_gradient, table_gradient = buffers
+        mean = (gradient.to(wide) * embedding.to(wide)).sum(-1, keepdim=True)
+        for part in chunks(hidden, len(table)):
+            scores = readout.scores(hidden[part])
+            weights = _probabilities(readout, scores, temperature)
+            if readout.cap is None:  # nothing below reads them: two tensors of a chunk's size are alive, not three
+                scores = None
+            if needs[3]:
+                add_product(table_gradient, weights.to(dtype), gradient[part])
+            if not any(needs[:3]):
+                continue
+            score_gradient = (gradient[part] @ values.t()).to(wide).sub_(mean[part]).mul_(weights).div_(temperature)
+            del weights
+            score_gradient = readout.finish_backward(score_gradient, scores)
+            if needs[2]:
+                bias_gradient += score_gradient.sum(0)
+            score_gradient = score_gradient.to(dtype)
+            if needs[0]:
+                torch.mm(score_gradient, rows, out=hidden_gradient[part])
+            if needs[1]:
+                add_product(weight_gradient, score_gradient, hidden[part])
+        gradients = (hidden_gradient, *buffers)
+        inputs = (hidden_states, weight, bias, table)
+        return *(g if g is None else g.to(i.dtype) for g, i in zip(gradients, inputs, strict=True)), None, None, None
+
+
+def _probabilities(readout, scores, temperature):
+    logits = readout.finish(scores)
+    return torch.softmax(logits if temperature == 1 else logits / temperature, dim=-1)
+
+
+def vocabulary_embedding(hidden_states, readout, table, temperature):
+    """softmax over the whole vocabulary, and the weighted sum of all embeddings.
+
+    Args:
+        hidden_states: (n, d_h), the last hidden states of a pass.
+        readout: the head as a Readout.
+        table: (V, d), a plain embedding matrix.
+        temperature: > 0.
+
+    Returns:
+        (n, d), in the dtype that the product of `hidden_states` with the head has.
+    """
+    return _VocabularyEmbedding.apply(
+        hidden_states, readout.weight, readout.bias, table, readout.cap, readout.factor, temperature
+    )

@@ -1,0 +1,264 @@
+"""The wave: the passes of successive tokens in one batched forward pass.
+
+Pass i of a token needs pass i - 1 of the same token, and pass i of the tokens before it. So pass S of token t, pass
+S - 1 of token t + 1, ... and pass 0 of token t + S may all run at once, as soon as somebody guesses the tokens t + 1
+.. t + S. One such batched forward pass is a tick. While the guesses are right each tick finishes a token; a wrong one
+is replaced, what was in flight behind it is abandoned, and the replacement begins again with pass 0:
+
+    tick          n         n + 1     n + 2     n + 3
+    pass 0      t + 2       t + 3     t + 4     t + 3'     the guess of t + 3 was wrong
+    pass 1      t + 1       t + 2     t + 3       -
+    pass 2        t         t + 1     t + 2       -
+
+Passes are batch rows (pondering_wave_cache.py); masks and positions are those of an ordinary left-padded batch.
+"""
+
+import inspect
+import math
+
+import torch
+
+from .pondering_backbone import backbone_logits, embedding_table, run_backbone
+from .pondering_embedding import plain_embedding
+from .pondering_errors import PonderingError
+from .pondering_wave_cache import WaveCache
+
+
+class Flight:
+    """The tokens of one prompt that are under way: the newest true one and the drafts behind it, oldest first.
+
+    column: of the first. tokens: their ids, in successive columns. stages: the pass that each runs next, falling.
+    num_verdicts, num_hits: how often the last pass met a draft, and how often the draft was right.
+    """
+
+    worth = 0.3  # a draft is worth its row in the batch where the ones before it have this chance to be right
+
+    def __init__(self, column, token):
+        self.column, self.tokens, self.stages = column, [token], [0]
+        self.num_verdicts = self.num_hits = 0
+        self.hit_rate = 1.0  # of late
+
+    @property
+    def num_worthwhile(self):
+        """How many drafts in a row are worth their rows, at the rate of late; never fewer than two."""
+        if self.hit_rate >= 1:
+            return math.inf
+        return 1 + int(math.log(self.worth) / math.log(max(self.hit_rate, self.worth)))
+
+    def settle(self, predicted, num_steps, num_drafts, num_columns, corrects=True):
+        """Move on by one tick.
+
+        Args:
+            predicted: for each pass, the token that it now predicts to follow the one that it has just run.
+            num_steps: S.
+            num_drafts: how many drafts may be under way.
+            num_columns: drafts stay below this column.
+            corrects: whether a pass before the last one replaces a draft that it does not predict.
+
+        Returns:
+            The next true token, where a token has come out of pass S, or None.
+        """
+        tokens, stages = self.tokens, self.stages
+        final = predicted[num_steps] if stages[0] == num_steps else None
+        settled = 0 if final is None else 1
+        if final is not None and len(tokens) > 1:
+            self.num_verdicts += 1
+            self.num_hits += tokens[1] == final
+            self.hit_rate += 0.1 * ((tokens[1] == final) - self.hit_rate)
+        for index, stage in enumerate(stages):
+            is_last, is_final = index + 1 == len(tokens), stage == num_steps
+            if is_last:
+                may = is_final or (index + 1 - settled <= num_drafts and self.column + index + 1 < num_columns)
+            else:
+                may = tokens[index + 1] != predicted[stage] and (is_final or corrects)
+            if may:
+                tokens[index + 1 :], stages[index + 1 :] = [predicted[stage]], [-1]
+            if may or is_last:
+                break
+        self.stages = [stage + 1 for stage in stages[settled:]]
+        self.tokens = tokens[settled:]
+        self.column += settled
+        return final
+
+
+class Wave:
+    """The model's side of the wave: runs ticks.
+
+    Args:
+        model: a PonderingForCausalLM.
+        past_key_values: its step cache after the prompt.
+        num_steps: S.
+        attention_mask: (B, T) of the prompt, or None.
+        position_ids: (B, T) of the prompt, or None.
+        num_columns: how many columns there will be at most.
+        draft_source: see pondering_drafts.py.
+    """
+
+    def __init__(self, model, past_key_values, num_steps, attention_mask, position_ids, num_columns, draft_source):
+        self.model, self.backbone, self.num_steps = model, model.backbone, num_steps
+        config = model.config
+        self.cache = WaveCache(past_key_values, config.num_hidden_layers, num_steps + 1, num_columns)
+        self.batch_size, self.prompt_length = self.cache.batch_size, self.cache.prompt_length
+        self.draft_source = draft_source
+        self.num_ticks = self.num_rows_run = 0
+        self.device = model.device
+        self.table = embedding_table(self.backbone)
+        num_rows = self.batch_size * (num_steps + 1)
+        self.inputs = self.table.new_zeros(num_rows, self.table.shape[1])  # x of each row in the coming tick
+        self.row_ids = torch.arange(num_rows, device=self.device)
+        self.columns = torch.arange(self.prompt_length, device=self.device)
+        self.offsets = self._position_offsets(attention_mask, position_ids)
+        self.is_prompt = None
+        if attention_mask is not None and not bool(attention_mask.all()):
+            self.is_prompt = attention_mask.bool().repeat(num_steps + 1, 1)
+        self.mask_kind = mask_kind(self.backbone)
+        self.window = getattr(self.backbone.config, "sliding_window", None)
+
+    def _position_offsets(self, attention_mask, position_ids):
+        """What to add to a column to get its position: (rows, 1)."""
+        if position_ids is not None:
+            last = position_ids[:, -1].expand(self.batch_size)
+        elif attention_mask is not None:
+            last = attention_mask.long().sum(-1) - 1
+        else:
+            last = torch.full((self.batch_size,), self.prompt_length - 1)
+        offsets = last.to(self.device) - (self.prompt_length - 1)
+        return offsets.repeat(self.num_steps + 1).unsqueeze(1)
+
+    @torch.no_grad()
+    def tick(self, flights, entering):
+        """Run the next pass of everything in flight.
+
+        Args:
+            flights: a Flight, or None, for each of the B prompts.
+            entering: (B,) token ids, for pass 0.
+
+        Returns:
+            (first, logits): logits (n, B, V) of passes first, first + 1, ..., of the drafts' source but for the last
+            pass S. What belongs to no token is meaningless.
+        """
+        self.num_ticks += 1
+        columns, first, last = self._layout(flights)
+        size = self.batch_size
+        rows = slice(first * size, (last + 1) * size)
+        self.num_rows_run += len(columns)
+        if first == 0:
+            config = self.model.config
+            embedded = self.model.get_input_embeddings()(entering)
+            self.inputs[:size] = _scaled(embedded, config.input_scale * config.embedding_scale)
+        hidden_states = run_backbone(
+            self.backbone,
+            self.inputs[rows].unsqueeze(1),
+            past_key_values=self.cache.layers,
+            use_cache=True,
+            **self._place(rows, columns),
+        ).last_hidden_state.squeeze(1)
+        num_pondering = size * (min(last + 1, self.num_steps) - first)
+        pondering_states, last_states = hidden_states[:num_pondering], hidden_states[num_pondering:]
+        drafted = self.draft_source(pondering_states.view(-1, size, hidden_states.shape[-1]), first)
+        if drafted is None:  # the passes' own predictions
+            logits = backbone_logits(self.backbone, hidden_states)
+            own_logits = logits[:num_pondering]
+        else:
+            drafted = drafted.flatten(0, 1)
+            logits = backbone_logits(self.backbone, torch.cat([pondering_states, drafted, last_states]))
+            own_logits, logits = logits[:num_pondering], logits[num_pondering:]
+        if num_pondering:
+            self._ponder(rows.start, own_logits)
+        return first, logits.view(-1, size, logits.shape[-1])
+
+    def _layout(self, flights):
+        """(column of each row or -1, first pass, last pass) of the passes that have something to run."""
+        size = self.batch_size
+        first = min(flight.stages[-1] for flight in flights if flight is not None)
+        last = max(flight.stages[0] for flight in flights if flight is not None)
+        columns = [-1] * (size * (last - first + 1))
+        for prompt, flight in enumerate(flights):
+            if flight is not None:
+                for index, stage in enumerate(flight.stages):
+                    columns[(stage - first) * size + prompt] = flight.column + index
+        return columns, first, last
+
+    def _place(self, rows, columns):
+        """Set the cache's place; the mask and the positions for the backbone."""
+        length = max(columns) + 1
+        unused = self.cache.reserve(length)
+        if len(self.columns) < length:
+            self.columns = torch.arange(2 * length, device=self.device)
+        where = torch.tensor(
+            [[unused if column < 0 else column for column in columns], [max(column, 0) for column in columns]],
+            device=self.device,
+        )
+        # A row without a token reads the prompt's last column: one value at least must not be masked.
+        reads = where[1].clamp(min=self.prompt_length - 1).unsqueeze(1)
+        self.cache.set_place(rows, self.row_ids[rows], where[0], length)
+        mask = self.columns[:length] <= reads
+        if self.is_prompt is not None:
+            mask[:, : self.prompt_length] &= self.is_prompt[rows]
+        position_ids = (where[1].unsqueeze(1) + self.offsets[rows]).clamp_(min=0)
+        return {"attention_mask": self._mask(mask, reads, length), "position_ids": position_ids}
+
+    def _mask(self, mask, reads, length):
+        if self.mask_kind == "flat":
+            return mask.long()
+        if self.mask_kind == "full":
+            return self._shaped(mask)
+        windowed = self._shaped(mask & (self.columns[:length] > reads - self.window))
+        if self.mask_kind == "window":
+            return windowed
+        return {"full_attention": self._shaped(mask), "sliding_attention": windowed}
+
+    def _shaped(self, mask):
+        """(rows, length) to (rows, 1, 1, length), as the backbone's attention wants it."""
+        if self.backbone.config._attn_implementation == "eager":
+            lowest = torch.finfo(self.inputs.dtype).min
+            mask = torch.zeros_like(mask, dtype=self.inputs.dtype).masked_fill_(~mask, lowest)
+        return mask[:, None, None]
+
+    def _ponder(self, start, logits):
+        """Make the inputs of the following passes. logits: (n, V), of the rows from `start` on."""
+        model, config = self.model, self.model.config
+        embedding = plain_embedding(logits, self.table, config.pondering_temperature, config.pondering_top_k)
+        embedding = _scaled(embedding, config.embedding_scale)
+        if model.pondering_gate is not None:
+            embedding = model.pondering_gate(embedding)
+        stop = start + len(logits)
+        self.inputs[start + self.batch_size : stop + self.batch_size] = self.inputs[start:stop] + embedding
+
+    def give_back(self, length):
+        """The step cache with `length` columns."""
+        return self.cache.give_back(length)
+
+
+def mask_kind(backbone):
+    """What kind of mask the backbone's layers take when each row of a batch stands at a column of its own.
+
+    "full": (rows, 1, 1, columns). "window": the same, for sliding windows in all layers. "mixed": both, as a dict by
+    the kind of layer. "flat": (rows, columns), for attention that makes its own masks or biases.
+    """
+    config = backbone.config
+    if config.model_type == "gpt_neo":
+        raise PonderingError(
+            "`num_draft_tokens` does not work with model_type 'gpt_neo', whose local attention counts columns from "
+            "the end of the cache: set num_draft_tokens=0"
+        )
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if "chunked_attention" in kinds:
+        raise PonderingError("`num_draft_tokens` does not work with chunked attention: set num_draft_tokens=0")
+    has_windows = "sliding_attention" in kinds or (not kinds and getattr(config, "sliding_window", None) is not None)
+    decoder = backbone.base_model
+    has_alibi = getattr(config, "alibi", False) or "position_ids" not in inspect.signature(decoder.forward).parameters
+    if has_alibi or config._attn_implementation not in ("sdpa", "eager"):
+        if has_windows:
+            raise PonderingError(
+                f"`num_draft_tokens` needs attn_implementation 'sdpa' or 'eager' with sliding windows, "
+                f"not {config._attn_implementation!r}"
+            )
+        return "flat"
+    if not has_windows:
+        return "full"
+    return "mixed" if kinds else "window"
+
+
+def _scaled(tensor, factor):
+    return tensor if factor == 1 else tensor * factor

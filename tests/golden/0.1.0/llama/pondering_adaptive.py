@@ -1,0 +1,255 @@
+"""The passes over tokens of which each stops when it has converged (pondering_exit.py).
+
+Token t runs passes 0 .. j(t). What slot(i, l) of the step cache holds for it is what pass min(i, j(t)) computed in
+layer l, so that a later token finds the last keys and values that there are.
+
+In each pass only the tokens that go on are computed: a batch of the rows that have such tokens, each row shortened to
+those. Where a backbone cannot be told which of its tokens a row has left, whole rows are computed, and what has
+stopped keeps what it had; the result is the same.
+"""
+
+import inspect
+
+import torch
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_masks_for_generate
+
+from .pondering_backbone import backbone_logits, run_backbone, takes_position_ids
+from .pondering_cache import pass_cache, step_cache
+from .pondering_embedding import PonderingEmbedding
+from .pondering_readout import CHUNK_ELEMENTS, chunks
+
+
+_MASK_ARGUMENTS = {"inputs_embeds", "attention_mask", "past_key_values", "position_ids", "and_mask_function"}
+_MASKS_CAN_BE_MADE = set(inspect.signature(create_masks_for_generate).parameters) >= _MASK_ARGUMENTS
+
+
+class _CompletingCache(Cache):
+    """The slots of one pass: what is written is completed by what stopped tokens computed last.
+
+    memory: a list for each layer: keys, values (B, H, T, D) as last computed, and what else `update` was given.
+    """
+
+    chosen = memory = None
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        chosen, memory = self.chosen, self.memory[layer_idx]
+        if not chosen.is_everything:
+            key_states, value_states = chosen.put(memory[0], key_states), chosen.put(memory[1], value_states)
+        memory[:] = key_states, value_states, args, kwargs
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return (keys, values) if chosen.has_all_rows else (keys[chosen.rows], values[chosen.rows])
+
+
+class _Chosen:
+    """The tokens of a pass: some rows of a batch, and in each of them some positions.
+
+    rows: (b,) indices. active: (b, T) booleans, which tokens of these rows go on. positions: (b, t) indices of the
+    tokens that are computed, where a row with fewer names its first one again; None: all T.
+    """
+
+    def __init__(self, active, may_shorten):
+        self.rows = active.any(1).nonzero().squeeze(1)
+        self.active = active[self.rows]
+        self.has_all_rows = len(self.rows) == len(active)
+        self.is_everything = self.has_all_rows and bool(self.active.all())
+        self.positions = None
+        count = int(self.active.sum(1).max())
+        if may_shorten and count < active.shape[1]:
+            order = torch.argsort(~self.active, dim=1, stable=True)[:, :count]
+            self.positions = order.where(self.active.gather(1, order), order[:, :1])
+
+    def take(self, tensor, dim=1):
+        """The part of (B or 1, ..., T, ...) that the pass computes on, with T at `dim`; `dim` None: whole rows."""
+        if not self.has_all_rows and len(tensor) > 1:
+            tensor = tensor[self.rows]
+        if self.positions is None or dim is None:
+            return tensor
+        index = self.positions.view(len(self.rows), *[1] * (dim - 1), -1, *[1] * (tensor.ndim - dim - 1))
+        tensor = tensor.expand(len(self.rows), *tensor.shape[1:])
+        return torch.take_along_dim(tensor, index, dim)
+
+    def put(self, old, new):
+        """`old` (B, H, T, D) with the states (b, H, t, D) of the pass in the place of the tokens that go on."""
+        old = old.clone()
+        if self.positions is None:
+            old[self.rows] = new.where(self.active[:, None, :, None], old[self.rows])
+        else:
+            old[self.rows[:, None], :, self.positions] = new.transpose(1, 2)
+        return old
+
+    def results(self, hidden_states):
+        """(b, t, d) of the pass to (n, d): the tokens that go on, row by row."""
+        if self.is_everything:
+            return hidden_states.reshape(-1, hidden_states.shape[-1])
+        if self.positions is None:
+            return hidden_states[self.active]
+        counts = self.active.sum(1, keepdim=True)
+        return hidden_states[torch.arange(hidden_states.shape[1], device=counts.device) < counts]
+
+
+class _Inputs:
+    """What the backbone is given beside embeddings, for any choice of tokens."""
+
+    def __init__(self, backbone, shape, attention_mask, position_ids, others):
+        self.config, self.shape = backbone.config, shape
+        self.attention_mask, self.position_ids, self.others = attention_mask, position_ids, others
+        self.masks = None
+        self.may_shorten = (
+            _MASKS_CAN_BE_MADE
+            and shape[1] > 1
+            and position_ids is not None
+            and takes_position_ids(backbone)
+            and backbone.config._attn_implementation in ("eager", "sdpa")
+            and not any(torch.is_tensor(value) for value in others.values())
+        )
+
+    def padding(self, device):
+        """(B, T) booleans, the tokens that are padding as far as the mask says so."""
+        mask = self.attention_mask
+        if not torch.is_tensor(mask) or mask.ndim != 2:
+            return torch.zeros(self.shape, dtype=torch.bool, device=device)
+        return mask[:, -self.shape[1] :] == 0
+
+    def of(self, chosen, inputs_embeds, cache):
+        """Keyword arguments of the backbone for a pass over `chosen` tokens; `cache` is the pass's own, as it was."""
+        others = {name: chosen.take(v, None) if torch.is_tensor(v) else v for name, v in self.others.items()}
+        mask, position_ids = self.attention_mask, self.position_ids
+        if chosen.positions is not None:
+            if self.masks is None:  # the same in every pass
+                self.masks = create_masks_for_generate(
+                    config=self.config,
+                    inputs_embeds=inputs_embeds.new_empty(*self.shape, 0),
+                    attention_mask=mask,
+                    past_key_values=cache,
+                    position_ids=position_ids,
+                    and_mask_function=_always,
+                )
+            mask = self.masks
+        dim = None if chosen.positions is None else 2
+        mask = {kind: _taken(chosen, one, dim) for kind, one in mask.items()} if isinstance(mask, dict) else mask
+        mask = mask if isinstance(mask, dict) else _taken(chosen, mask, dim)
+        return {"attention_mask": mask, "position_ids": _taken(chosen, position_ids, 1), **others}
+
+
+def _taken(chosen, tensor, dim):
+    return None if tensor is None else chosen.take(tensor, dim)
+
+
+def _always(batch_index, head_index, query_index, key_index):
+    # Asks transformers for a mask that it would otherwise leave out.
+    return key_index >= 0
+
+
+class AdaptivePasses:
+    """Runs the passes of one forward call over (B, T) tokens, of which each stops when it has converged.
+
+    Attributes after `run`:
+        hidden_states: (B, T, d_h), those of each token's last pass.
+        steps: (B, T), the index j(t) of that pass.
+        logits: (B, T, V) of that pass, where all tokens stopped before pass S and so many fit; otherwise None.
+    """
+
+    def __init__(self, model, num_steps, past_key_values, exit):
+        self.model, self.num_steps, self.exit = model, num_steps, exit
+        self.num_layers = model.config.num_hidden_layers
+        if past_key_values is None:  # passes hand keys and values on, through a cache of this call
+            past_key_values = step_cache(None, model.config.base_config, num_steps + 1)
+        self.past_key_values = past_key_values
+        self.memory = [[] for _ in range(self.num_layers)]
+        self.embedding = PonderingEmbedding(model.backbone, model.config)
+        self.hidden_states = self.logits = self.steps = None
+
+    def run(self, hidden_inputs, attention_mask=None, position_ids=None, **others):
+        """hidden_inputs: (B, T, d), what pass 0 reads; the rest goes to the backbone. Gives back itself."""
+        shape = hidden_inputs.shape[:2]
+        inputs = _Inputs(self.model.backbone, shape, attention_mask, position_ids, others)
+        active = torch.ones(shape, dtype=torch.bool, device=hidden_inputs.device)
+        padding = inputs.padding(active.device)
+        self.steps = torch.full(shape, self.num_steps, device=active.device)
+        before = (None, None)
+        for index in range(self.num_steps + 1):
+            chosen = _Chosen(active, inputs.may_shorten)
+            flat = self._run_pass(index, hidden_inputs, chosen, inputs)
+            self._keep(flat, active, chosen)
+            if index == self.num_steps:
+                self.logits = None
+                break
+            embedding, logits, stops = self._evaluate(flat, *before)
+            embedding = self.model.finish_embedding(embedding)
+            if chosen.is_everything:
+                hidden_inputs = hidden_inputs + embedding.view(*shape, -1)
+            else:
+                hidden_inputs = hidden_inputs.masked_scatter(active[..., None], hidden_inputs[active] + embedding)
+            going_on = _going_on(active, stops, padding)
+            self.steps = self.steps.masked_fill(active & ~going_on, index)
+            self._keep_logits(logits, active, going_on)
+            if not going_on.any():
+                self._fill(index + 1)
+                break
+            still = going_on[active]
+            before = (flat[still], None if logits is None else logits[still])
+            active = going_on
+        if self.exit.record is not None:
+            self.exit.record(self.steps)
+        return self
+
+    def last_logits(self, kept):
+        """(B, kept, V), the logits of each token's last pass at some positions; `kept` indexes them."""
+        if self.logits is not None:
+            return self.logits[:, kept].to(self.hidden_states.dtype)
+        return backbone_logits(self.model.backbone, self.hidden_states[:, kept])
+
+    def _run_pass(self, index, hidden_inputs, chosen, inputs):
+        """(n, d_h), the last hidden states of the tokens that go on."""
+        cache = pass_cache(self.past_key_values, index, self.num_layers, _CompletingCache)
+        cache.chosen, cache.memory = chosen, self.memory
+        arguments = inputs.of(chosen, hidden_inputs, cache)
+        output = run_backbone(
+            self.model.backbone, chosen.take(hidden_inputs), past_key_values=cache, use_cache=True, **arguments
+        )
+        return chosen.results(output.last_hidden_state)
+
+    def _evaluate(self, flat, flat_before, logits_before):
+        """Pondering embeddings (n, d), logits (n, V) where they fit one chunk, and who has converged (n,)."""
+        embeddings, stops = [], []
+        parts = list(chunks(flat, self.model.config.vocab_size))
+        for part in parts:
+            embedding, logits = self.embedding.with_logits(flat[part])
+            previous = None if logits_before is None else logits_before[part]
+            if previous is None and flat_before is not None:
+                previous = backbone_logits(self.model.backbone, flat_before[part]).to(logits.dtype)
+            embeddings.append(embedding)
+            stops.append(self.exit.converged(logits, previous))
+        if len(parts) == 1:
+            return embeddings[0], logits, stops[0]
+        return torch.cat(embeddings), None, torch.cat(stops)
+
+    def _keep(self, flat, active, chosen):
+        if chosen.is_everything:
+            self.hidden_states = flat.view(*active.shape, -1)
+        else:
+            self.hidden_states = self.hidden_states.masked_scatter(active[..., None], flat)
+
+    def _keep_logits(self, logits, active, going_on):
+        stopping = active & ~going_on
+        vocab_size = self.model.config.vocab_size
+        limit = CHUNK_ELEMENTS.get(active.device.type, CHUNK_ELEMENTS["cpu"])
+        if logits is None or active.numel() * vocab_size > limit or not stopping.any():
+            return
+        if self.logits is None:
+            self.logits = logits.new_empty(*active.shape, vocab_size)
+        self.logits[stopping] = logits[stopping[active]]
+
+    def _fill(self, first):
+        for index in range(first, self.num_steps + 1):
+            cache = pass_cache(self.past_key_values, index, self.num_layers)
+            for layer_index, (keys, values, args, kwargs) in enumerate(self.memory):
+                cache.update(keys, values, layer_index, *args, **kwargs)
+
+
+def _going_on(active, stops, padding):
+    """(B, T) booleans. Padding goes on with its row for as long as all tokens of the row do, and holds up none."""
+    undecided = active.masked_scatter(active, ~stops) & ~padding
+    whole = (undecided | padding).all(1, keepdim=True) & undecided.any(1, keepdim=True)
+    return undecided | (padding & active & whole)

@@ -1,0 +1,116 @@
+"""What `generate` is given to go on from, checked before any work is done."""
+
+import torch
+from transformers.cache_utils import Cache
+
+from .pondering_backbone import num_positions
+from .pondering_cache import check_owner, step_cache
+from .pondering_errors import PonderingError
+
+
+def check_prompt(model, inputs, num_steps, generation_config, kwargs):
+    """Raise unless the model can go on from this prompt.
+
+    Args:
+        inputs, generation_config, kwargs: as `generate` got them.
+        num_steps: S of the call.
+
+    Raises:
+        PonderingError: the prompt is empty, has ids outside the vocabulary or, with the tokens to come, more tokens
+            than the model has positions, or the cache was filled by another model or with another number of passes.
+    """
+    past_length = _check_cache(model, kwargs.get("past_key_values"), num_steps)
+    embeds = kwargs.get("inputs_embeds")
+    prompt = inputs if inputs is not None else kwargs.get("input_ids")
+    if embeds is not None:
+        _check_embeds(embeds, model.embedding_size)
+        shape = embeds.shape[:2]
+    elif prompt is not None:
+        _check_token_ids(prompt, model.get_input_embeddings().weight.shape[0])
+        shape = prompt.shape
+    else:
+        return  # transformers begins with the token that begins a text
+    mask = kwargs.get("attention_mask")
+    length = shape[1]
+    if torch.is_tensor(mask) and mask.ndim == 2:
+        length = _check_mask(mask, shape, past_length)
+    _check_positions(num_positions(model.backbone), length, shape[1], (kwargs, generation_config, model))
+
+
+def _check_cache(model, past_key_values, num_steps):
+    """The number of tokens that it holds."""
+    if past_key_values is None:
+        return 0
+    if isinstance(past_key_values, Cache) and past_key_values.get_seq_length() == 0:
+        return 0
+    step_cache(past_key_values, model.config.base_config, num_steps + 1)
+    check_owner(past_key_values, model.backbone)
+    return int(past_key_values.get_seq_length())
+
+
+def _check_token_ids(input_ids, vocab_size):
+    if not torch.is_tensor(input_ids):
+        hint = "unpack it, `generate(**inputs)`" if hasattr(input_ids, "keys") else "make it one"
+        raise PonderingError(f"`input_ids` must be a tensor, got {type(input_ids).__name__}: {hint}")
+    if torch.is_floating_point(input_ids) or input_ids.dtype == torch.bool:
+        raise PonderingError(f"`input_ids` must be integers, got {input_ids.dtype}")
+    if input_ids.ndim != 2:
+        raise PonderingError(
+            f"`input_ids` must have the shape (batch, tokens), got {tuple(input_ids.shape)}: "
+            "make one prompt a batch of one"
+        )
+    if input_ids.numel() == 0:
+        raise PonderingError("the prompt is empty: give at least one token")
+    low, high = input_ids.min().item(), input_ids.max().item()
+    if low < 0 or high >= vocab_size:
+        raise PonderingError(
+            f"the prompt has token id {low if low < 0 else high}, but the vocabulary goes from 0 to {vocab_size - 1}: "
+            "use the model's own tokenizer"
+        )
+
+
+def _check_embeds(embeds, embedding_size):
+    if embeds.ndim != 3 or embeds.shape[-1] != embedding_size:
+        raise PonderingError(
+            f"`inputs_embeds` must have the shape (batch, tokens, {embedding_size}), got {tuple(embeds.shape)}"
+        )
+    if embeds.numel() == 0:
+        raise PonderingError("the prompt is empty: give at least one token")
+
+
+def _check_mask(mask, shape, past_length):
+    """The number of tokens in the longest row, what the cache holds among them."""
+    if mask.shape[0] != shape[0] or mask.shape[1] not in (shape[1], past_length + shape[1]):
+        raise PonderingError(
+            f"`attention_mask` has the shape {tuple(mask.shape)}, which does not fit a prompt of {tuple(shape)} "
+            f"after {past_length} cached tokens"
+        )
+    counts = (mask != 0).sum(1)
+    if (counts == 0).any():
+        row = (counts == 0).nonzero()[0].item()
+        raise PonderingError(f"row {row} of the prompt is empty: its attention mask leaves no token")
+    return int(counts.max())
+
+
+def _check_positions(limit, length, width, sources):
+    """`length` tokens of the longest row and those to come must have positions; `width` counts padding as well."""
+    if limit is None:
+        return
+    if length > limit:
+        raise PonderingError(
+            f"the prompt has {length} tokens, but the model has only {limit} positions: give a shorter text"
+        )
+    num_new = _setting("max_new_tokens", *sources)
+    if num_new is None:
+        max_length = _setting("max_length", *sources)
+        num_new = None if max_length is None else max_length - width
+    if num_new is not None and length + num_new - 1 > limit:  # the last token needs none
+        raise PonderingError(
+            f"{length} tokens of prompt and {num_new} new ones are more than the {limit} positions of the model: "
+            f"use max_new_tokens={limit - length + 1} or less"
+        )
+
+
+def _setting(name, kwargs, generation_config, model):
+    sources = (kwargs.get(name), getattr(generation_config, name, None), getattr(model.generation_config, name, None))
+    return next((value for value in sources if value is not None), None)
