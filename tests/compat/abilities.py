@@ -189,7 +189,7 @@ class Deprecations(logging.Handler):
             self.messages.append(record.getMessage())
 
     def show_warning(self, message, category, filename, *rest):
-        names = {"transformers", "transformers_modules", "modules"}  # the last is where remote code lies
+        names = {"transformers", "transformers_modules"}  # the latter is where remote code lies
         if issubclass(category, (DeprecationWarning, FutureWarning)) and names & set(Path(filename).parts):
             self.messages.append(f"{category.__name__}: {message}")
 
