@@ -8,13 +8,14 @@ import torch
 
 
 # Stands at the start of every program: ponder_hf must not be there, installed or not. What transformers deprecates is
-# an error here as in the tests (pyproject.toml), also in transformers_modules, where it loads a checkpoint's code.
+# an error, also in transformers_modules, where it loads a checkpoint's code; the exception is that of pyproject.toml.
 WITHOUT_PONDER_HF = """
 import sys
 import warnings
 
 for category in (DeprecationWarning, FutureWarning):
     warnings.filterwarnings("error", category=category, module="transformers")
+warnings.filterwarnings("ignore", "`(gradient_checkpointing_(en|dis)able|is_gradient_checkpointing)` is deprecated")
 
 class Blocker:
     def find_spec(self, name, path=None, target=None):
