@@ -112,12 +112,16 @@ folder = name.split("/")[1]
 if how in ("saved", "trusting"):
     model.save_pretrained(folder)
 rows = [{"input_ids": list(range(3, 11)), "labels": list(range(3, 11))}] * 4
-settings = dict(push_to_hub=True, hub_model_id=name, hub_strategy="every_save", hub_always_push=True, use_cpu=True)
+strategy = "checkpoint" if how == "finished" else "every_save"
+settings = dict(push_to_hub=True, hub_model_id=name, hub_strategy=strategy, hub_always_push=True, use_cpu=True)
 settings |= dict(save_steps=1, max_steps=2, per_device_train_batch_size=2, report_to="none", disable_tqdm=True)
 tokenizer = AutoTokenizer.from_pretrained("model")
-Trainer(
+trainer = Trainer(
     model, TrainingArguments(folder, **settings), train_dataset=rows, processing_class=tokenizer, callbacks=callbacks
-).train()
+)
+trainer.train()
+if how == "finished":
+    trainer.push_to_hub()
 result = type(model).__module__.split(".")[0]
 """
 
@@ -153,6 +157,15 @@ def test_transformers_own_trainer_alone_forgets_the_code(hub, client, stranger):
     assert status == "no code"
     assert "ponder-hf push" in client.command("inspect-code", name)[2]
     client.json("push", "forgetful/checkpoint-2", name, "--skip-unsafe")
+    assert stranger.done(LOAD, name, "main") == ["transformers_modules", 7]
+
+
+def test_transformers_own_trainer_pushes_the_code_when_it_is_asked_to_push(hub, client, stranger):
+    name = "somebody/finished"
+    client.done(TRAINER, name, "finished")
+    files = set(hub[name].files())
+    assert set(installed_code()) <= files
+    assert {f"last-checkpoint/{path}" for path in installed_code()} <= files, "a checkpoint to resume from has it, too"
     assert stranger.done(LOAD, name, "main") == ["transformers_modules", 7]
 
 
