@@ -143,12 +143,15 @@ def save(model, folder, code):
 
 
 def try_checkpoint(folder, copy):
-    """Map each ability to None, or to the first line of what went wrong, for one checkpoint."""
-    outcomes = dict.fromkeys(ABILITIES)
+    """Map each ability to None, or to the first line of what went wrong, for one checkpoint.
+
+    One that does not load has no other abilities.
+    """
+    outcomes = {}
     expected = load_file(folder.with_suffix(".safetensors"))
-    model = None
 
     def attempt(ability, action):
+        outcomes[ability] = None
         try:
             return action()
         except Exception as error:
@@ -157,7 +160,7 @@ def try_checkpoint(folder, copy):
 
     model = attempt("loading", lambda: load(folder))
     if model is None:
-        return {name: problem or "it did not load" for name, problem in outcomes.items()}
+        return outcomes
     for ability in MEASURED:
         attempt(ability, lambda ability=ability: compare(measure(model, ability), expected, ability))
     attempt("saving", lambda: save(model, copy, sorted(path.name for path in folder.glob("*.py"))))
