@@ -1,7 +1,7 @@
 """Serve pondering checkpoints to OpenAI clients: `python examples/serve.py [options of transformers serve]`.
 
 transformers serve looks the class of a model up in transformers itself, whatever Auto classes know: it is put there.
-Needs `pip install "transformers[serving]"`.
+Needs `pip install "ponder-hf[serve]"`.
 """
 
 import sys

@@ -42,6 +42,7 @@ from .pondering_exit import PonderingExit  # noqa: F401
 from .pondering_generation import PonderingGenerationMixin
 from .pondering_loss import causal_lm_loss, linear_causal_lm_loss
 from .pondering_output import PonderingCausalLMOutput, logits_on_demand
+from .pondering_paged import paged_pass
 from .pondering_prompt import check_prompt  # noqa: F401
 from .pondering_readout import Readout  # noqa: F401
 from .pondering_speculation import speculative_sample  # noqa: F401
@@ -50,6 +51,7 @@ from .pondering_version import check_transformers  # noqa: F401
 from .pondering_vocabulary import vocabulary_embedding  # noqa: F401
 from .pondering_wave import Wave  # noqa: F401
 from .pondering_wave_cache import WaveCache  # noqa: F401
+from .pondering_wave_check import verify_wave_once  # noqa: F401
 
 
 logger = logging.get_logger(__name__)
@@ -243,8 +245,11 @@ class PonderingPreTrainedModel(PreTrainedModel):
         """
         config = self.config
         recording = {key: kwargs.pop(key) for key in ("output_hidden_states", "output_attentions") if key in kwargs}
+        paged_cache = kwargs.pop("cache", None)  # of continuous batching
 
         def run_pass(index, **extra):
+            if paged_cache is not None:
+                extra["cache"] = paged_pass(paged_cache, index, config.num_hidden_layers)
             cache = pass_cache(past_key_values, index, config.num_hidden_layers) if use_cache else None
             return run_backbone(
                 self.backbone, hidden_inputs, past_key_values=cache, use_cache=use_cache, **kwargs, **extra

@@ -11,6 +11,8 @@ import threading
 import tiny
 import torch
 from transformers import (
+    ContinuousBatchingConfig,
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     MaxLengthCriteria,
@@ -24,6 +26,7 @@ from ponder_hf import PonderingError
 
 
 COUNT = 8
+PAGES = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=16)  # without it, as much memory as there is
 GREEDY = {"max_new_tokens": COUNT, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
@@ -193,7 +196,20 @@ def custom_loop(model):
 
 
 def continuous_batching(model):
-    model.generate_batch([prompt()[0].tolist()], max_new_tokens=2)
+    rows = [tiny.token_ids(length, seed=length) for length in (7, 3, 12)]
+    results = model.generate_batch(
+        [row.tolist() for row in rows],
+        GenerationConfig(**{**GREEDY, "eos_token_id": -1}),
+        continuous_batching_config=PAGES,
+    )
+    for row, result in zip(rows, results.values(), strict=True):
+        assert result.generated_tokens == recomputed(model, row)[-COUNT:].tolist()
+
+
+def paged_cache(model):
+    rows = tiny.token_ids(2, 6)
+    tokens = generate(model, rows, cache_implementation="paged", continuous_batching_config=PAGES)
+    assert tokens[0].tolist() == [recomputed(model, row).tolist() for row in rows]  # (1, 2, T)
 
 
 # What it is, how it is asked for, and the check.
@@ -227,12 +243,16 @@ STRATEGIES = {
     "quantised cache": ('`cache_implementation="quantized", cache_config={"backend": "fp8"}`', quantised_cache),
     "offloaded cache, without a GPU": ('`cache_implementation="offloaded"`', runs(cache_implementation="offloaded")),
     "a decoding loop of one's own": ("`custom_generate=function`", custom_loop),
-    "continuous batching": ("`generate_batch(...)`", continuous_batching),
-    "paged cache": ('`cache_implementation="paged"`', runs(cache_implementation="paged")),
+    "continuous batching": ("`generate_batch(...)`, of requests of any length", continuous_batching),
+    "paged cache": ('`cache_implementation="paged"`', paged_cache),
     "drafts with beams": ("`num_draft_tokens=2, num_beams=3`", runs(num_draft_tokens=2, num_beams=3)),
     "drafts with an assistant": (
         "`num_draft_tokens=2, prompt_lookup_num_tokens=3`",
         runs(num_draft_tokens=2, prompt_lookup_num_tokens=3),
+    ),
+    "drafts with early exits": (
+        '`num_draft_tokens=2, pondering_exit_threshold=0.1, pondering_exit_criterion="kl"`',
+        runs(num_draft_tokens=2, pondering_exit_threshold=0.1, pondering_exit_criterion="kl"),
     ),
     "early exits": (
         '`pondering_exit_threshold=0.1, pondering_exit_criterion="kl"`',

@@ -2,13 +2,14 @@
 
 import itertools
 import math
-import random
 
 import pytest
 import tiny
 import torch
+from drafting import GREEDY, Guesses, NoDrafts, check_same, ragged
 from transformers import StaticCache
 from transformers.generation import LogitsProcessor, StoppingCriteria
+from transformers.utils import ModelOutput
 
 from ponder_hf import PonderingError, PonderingForCausalLM
 from ponder_hf.modeling import pondering_speculation
@@ -20,39 +21,8 @@ def model():
     return tiny.pondering_model("llama", torch.float64, pondering_steps=3)
 
 
-class Guesses:
-    """A source that drafts the true token with a given probability, and anything at all otherwise."""
-
-    def __init__(self, truth, probability, seed=0):
-        self.truth, self.probability, self.random = truth, probability, random.Random(seed)
-
-    def __call__(self, hidden_states, first_pass):
-        return None
-
-    def token(self, prompt, pass_index, token_ids, predicted):
-        truth = self.truth[prompt]
-        if len(token_ids) < len(truth) and self.random.random() < self.probability:
-            return truth[len(token_ids)]
-        return self.random.randrange(tiny.VOCAB_SIZE)
-
-
-class NoDrafts:
-    """Guesses that are never right, so that each token goes through all passes alone."""
-
-    def __call__(self, hidden_states, first_pass):
-        return None
-
-    def token(self, prompt, pass_index, token_ids, predicted):
-        return 0
-
-
-GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 SAMPLING = {"do_sample": True, "pad_token_id": 0, "max_new_tokens": 8}
 WARPERS = [{}, {"temperature": 0.7, "top_k": 20}, {"top_p": 0.8, "repetition_penalty": 1.3}, {"min_p": 0.05}]
-
-
-def ragged(*lengths):
-    return tiny.left_padded([tiny.token_ids(length, seed=length) for length in lengths])
 
 
 # Sampling
@@ -301,15 +271,9 @@ def test_scores_and_logits_are_those_of_plain_pondering(model, eos):
         for drafts in (0, 3)
     ]
     plain, drafted = outputs
-    assert drafted.sequences.tolist() == plain.sequences.tolist()
-    assert len(drafted.scores) == len(drafted.logits) == len(plain.scores)
-    stops = set(eos or ())
-    for row, tokens in enumerate(plain.sequences[:, 9:].tolist()):
-        end = next((index + 1 for index, token in enumerate(tokens) if token in stops), len(tokens))
-        for name in ("scores", "logits"):
-            for index in range(end):
-                wanted, got = getattr(plain, name)[index][row], getattr(drafted, name)[index][row]
-                torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+    check_same(plain, drafted, 9, eos)
+    scored = [ModelOutput(sequences=output.sequences, logits=output.scores) for output in outputs]
+    check_same(*scored, 9, eos)
     assert drafted.pondering_steps_used.tolist() == plain.pondering_steps_used.tolist()
     assert 0 <= drafted.draft_acceptance_rate <= 1
 
@@ -318,26 +282,33 @@ def test_scores_and_logits_are_those_of_plain_pondering(model, eos):
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "mistral"])
-@pytest.mark.parametrize("lengths", [(12,), (12, 5)], ids=["one row", "ragged"])
-def test_a_conversation_goes_on_from_the_cache_of_a_drafted_one(model_type, lengths):
+@pytest.mark.parametrize("eos", [None, list(range(3, 60, 5))], ids=["no eos", "eos"])
+@pytest.mark.parametrize("lengths", [(12,), (12, 5, 9)], ids=["one row", "ragged"])
+def test_a_conversation_goes_on_from_the_cache_of_a_drafted_one(model_type, lengths, eos):
     model = tiny.pondering_model(model_type, torch.float64, pondering_steps=2)
     input_ids, mask = ragged(*lengths)
-    settings = {**GREEDY, "max_new_tokens": 9, "return_dict_in_generate": True}
+    settings = {**GREEDY, "eos_token_id": eos, "return_dict_in_generate": True, "output_logits": True}
     outputs = []
     for drafts in (0, 2):
-        first = model.generate(input_ids, attention_mask=mask, num_draft_tokens=drafts, **settings)
+        first = model.generate(
+            input_ids, attention_mask=mask, num_draft_tokens=drafts, **{**settings, "max_new_tokens": 9}
+        )
+        # Where rows ended at different lengths, the drafted cache has the columns that all of them have.
+        if eos is None or drafts == 0:
+            assert first.past_key_values.get_seq_length() == first.sequences.shape[1] - 1
         longer = torch.cat([first.sequences, tiny.token_ids(len(lengths), 3, seed=5)], dim=1)
-        longer_mask = torch.cat([mask, mask.new_ones(len(lengths), 12)], dim=1)
-        assert first.past_key_values.get_seq_length() == input_ids.shape[1] + 8
+        longer_mask = torch.cat([mask, mask.new_ones(len(lengths), longer.shape[1] - mask.shape[1])], dim=1)
         second = model.generate(
             longer,
             attention_mask=longer_mask,
             past_key_values=first.past_key_values,
             num_draft_tokens=drafts,
-            **settings,
+            **{**settings, "max_new_tokens": 9},
         )
-        outputs.append((first.sequences.tolist(), second.sequences.tolist()))
-    assert outputs[0] == outputs[1]
+        outputs.append((first, second, longer.shape[1]))
+    plain, drafted = outputs
+    check_same(plain[0], drafted[0], input_ids.shape[1], eos)
+    check_same(plain[1], drafted[1], plain[2], eos)
 
 
 def test_prompts_as_embeddings_and_in_chunks(model):

@@ -1,5 +1,7 @@
 """Everything that generate does: the table of docs/generation.md is what runs. Static caches compile once."""
 
+import contextlib
+import functools
 import os
 import socket
 import subprocess
@@ -38,11 +40,21 @@ def test_a_row_of_the_table(name):
     assert documented()[name] == f"| {name} | {how} | {strategies.outcome(name)} |"
 
 
+COMPILED = {
+    "vocabulary": ("llama", {}),
+    "top 5": ("llama", {"pondering_top_k": 5}),
+    "gate": ("gpt2", {"pondering_gate": "zero_init"}),
+    "half rotated": ("gpt_neox", {"pondering_top_k": 5}),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("top_k", [None, 5], ids=["vocabulary", "top 5"])
-def test_a_static_cache_compiles_one_graph_once(top_k):
-    model = tiny.pondering_model("llama", pondering_steps=2, pondering_top_k=top_k)
-    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+@pytest.mark.parametrize(("model_type", "fields"), COMPILED.values(), ids=COMPILED)
+def test_a_static_cache_compiles_one_graph_once(model_type, fields):
+    model = tiny.pondering_model(model_type, pondering_steps=2, **fields)
+    if model.pondering_gate is not None:
+        torch.nn.init.normal_(model.pondering_gate.weight)
+    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     prompts = [tiny.token_ids(1, length) for length in (6, 5)]
     expected = [model.generate(prompt, **settings).tolist() for prompt in prompts]
     compile_config = CompileConfig(backend="aot_eager", mode=None, dynamic=False, fullgraph=True)
@@ -54,8 +66,28 @@ def test_a_static_cache_compiles_one_graph_once(top_k):
         assert found.tolist() == tokens
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["recompiles"]
     assert not counters["graph_break"]
     torch._dynamo.reset()
+
+
+@pytest.mark.slow
+def test_a_window_that_slides_is_compiled_as_often_as_in_the_plain_model():
+    """transformers counts the tokens of a sliding static slot in a Python number, which is compiled in at first."""
+    model = tiny.pondering_model("mistral", pondering_steps=2)
+    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    prompt, numbers = tiny.token_ids(1, 6), []
+    compile_config = CompileConfig(backend="eager", mode=None)
+    compile_config._compile_all_devices = True
+    for which in (model, model.to_base()):
+        expected = which.generate(prompt, **settings).tolist()
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        found = which.generate(prompt, cache_implementation="static", compile_config=compile_config, **settings)
+        assert found.tolist() == expected
+        numbers.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    torch._dynamo.reset()
+    assert numbers[0] == numbers[1]
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma3_text"])
@@ -73,7 +105,8 @@ def checkpoint(tmp_path_factory):
     """A pondering checkpoint with a tokenizer."""
     folder = tmp_path_factory.mktemp("served")
     torch.manual_seed(0)
-    checkpoints.save_base(folder / "base", tokenizer=True)
+    # Every token is a word, so that whatever is generated can be read.
+    checkpoints.save_base(folder / "base", tokenizer=True, vocab_size=len(checkpoints.WORDS))
     conversion.convert(folder / "base", folder / "pondering")
     return folder / "pondering"
 
@@ -92,37 +125,44 @@ def test_pipeline(checkpoint):
     assert chat[0]["generated_text"][-1]["role"] == "assistant"
 
 
-@pytest.mark.slow
-def test_serve_is_queried_by_the_openai_client(checkpoint, tmp_path):
-    openai = pytest.importorskip("openai", reason="needs transformers[serving]")
-    pytest.importorskip("fastapi", reason="needs transformers[serving]")
+@contextlib.contextmanager
+def served(log, *options):
+    """The URL of examples/serve.py, running."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, REPOSITORY / "examples" / "serve.py", "--port", str(port), "--device", "cpu"]
-    log = tmp_path / "log"
-    with (
-        log.open("w") as output,
-        subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, "HF_HUB_OFFLINE": "1"}
-        ) as server,
-    ):
+    command = [sys.executable, REPOSITORY / "examples" / "serve.py", "--port", str(port), "--device", "cpu", *options]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    with log.open("w") as output:
+        server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+    with server:
         try:
-            client = openai.OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none", max_retries=0)
             deadline = time.monotonic() + 120
             while "Uvicorn running" not in log.read_text():
                 assert time.monotonic() < deadline, log.read_text()
                 assert server.poll() is None, log.read_text()
                 time.sleep(0.2)
-            messages = [{"role": "user", "content": "once upon a time"}]
-            answer = client.chat.completions.create(
-                model=str(checkpoint), messages=messages, max_tokens=4, temperature=0
-            )
-            pieces = client.chat.completions.create(
-                model=str(checkpoint), messages=messages, max_tokens=4, temperature=0, stream=True
-            )
-            streamed = "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
+            yield f"http://localhost:{port}"
         finally:
             server.terminate()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [(), ("--continuous-batching",)], ids=["plain", "continuous batching"])
+def test_serve_answers_the_openai_client(checkpoint, tmp_path, options):
+    openai = pytest.importorskip("openai", reason="needs ponder-hf[serve]")
+    pytest.importorskip("fastapi", reason="needs ponder-hf[serve]")
+    messages = [{"role": "user", "content": "once upon a time"}]
+    with served(tmp_path / "log", *options) as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        ask = functools.partial(
+            client.chat.completions.create, model=str(checkpoint), messages=messages, max_tokens=4, temperature=0
+        )
+        answer = ask()
+        pieces = ask(stream=True)
+        streamed = "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
+    generator = pipeline("text-generation", model=str(checkpoint), tokenizer=str(checkpoint))
+    expected = generator(messages, max_new_tokens=4, do_sample=False)[0]["generated_text"][-1]["content"].strip()
+    assert expected
     assert answer.usage.completion_tokens <= 4
-    assert streamed.strip() == answer.choices[0].message.content.strip()
+    assert answer.choices[0].message.content.strip() == streamed.strip() == expected
