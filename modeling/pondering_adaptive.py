@@ -212,18 +212,20 @@ class AdaptivePasses:
 
     def _evaluate(self, flat, flat_before, logits_before):
         """Pondering embeddings (n, d), logits (n, V) where they fit one chunk, and who has converged (n,)."""
-        embeddings, stops = [], []
         parts = list(chunks(flat, self.model.config.vocab_size))
+        stops = []
+        if len(parts) == 1:
+            embedding, logits = self.embedding.with_logits(flat)
+        else:  # all at once, as it is without exits: in other pieces it would be rounded in another way
+            embedding = self.embedding(flat.unsqueeze(0))[0]
         for part in parts:
-            embedding, logits = self.embedding.with_logits(flat[part])
+            if len(parts) > 1:
+                logits = backbone_logits(self.model.backbone, flat[part])
             previous = None if logits_before is None else logits_before[part]
             if previous is None and flat_before is not None:
                 previous = backbone_logits(self.model.backbone, flat_before[part]).to(logits.dtype)
-            embeddings.append(embedding)
             stops.append(self.exit.converged(logits, previous))
-        if len(parts) == 1:
-            return embeddings[0], logits, stops[0]
-        return torch.cat(embeddings), None, torch.cat(stops)
+        return embedding, logits if len(parts) == 1 else None, torch.cat(stops)
 
     def _keep(self, flat, active, chosen):
         if chosen.is_everything:

@@ -70,7 +70,7 @@ class PonderingEmbedding:
         return embedding if isinstance(scale, float) and scale == 1 else embedding * scale
 
     def with_logits(self, hidden_states):
-        """The same without gradients, for one chunk of tokens (pondering_readout.py), and the logits it came from.
+        """The same without gradients, for one chunk of tokens (pondering_readout.py), and the logits of the pass.
 
         Args:
             hidden_states: (n, d_h).
@@ -89,9 +89,8 @@ class PonderingEmbedding:
         logits = self.readout.finish(scores)
         if self.kernel == "top_k":
             embedding = top_k_of_scores(scores, self.readout, table, temperature, top_k)
-        else:
-            embedding = torch.softmax(logits if temperature == 1 else logits / temperature, dim=-1).to(table.dtype)
-            embedding = embedding @ table
+        else:  # which computes the scores once more, and is faster for all that
+            embedding = vocabulary_embedding(hidden_states, self.readout, table, temperature)
         return embedding if isinstance(scale, float) and scale == 1 else embedding * scale, logits
 
 

@@ -5,11 +5,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from ponder_hf.modeling import pondering_readout
+from ponder_hf.modeling import pondering_attention, pondering_readout, pondering_topk
 from ponder_hf.modeling.pondering_embedding import plain_embedding
 from ponder_hf.modeling.pondering_loss import causal_lm_loss, linear_causal_lm_loss
 from ponder_hf.modeling.pondering_readout import Readout
-from ponder_hf.modeling.pondering_topk import largest, top_k_embedding
+from ponder_hf.modeling.pondering_topk import _largest_in_tiles, largest, top_k_embedding
 from ponder_hf.modeling.pondering_vocabulary import vocabulary_embedding
 
 
@@ -29,6 +29,13 @@ HEADS = {
 @pytest.fixture(params=[2**24, 16 * VOCAB_SIZE], ids=["one chunk", "chunks of 16"])
 def _chunked(request, monkeypatch):
     monkeypatch.setitem(pondering_readout.CHUNK_ELEMENTS, "cpu", request.param)
+
+
+@pytest.fixture(params=["the flash kernel", "no flash kernel"])
+def _kernel(request, monkeypatch):
+    """As on a CPU, and as on other devices and with a PyTorch that has no such kernel."""
+    if request.param == "no flash kernel":
+        monkeypatch.setattr(pondering_attention, "_FORWARD", None)
 
 
 def leaves(tokens, dtype, tied=False, bias=False):
@@ -65,7 +72,7 @@ def check_against(tensors, function, reference, tolerance):
         assert difference <= tolerance * wanted.abs().max(), f"{difference:.1e} of {wanted.abs().max():.1e}"
 
 
-@pytest.mark.usefixtures("_chunked")
+@pytest.mark.usefixtures("_chunked", "_kernel")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("tokens", [1, 63, 257], ids="T={}".format)
 @pytest.mark.parametrize("top_k", TOP_K, ids="K={}".format)
@@ -79,7 +86,7 @@ def test_embedding_equals_plain(dtype, tokens, top_k, tied):
     )
 
 
-@pytest.mark.usefixtures("_chunked")
+@pytest.mark.usefixtures("_chunked", "_kernel")
 @pytest.mark.parametrize("tokens", [1, 63, 257], ids="T={}".format)
 @pytest.mark.parametrize("top_k", [None, VOCAB_SIZE], ids="K={}".format)
 def test_embedding_in_bfloat16(tokens, top_k):
@@ -89,6 +96,31 @@ def test_embedding_in_bfloat16(tokens, top_k):
         lambda h, w, b, e: plain(h, Readout(w), e, 1.0, top_k),
         TOLERANCE[torch.bfloat16],
     )
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+@pytest.mark.parametrize("tokens", [1, 5, 300])
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "frozen bias"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_the_flash_kernel_on_so_many_threads(threads, tokens, bias, dtype, monkeypatch):
+    """It cuts the vocabulary into a part a thread, and what is left over; 131 is divided by none of these."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    calls, forward = [], pondering_attention._FORWARD
+    monkeypatch.setattr(pondering_attention, "_FORWARD", lambda *a, **k: calls.append(1) or forward(*a, **k))
+    hidden, weight, frozen, table = leaves(tokens, dtype, bias=bias)
+    frozen = None if frozen is None else frozen.detach()
+    wide = None if frozen is None else frozen.double()
+
+    def readout(weight):
+        return Readout(weight, frozen if weight.dtype == dtype else wide, factor=0.6)
+
+    check_against(
+        (hidden, weight, None, table),
+        lambda h, w, b, e: vocabulary_embedding(h, readout(w), e, 0.7),
+        lambda h, w, b, e: plain(h, readout(w), e, 0.7, None),
+        TOLERANCE[dtype],
+    )
+    assert len(calls) == (2 if threads > 1 and tokens < 256 else 1)
 
 
 @pytest.mark.parametrize("top_k", [1, 17])
@@ -343,3 +375,30 @@ def test_largest_finds_what_topk_finds(num_rows, size, top_k):
     assert torch.equal(values.sort().values, scores.topk(top_k).values.sort().values)
     assert torch.equal(scores.gather(1, indices), values)
     assert all(len(set(row)) == top_k for row in indices.tolist())
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    ("num_rows", "vocab_size", "width", "top_k"), [(40, 1000, 192, 3), (33, 997, 96, 5), (3, 997, 96, 5)]
+)
+def test_tile_by_tile_finds_what_topk_finds(num_rows, vocab_size, width, top_k, dtype, bias):
+    hidden = torch.randn(num_rows, WIDTH).to(dtype)
+    weight = (torch.randn(vocab_size, WIDTH) / 3).to(dtype)
+    weight[700:706] = weight[3]  # equal scores in different tiles
+    readout = Readout(weight, torch.randn(vocab_size).to(dtype) if bias else None)
+    scores = readout.scores(hidden)
+    values, token_ids = _largest_in_tiles(hidden, readout, top_k, width)
+    torch.testing.assert_close(values.sort().values, scores.topk(top_k).values.sort().values)
+    torch.testing.assert_close(scores.gather(1, token_ids), values)
+    assert all(len(set(row)) == top_k for row in token_ids.tolist())
+
+
+def test_tiles_are_taken_where_the_scores_would_be_large(monkeypatch):
+    monkeypatch.setitem(pondering_readout.CHUNK_ELEMENTS, "cpu", 64 * 50)
+    sizes = []
+    monkeypatch.setattr(pondering_topk, "largest", lambda scores, k: sizes.append(scores.shape) or largest(scores, k))
+    hidden, weight, _, table = leaves(50, torch.float64)
+    embedding = top_k_embedding(hidden, Readout(weight), table, 1.0, 3)
+    assert sizes == [(50, 64)]  # the first tile; the others are compared with what it has found
+    torch.testing.assert_close(embedding, plain(hidden, Readout(weight), table, 1.0, 3))

@@ -19,6 +19,7 @@ MODELING_FILES = {
     "configuration_pondering.py",
     "modeling_pondering.py",
     "pondering_adaptive.py",
+    "pondering_attention.py",
     "pondering_backbone.py",
     "pondering_base.py",
     "pondering_cache.py",
