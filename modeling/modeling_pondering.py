@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from .configuration_pondering import PonderingConfig, check_steps
 from .pondering_adaptive import AdaptivePasses
+from .pondering_attention import vocabulary_attention  # noqa: F401
 from .pondering_backbone import (
     TESTED,
     backbone_class,
@@ -40,6 +41,7 @@ from .pondering_embedding import PonderingEmbedding, PonderingGate
 from .pondering_errors import PonderingError
 from .pondering_exit import PonderingExit  # noqa: F401
 from .pondering_generation import PonderingGenerationMixin
+from .pondering_linear import fast_linear  # noqa: F401
 from .pondering_loss import causal_lm_loss, linear_causal_lm_loss
 from .pondering_output import PonderingCausalLMOutput, logits_on_demand
 from .pondering_paged import paged_pass

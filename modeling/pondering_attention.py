@@ -43,7 +43,9 @@ def vocabulary_attention(hidden_states, readout, table, temperature):
         (embedding, normaliser): (n, d), and the logsumexp (n,) of logits / temperature, in float32 or wider.
     """
     scale = readout.factor / temperature
-    num_parts = torch.get_num_threads() if len(hidden_states) < _FEW_TOKENS else 1
+    num_parts = 1
+    if len(hidden_states) < _FEW_TOKENS and not torch.compiler.is_compiling():
+        num_parts = torch.get_num_threads()
     even = len(table) - len(table) % num_parts
     found = [_attend(hidden_states, readout, table, scale, num_parts, slice(0, even))]
     if even < len(table):

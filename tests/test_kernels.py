@@ -1,11 +1,13 @@
 """The fast embeddings and the fast loss against the plain ones: values, gradients, and what they keep in memory."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from ponder_hf.modeling import pondering_attention, pondering_readout, pondering_topk
+from ponder_hf.modeling import pondering_attention, pondering_linear, pondering_readout, pondering_topk
 from ponder_hf.modeling.pondering_embedding import plain_embedding
 from ponder_hf.modeling.pondering_loss import causal_lm_loss, linear_causal_lm_loss
 from ponder_hf.modeling.pondering_readout import Readout
@@ -402,3 +404,28 @@ def test_tiles_are_taken_where_the_scores_would_be_large(monkeypatch):
     embedding = top_k_embedding(hidden, Readout(weight), table, 1.0, 3)
     assert sizes == [(50, 64)]  # the first tile; the others are compared with what it has found
     torch.testing.assert_close(embedding, plain(hidden, Readout(weight), table, 1.0, 3))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 64, 65])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_linear_layers_of_few_rows(rows, dtype, monkeypatch):
+    """Every linear layer that runs within; one row, many rows and other dtypes stay as they are."""
+    counted = []
+    on_their_side = pondering_linear.few_rows_linear
+    monkeypatch.setattr(pondering_linear, "few_rows_linear", lambda *a: counted.append(1) or on_their_side(*a))
+    layers = torch.nn.Sequential(torch.nn.Linear(256, 320), torch.nn.GELU(), torch.nn.Linear(320, 256, bias=False))
+    layers, states = layers.to(dtype), torch.randn(rows, 1, 256).to(dtype)
+    with torch.no_grad():
+        expected = layers(states)
+        with pondering_linear.fast_linear(states):
+            torch.testing.assert_close(layers(states), expected)
+    assert len(counted) == (2 if 1 < rows < 65 and dtype == torch.float32 else 0)
+
+
+@pytest.mark.parametrize("case", ["gradients", "autocast", "whole texts", "narrow layers"])
+def test_linear_layers_stay_as_they_are(case):
+    states = torch.randn(4, 3 if case == "whole texts" else 1, 24 if case == "narrow layers" else 256)
+    with torch.set_grad_enabled(case == "gradients"), torch.autocast("cpu", torch.bfloat16, case == "autocast"):
+        assert isinstance(pondering_linear.fast_linear(states), nullcontext)
+    with torch.no_grad():
+        assert not isinstance(pondering_linear.fast_linear(torch.randn(4, 1, 256)), nullcontext)

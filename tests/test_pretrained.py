@@ -29,6 +29,7 @@ MODELING_FILES = {
     "pondering_errors.py",
     "pondering_exit.py",
     "pondering_generation.py",
+    "pondering_linear.py",
     "pondering_loss.py",
     "pondering_output.py",
     "pondering_prompt.py",
