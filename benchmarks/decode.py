@@ -20,6 +20,7 @@ from benchmarks.machine import described
 from ponder_hf import PonderingForCausalLM
 
 
+GROWTH = {"pondering_steps": (0, 1, 2, 3, 5), "prompt": (64, 512, 1536), "batch": (1, 2, 4, 8, 16)}
 VARIANTS = ("top-K", "whole vocabulary", "whole vocabulary, tied")
 COMPILED = {"cache_implementation": "static", "compile_config": CompileConfig(mode="default", dynamic=False)}
 COMPILED["compile_config"]._compile_all_devices = True
@@ -92,7 +93,10 @@ def generator(model, prompt, new_tokens, **settings):
 
 
 def print_decoding(arguments, variant, batch, compiled=False):
-    """One row: seconds per token of both, and their ratio over (S+1), with the prompt and without it."""
+    """One row: seconds per token of both, and their ratio over (S+1), with the prompt and without it.
+
+    Returns the pondering model's seconds per token and that ratio.
+    """
     plain, pondering = models_of(arguments, variant)
     prompt = torch.randint(0, arguments.vocab_size, (batch, arguments.prompt))
     settings = COMPILED if compiled else {}
@@ -104,12 +108,14 @@ def print_decoding(arguments, variant, batch, compiled=False):
     )
     passes, new = arguments.pondering_steps + 1, arguments.new_tokens
     alone = (other - other_first) / (one - one_first) / passes
+    ratio = other / one / passes
     print(
         f"| {variant}{', static cache and compile' if compiled else ''} | {arguments.pondering_steps} | {batch} "
         f"| {arguments.prompt} + {new} | {1e3 * one / new:.2f} | {1e3 * other / new:.2f} "
-        f"| {other / one / passes:.3f} | {alone:.3f} | {read_limit(arguments, variant):.2f} |",
+        f"| {ratio:.3f} | {alone:.3f} | {read_limit(arguments, variant):.2f} |",
         flush=True,
     )
+    return other / new, ratio
 
 
 def print_prefill(arguments, variant):
@@ -149,6 +155,25 @@ def print_memory(arguments):
         print(f"| {name} | {one} | {other} | {other / one:.4f} |")
 
 
+def plot(grown, path):
+    """Draw {what varies: [(value, seconds per token, over (S+1) plain), ...]} into a file."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, len(grown), figsize=(9, 5), sharey="row", layout="constrained")
+    labels = {"pondering_steps": "pondering steps S", "prompt": "tokens of the prompt", "batch": "rows of the batch"}
+    for column, (name, rows) in zip(axes.T, grown.items(), strict=True):
+        values, seconds, ratios = zip(*rows, strict=True)
+        column[0].plot(values, [1e3 * each for each in seconds], marker="o")
+        column[1].plot(values, ratios, marker="o")
+        column[1].axhline(1, color="grey", linewidth=0.8)
+        column[1].set_xlabel(labels[name])
+    axes[0, 0].set_ylabel("ms a step of the batch")
+    axes[1, 0].set_ylabel("over (S + 1) plain steps")
+    axes[0, 0].set_ylim(bottom=0)
+    axes[1, 0].set_ylim(bottom=0)
+    figure.savefig(path, metadata={"Date": None})
+
+
 def main(argv=None):
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -165,15 +190,22 @@ def main(argv=None):
     parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--compile", action="store_true", help="static cache and torch.compile as well")
     parser.add_argument("--grow", action="store_true", help="vary S, context and batch in turn")
+    parser.add_argument(
+        "--plot", metavar="FILE", help="with --grow: draw it into this file as well (needs matplotlib)"
+    )
     arguments = parser.parse_args(argv)
     print(described())
     head = "| what | S | batch | tokens | plain, ms a token | pondering, ms a token | over (S+1) plain "
     print(f"\n{head}| the same without the prompt | limit |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     if arguments.grow:
-        for name, values in (("pondering_steps", (0, 1, 3, 5)), ("prompt", (64, 512, 1536)), ("batch", (1, 4, 16))):
+        grown = {}
+        for name, values in GROWTH.items():
             for value in values:
                 changed = argparse.Namespace(**{**vars(arguments), name: value})
-                print_decoding(changed, "top-K", getattr(changed, "batch", 1))
+                found = print_decoding(changed, "top-K", getattr(changed, "batch", 1))
+                grown.setdefault(name, []).append((value, *found))
+        if arguments.plot:
+            plot(grown, arguments.plot)
         return
     for variant in arguments.variants:
         for batch in arguments.batches:
