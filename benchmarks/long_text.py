@@ -2,7 +2,7 @@
 
     python -m benchmarks long_text
 
-The cache must take exactly S + 1 times the bytes of the plain model's, and the process nothing more for the tokens that
+The cache must take exactly S + 1 times the bytes of the plain model's, and the process nothing more for tokens that
 lie behind it. A tiny model, as only memory is looked at.
 """
 
