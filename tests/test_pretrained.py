@@ -32,6 +32,7 @@ MODELING_FILES = {
     "pondering_linear.py",
     "pondering_loss.py",
     "pondering_output.py",
+    "pondering_paged.py",
     "pondering_prompt.py",
     "pondering_readout.py",
     "pondering_speculation.py",
@@ -40,6 +41,7 @@ MODELING_FILES = {
     "pondering_vocabulary.py",
     "pondering_wave.py",
     "pondering_wave_cache.py",
+    "pondering_wave_check.py",
 }
 
 
