@@ -41,7 +41,7 @@ from .pondering_embedding import PonderingEmbedding, PonderingGate
 from .pondering_errors import PonderingError
 from .pondering_exit import PonderingExit  # noqa: F401
 from .pondering_generation import PonderingGenerationMixin
-from .pondering_linear import fast_linear  # noqa: F401
+from .pondering_linear import fast_layers  # noqa: F401
 from .pondering_loss import causal_lm_loss, linear_causal_lm_loss
 from .pondering_output import PonderingCausalLMOutput, logits_on_demand
 from .pondering_paged import paged_pass

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from .pondering_errors import PonderingError
-from .pondering_linear import fast_linear
+from .pondering_linear import fast_head, fast_layers
 from .pondering_readout import Readout
 
 
@@ -85,7 +85,7 @@ def finish_logits(logits, base_config):
 
 def backbone_logits(backbone, hidden_states):
     """(..., V), what the backbone itself would put out for its last hidden states (..., d)."""
-    with fast_linear(hidden_states):
+    with fast_head(hidden_states):
         return finish_logits(backbone.get_output_embeddings()(hidden_states), backbone.config)
 
 
@@ -182,7 +182,7 @@ def run_backbone(backbone, inputs_embeds, position_ids=None, **kwargs):
     decoder = backbone_decoder(backbone)
     if _takes_position_ids(type(decoder)):
         kwargs["position_ids"] = position_ids
-    with fast_linear(inputs_embeds):
+    with fast_layers(inputs_embeds):
         return decoder(inputs_embeds=inputs_embeds, return_dict=True, **kwargs)
 
 

@@ -1,7 +1,8 @@
-"""Linear layers over few rows on a CPU, as decoding a batch or a wave of passes has them.
+"""Linear layers over few rows on a CPU, as decoding has them.
 
 BLAS libraries pack the weight for a product x W^T of a few rows, which takes longer than the product. W x^T, the same
-numbers turned on their side, is computed without.
+numbers turned on their side, is computed without. For a single row they use one thread; cut into a part a thread, the
+weight is read by all of them.
 """
 
 from contextlib import nullcontext
@@ -13,16 +14,16 @@ from torch.overrides import TorchFunctionMode
 
 
 _MOST_ROWS = 64
-_LEAST_WIDTH = 256  # narrower layers are so quick that looking at each call costs more
+# Narrower layers are so quick that looking at each call of a decoder costs more than it saves.
+_LEAST_WIDTH, _LEAST_WIDTH_OF_ONE_ROW = 512, 1024
 
 
 def is_few(states):
-    """Whether (..., d) has so few rows that linear layers of them are faster on their side."""
+    """Whether (..., d) has so few rows that few_rows_linear may be faster than functional.linear."""
     return (
         states.device.type == "cpu"
         and states.dtype == torch.float32
-        and states.shape[-1] >= _LEAST_WIDTH
-        and 1 < states.numel() // states.shape[-1] <= _MOST_ROWS
+        and 0 < states.numel() <= _MOST_ROWS * states.shape[-1]
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
@@ -32,8 +33,21 @@ def is_few(states):
 def few_rows_linear(states, weight, bias=None):
     """functional.linear of few rows: (..., d), (V, d), (V,) to (..., V)."""
     columns = states.reshape(-1, states.shape[-1]).t()
-    product = weight @ columns if bias is None else torch.addmm(bias.unsqueeze(1), weight, columns)
+    if columns.shape[1] == 1:
+        if torch.get_num_threads() == 1 or not weight.is_contiguous():
+            return functional.linear(states, weight, bias)
+        product = _one_column(weight, columns, torch.get_num_threads())
+        product = product if bias is None else product + bias.unsqueeze(1)
+    else:
+        product = weight @ columns if bias is None else torch.addmm(bias.unsqueeze(1), weight, columns)
     return product.t().reshape(*states.shape[:-1], -1)
+
+
+def _one_column(weight, column, num_parts):
+    even = len(weight) - len(weight) % num_parts
+    parts = weight[:even].view(num_parts, -1, weight.shape[1])
+    product = torch.bmm(parts, column.expand(num_parts, -1, -1)).view(-1, 1)
+    return product if even == len(weight) else torch.cat([product, weight[even:] @ column])
 
 
 class _OnTheirSide(TorchFunctionMode):
@@ -47,10 +61,17 @@ class _OnTheirSide(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def fast_linear(states):
-    """A context to run a backbone or its head in, given the states that it will run on: (B, T, d) or (n, d).
+def fast_layers(states):
+    """A context to run a backbone's decoder in, on states (B, T, d).
 
     It changes nothing for more than one token a row, so that whole texts have the bits of the backbone's own forward.
     """
+    num_rows, length, width = states.shape
+    pays = length == 1 and width >= (_LEAST_WIDTH_OF_ONE_ROW if num_rows == 1 else _LEAST_WIDTH)
+    return _OnTheirSide() if pays and is_few(states) else nullcontext()
+
+
+def fast_head(states):
+    """A context to run a backbone's head in, on states (B, T, d) or (n, d); as fast_layers, but of any width."""
     is_decoding = states.ndim == 2 or states.shape[1] == 1
     return _OnTheirSide() if is_decoding and is_few(states) else nullcontext()

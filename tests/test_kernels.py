@@ -408,24 +408,30 @@ def test_tiles_are_taken_where_the_scores_would_be_large(monkeypatch):
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 64, 65])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_linear_layers_of_few_rows(rows, dtype, monkeypatch):
-    """Every linear layer that runs within; one row, many rows and other dtypes stay as they are."""
+@pytest.mark.parametrize("threads", [1, 3])
+def test_linear_layers_of_few_rows(rows, dtype, threads, monkeypatch):
+    """Every linear layer that runs within; many rows and other dtypes stay as they are."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     counted = []
     on_their_side = pondering_linear.few_rows_linear
     monkeypatch.setattr(pondering_linear, "few_rows_linear", lambda *a: counted.append(1) or on_their_side(*a))
-    layers = torch.nn.Sequential(torch.nn.Linear(256, 320), torch.nn.GELU(), torch.nn.Linear(320, 256, bias=False))
-    layers, states = layers.to(dtype), torch.randn(rows, 1, 256).to(dtype)
+    layers = torch.nn.Sequential(torch.nn.Linear(1024, 320), torch.nn.GELU(), torch.nn.Linear(320, 129, bias=False))
+    layers, states = layers.to(dtype), torch.randn(rows, 1, 1024).to(dtype)
     with torch.no_grad():
         expected = layers(states)
-        with pondering_linear.fast_linear(states):
-            torch.testing.assert_close(layers(states), expected)
-    assert len(counted) == (2 if 1 < rows < 65 and dtype == torch.float32 else 0)
+        for context in (pondering_linear.fast_layers, pondering_linear.fast_head):
+            with context(states):
+                torch.testing.assert_close(layers(states), expected)
+    assert len(counted) == (4 if rows < 65 and dtype == torch.float32 else 0)
 
 
+@pytest.mark.parametrize("context", [pondering_linear.fast_layers, pondering_linear.fast_head])
 @pytest.mark.parametrize("case", ["gradients", "autocast", "whole texts", "narrow layers"])
-def test_linear_layers_stay_as_they_are(case):
-    states = torch.randn(4, 3 if case == "whole texts" else 1, 24 if case == "narrow layers" else 256)
-    with torch.set_grad_enabled(case == "gradients"), torch.autocast("cpu", torch.bfloat16, case == "autocast"):
-        assert isinstance(pondering_linear.fast_linear(states), nullcontext)
+def test_linear_layers_stay_as_they_are(case, context):
     with torch.no_grad():
-        assert not isinstance(pondering_linear.fast_linear(torch.randn(4, 1, 256)), nullcontext)
+        assert not isinstance(context(torch.randn(4, 1, 1024)), nullcontext)
+    if case == "narrow layers" and context is pondering_linear.fast_head:
+        return
+    states = torch.randn(4, 3 if case == "whole texts" else 1, 24 if case == "narrow layers" else 1024)
+    with torch.set_grad_enabled(case == "gradients"), torch.autocast("cpu", torch.bfloat16, case == "autocast"):
+        assert isinstance(context(states), nullcontext)
