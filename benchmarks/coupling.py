@@ -6,6 +6,7 @@ rejection sampling accepts a draft with probability sum(min(p, q)), the most tha
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -29,12 +30,15 @@ def agreement(drafted, target, draws):
 def main(argv=None):
     """Print a Markdown table of rates."""
     parser = argparse.ArgumentParser(prog="benchmarks coupling", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, type=Path, help="a trained pondering checkpoint")
-    parser.add_argument("--texts", required=True, nargs="+", type=Path)
+    parser.add_argument("--model", type=Path, help="a trained pondering checkpoint")
+    parser.add_argument("--texts", nargs="+", type=Path)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--draws", type=int, default=32)
     parser.add_argument("--temperature", type=float, default=1.0)
     arguments = parser.parse_args(argv)
+    if arguments.model is None or arguments.texts is None:
+        print("coupling: left out, since it needs --model FOLDER and --texts FILE", file=sys.stderr)
+        return
     model = PonderingForCausalLM.from_pretrained(arguments.model).eval()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     torch.manual_seed(0)

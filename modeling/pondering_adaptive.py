@@ -213,19 +213,22 @@ class AdaptivePasses:
     def _evaluate(self, flat, flat_before, logits_before):
         """Pondering embeddings (n, d), logits (n, V) where they fit one chunk, and who has converged (n,)."""
         parts = list(chunks(flat, self.model.config.vocab_size))
-        stops = []
-        if len(parts) == 1:
-            embedding, logits = self.embedding.with_logits(flat)
-        else:  # all at once, as it is without exits: in other pieces it would be rounded in another way
-            embedding = self.embedding(flat.unsqueeze(0))[0]
+        embeddings, stops = [], []
+        # In several pieces it would be rounded in another way than it is without exits.
+        at_once = len(parts) > 1 and self.embedding.kernel != "plain"
+        if at_once:
+            embeddings.append(self.embedding(flat.unsqueeze(0))[0])
         for part in parts:
-            if len(parts) > 1:
+            if at_once:
                 logits = backbone_logits(self.model.backbone, flat[part])
+            else:
+                embedding, logits = self.embedding.with_logits(flat[part])
+                embeddings.append(embedding)
             previous = None if logits_before is None else logits_before[part]
             if previous is None and flat_before is not None:
                 previous = backbone_logits(self.model.backbone, flat_before[part]).to(logits.dtype)
             stops.append(self.exit.converged(logits, previous))
-        return embedding, logits if len(parts) == 1 else None, torch.cat(stops)
+        return torch.cat(embeddings), logits if len(parts) == 1 else None, torch.cat(stops)
 
     def _keep(self, flat, active, chosen):
         if chosen.is_everything:

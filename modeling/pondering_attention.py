@@ -20,14 +20,25 @@ def can_attend(hidden_states, readout, table):
     return (
         _FORWARD is not None
         and hidden_states.device.type == "cpu"
+        and hidden_states.dtype in (torch.float32, torch.float64, torch.bfloat16)
+        and len(hidden_states) > 0
         and readout.cap is None
         and readout.weight.shape == table.shape
+        and readout.weight.is_contiguous()  # the kernel itself does not ask
+        and table.is_contiguous()
     )
 
 
-def can_go_backward(dtype, needs_bias):
-    """Whether vocabulary_attention_backward can: it has no gradient for a bias, and sums in the dtype it is given."""
-    return _BACKWARD is not None and dtype in (torch.float32, torch.float64) and not needs_bias
+def can_go_backward(dtype, needs):
+    """Whether vocabulary_attention_backward should be used.
+
+    It has no gradient for a bias, sums in the dtype it is given, and always makes the (V, d) gradients.
+
+    Args:
+        needs: whether hidden states, head, bias and table need gradients.
+    """
+    _, head, bias, table = needs
+    return _BACKWARD is not None and dtype in (torch.float32, torch.float64) and (head or table) and not bias
 
 
 def vocabulary_attention(hidden_states, readout, table, temperature):
@@ -43,9 +54,9 @@ def vocabulary_attention(hidden_states, readout, table, temperature):
         (embedding, normaliser): (n, d), and the logsumexp (n,) of logits / temperature, in float32 or wider.
     """
     scale = readout.factor / temperature
-    num_parts = 1
+    hidden_states, num_parts = hidden_states.contiguous(), 1
     if len(hidden_states) < _FEW_TOKENS and not torch.compiler.is_compiling():
-        num_parts = torch.get_num_threads()
+        num_parts = min(torch.get_num_threads(), len(table))
     even = len(table) - len(table) % num_parts
     found = [_attend(hidden_states, readout, table, scale, num_parts, slice(0, even))]
     if even < len(table):
@@ -79,7 +90,7 @@ def vocabulary_attention_backward(gradient, hidden_states, readout, table, tempe
     """
     scale = readout.factor / temperature
     query, key, value, embedding, gradient = (
-        matrix[None, None] for matrix in (hidden_states, readout.weight, table, embedding, gradient)
+        matrix[None, None] for matrix in (hidden_states.contiguous(), readout.weight, table, embedding, gradient)
     )
     mask = None
     if readout.bias is not None:

@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 
-_MOST_ROWS = 64
+_MOST_ROWS = 32
 # Narrower layers are so quick that looking at each call of a decoder costs more than it saves.
 _LEAST_WIDTH, _LEAST_WIDTH_OF_ONE_ROW = 512, 1024
 
@@ -40,7 +40,7 @@ def few_rows_linear(states, weight, bias=None):
         product = product if bias is None else product + bias.unsqueeze(1)
     else:
         product = weight @ columns if bias is None else torch.addmm(bias.unsqueeze(1), weight, columns)
-    return product.t().reshape(*states.shape[:-1], -1)
+    return product.t().contiguous().view(*states.shape[:-1], -1)
 
 
 def _one_column(weight, column, num_parts):
@@ -56,7 +56,7 @@ class _OnTheirSide(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is functional.linear and not kwargs:
             states, weight = args[:2]
-            if type(weight) in (torch.Tensor, nn.Parameter) and is_few(states):
+            if type(weight) in (torch.Tensor, nn.Parameter) and weight.ndim == 2 and is_few(states):
                 return few_rows_linear(*args)
         return function(*args, **(kwargs or {}))
 
@@ -72,6 +72,6 @@ def fast_layers(states):
 
 
 def fast_head(states):
-    """A context to run a backbone's head in, on states (B, T, d) or (n, d); as fast_layers, but of any width."""
+    """A context to run a backbone's head in, on states (B, T, d) or (n, d), n tokens; as fast_layers, of any width."""
     is_decoding = states.ndim == 2 or states.shape[1] == 1
     return _OnTheirSide() if is_decoding and is_few(states) else nullcontext()

@@ -67,12 +67,12 @@ def _largest_of_head(hidden_states, readout, top_k):
     tile by tile; elsewhere, and where K is large, chunks of tokens meet all of it.
     """
     vocab_size = len(readout.weight)
-    if hidden_states.device.type == "cpu":
-        width = CHUNK_ELEMENTS["cpu"] // max(1, min(len(hidden_states), _MANY_ROWS)) // _ALIGNMENT * _ALIGNMENT
+    if hidden_states.device.type == "cpu" and len(hidden_states):
+        width = CHUNK_ELEMENTS["cpu"] // min(len(hidden_states), _MANY_ROWS) // _ALIGNMENT * _ALIGNMENT
         if 16 * top_k <= width < vocab_size:
             parts = hidden_states.split(_MANY_ROWS)
             return _joined([_largest_in_tiles(part, readout, top_k, width) for part in parts])
-    parts = [hidden_states[part] for part in chunks(hidden_states, vocab_size)]
+    parts = [hidden_states[part] for part in chunks(hidden_states, vocab_size)] or [hidden_states]
     return _joined([largest(readout.scores(part), top_k) for part in parts])
 
 

@@ -46,7 +46,7 @@ class _VocabularyEmbedding(torch.autograd.Function):
         readout = Readout(rows, bias if bias is None else bias.to(dtype), cap, factor)
         gradient = gradient.to(dtype)
         needs = ctx.needs_input_grad
-        if normaliser is not None and can_go_backward(dtype, needs[2]):
+        if normaliser is not None and can_go_backward(dtype, needs[:4]):
             found = vocabulary_attention_backward(
                 gradient, hidden, readout, values, temperature, embedding, normaliser
             )

@@ -104,7 +104,6 @@ class Wave:
         self.device = model.device
         self.table = embedding_table(self.backbone)
         self.embedding = PonderingEmbedding(self.backbone, config)
-        self.is_whole = self.embedding.kernel == "vocabulary"
         num_rows = self.batch_size * (num_steps + 1)
         self.inputs = self.table.new_zeros(num_rows, self.table.shape[1])  # x of each row in the coming tick
         self.row_ids = torch.arange(num_rows, device=self.device)
@@ -159,12 +158,13 @@ class Wave:
         pondering_states, last_states = hidden_states[:num_pondering], hidden_states[num_pondering:]
         drafted = self.draft_source(pondering_states.view(-1, size, hidden_states.shape[-1]), first)
         # The passes' own predictions are drafts where the source gives none, and what is pondered over, which goes
-        # without their logits where it is the whole vocabulary.
+        # without their logits where it can.
+        without_logits = self.embedding.goes_without_logits(pondering_states)
         states = [pondering_states if drafted is None else drafted.flatten(0, 1), last_states]
-        if drafted is not None and not self.is_whole:
+        if drafted is not None and not without_logits:
             states.insert(0, pondering_states)
         logits = backbone_logits(self.backbone, torch.cat(states))
-        if self.is_whole and num_pondering:
+        if without_logits and num_pondering:
             self._ponder(rows.start, self.embedding(pondering_states.unsqueeze(0))[0])
         elif num_pondering:
             temperature, top_k = self.model.config.pondering_temperature, self.model.config.pondering_top_k

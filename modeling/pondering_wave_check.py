@@ -17,13 +17,18 @@ def verify_wave_once(model):
     name = model.backbone.config.model_type
     if name in TESTED or getattr(model, "_wave_is_verified", False):
         return
+    was_training = model.training
     try:
-        found, expected = _compare(model)
+        found, expected = _compare(model.eval())
+    except PonderingError:  # which says it already
+        raise
     except (RuntimeError, TypeError, AttributeError, ValueError, IndexError) as error:
         first_line = str(error).split("\n")[0]
         raise PonderingError(
             f"`num_draft_tokens` does not work with model_type {name!r} ({first_line}): set num_draft_tokens=0"
         ) from error
+    finally:
+        model.train(was_training)
     tolerance = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 1e-1
     if not (found - expected).abs().max() <= tolerance * expected.abs().max():
         raise PonderingError(

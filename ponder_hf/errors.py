@@ -67,7 +67,7 @@ def _not_downloaded(source, error):
     if status == 401:
         return PonderingError(f"the Hub does not accept the token for {source}: set HF_TOKEN to a valid one")
     if status == 403:
-        return PonderingError(f"the token in HF_TOKEN may not read {source}: use one that may")
+        return PonderingError(f"the token may not read {source}: set HF_TOKEN to one that may")
     if status == 429:
         return DownloadStopped(f"the Hub takes no more requests for {source} for now: {_AGAIN}")
     if status is not None:

@@ -8,6 +8,7 @@ from huggingface_hub import snapshot_download
 
 import ponder_hf.modeling
 from ponder_hf import PonderingError, __version__
+from ponder_hf.conversion.checksums import check_files
 from ponder_hf.conversion.headers import read_json
 from ponder_hf.errors import reading
 
@@ -96,6 +97,7 @@ def _find(source, revision):
     with reading(source):
         patterns = ["*.py", *_CONFIGS]  # "*" reaches into folders
         folder = Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
+    check_files(str(source), [path for path in folder.rglob("*") if path.is_file()])
     return folder, folder.name
 
 

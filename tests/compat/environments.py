@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import torch
+import transformers
+from packaging.version import parse
 
 from ponder_hf.modeling.pondering_version import is_supported
 
@@ -28,12 +30,16 @@ def read_pins():
 def chosen_versions(words):
     """The versions that are asked for: all without words; "oldest" and "newest" are the ends of the range.
 
+    Newest is the newest that is not newer than the installed one, as the newest of all may need a newer Python.
+
     Raises:
         EnvironmentFailed: versions.txt has no such version.
     """
     known = list(read_pins())
     supported = [version for version in known if is_supported(version)]
-    ends = {"oldest": supported[0], "newest": supported[-1]}
+    installed = parse(transformers.__version__)
+    newest = [version for version in supported if parse(version) <= installed] or supported
+    ends = {"oldest": supported[0], "newest": newest[-1]}
     chosen = [ends.get(word, word) for word in words] or known
     for version in chosen:
         if version not in known:
