@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from .configuration_pondering import PonderingConfig, check_steps
 from .pondering_adaptive import AdaptivePasses
+from .pondering_attention import vocabulary_attention  # noqa: F401
 from .pondering_backbone import (
     TESTED,
     backbone_class,
@@ -40,8 +41,10 @@ from .pondering_embedding import PonderingEmbedding, PonderingGate
 from .pondering_errors import PonderingError
 from .pondering_exit import PonderingExit  # noqa: F401
 from .pondering_generation import PonderingGenerationMixin
+from .pondering_linear import fast_layers  # noqa: F401
 from .pondering_loss import causal_lm_loss, linear_causal_lm_loss
 from .pondering_output import PonderingCausalLMOutput, logits_on_demand
+from .pondering_paged import paged_pass
 from .pondering_prompt import check_prompt  # noqa: F401
 from .pondering_readout import Readout  # noqa: F401
 from .pondering_speculation import speculative_sample  # noqa: F401
@@ -50,6 +53,7 @@ from .pondering_version import check_transformers  # noqa: F401
 from .pondering_vocabulary import vocabulary_embedding  # noqa: F401
 from .pondering_wave import Wave  # noqa: F401
 from .pondering_wave_cache import WaveCache  # noqa: F401
+from .pondering_wave_check import verify_wave_once  # noqa: F401
 
 
 logger = logging.get_logger(__name__)
@@ -243,8 +247,11 @@ class PonderingPreTrainedModel(PreTrainedModel):
         """
         config = self.config
         recording = {key: kwargs.pop(key) for key in ("output_hidden_states", "output_attentions") if key in kwargs}
+        paged_cache = kwargs.pop("cache", None)  # of continuous batching
 
         def run_pass(index, **extra):
+            if paged_cache is not None:
+                extra["cache"] = paged_pass(paged_cache, index, config.num_hidden_layers)
             cache = pass_cache(past_key_values, index, config.num_hidden_layers) if use_cache else None
             return run_backbone(
                 self.backbone, hidden_inputs, past_key_values=cache, use_cache=use_cache, **kwargs, **extra

@@ -212,18 +212,23 @@ class AdaptivePasses:
 
     def _evaluate(self, flat, flat_before, logits_before):
         """Pondering embeddings (n, d), logits (n, V) where they fit one chunk, and who has converged (n,)."""
-        embeddings, stops = [], []
         parts = list(chunks(flat, self.model.config.vocab_size))
+        embeddings, stops = [], []
+        # In several pieces it would be rounded in another way than it is without exits.
+        at_once = len(parts) > 1 and self.embedding.kernel != "plain"
+        if at_once:
+            embeddings.append(self.embedding(flat.unsqueeze(0))[0])
         for part in parts:
-            embedding, logits = self.embedding.with_logits(flat[part])
+            if at_once:
+                logits = backbone_logits(self.model.backbone, flat[part])
+            else:
+                embedding, logits = self.embedding.with_logits(flat[part])
+                embeddings.append(embedding)
             previous = None if logits_before is None else logits_before[part]
             if previous is None and flat_before is not None:
                 previous = backbone_logits(self.model.backbone, flat_before[part]).to(logits.dtype)
-            embeddings.append(embedding)
             stops.append(self.exit.converged(logits, previous))
-        if len(parts) == 1:
-            return embeddings[0], logits, stops[0]
-        return torch.cat(embeddings), None, torch.cat(stops)
+        return torch.cat(embeddings), logits if len(parts) == 1 else None, torch.cat(stops)
 
     def _keep(self, flat, active, chosen):
         if chosen.is_everything:

@@ -19,7 +19,7 @@ import math
 import torch
 
 from .pondering_backbone import backbone_logits, embedding_table, run_backbone
-from .pondering_embedding import plain_embedding
+from .pondering_embedding import PonderingEmbedding, plain_embedding
 from .pondering_errors import PonderingError
 from .pondering_wave_cache import WaveCache
 
@@ -103,6 +103,7 @@ class Wave:
         self.num_ticks = self.num_rows_run = 0
         self.device = model.device
         self.table = embedding_table(self.backbone)
+        self.embedding = PonderingEmbedding(self.backbone, config)
         num_rows = self.batch_size * (num_steps + 1)
         self.inputs = self.table.new_zeros(num_rows, self.table.shape[1])  # x of each row in the coming tick
         self.row_ids = torch.arange(num_rows, device=self.device)
@@ -156,15 +157,19 @@ class Wave:
         num_pondering = size * (min(last + 1, self.num_steps) - first)
         pondering_states, last_states = hidden_states[:num_pondering], hidden_states[num_pondering:]
         drafted = self.draft_source(pondering_states.view(-1, size, hidden_states.shape[-1]), first)
-        if drafted is None:  # the passes' own predictions
-            logits = backbone_logits(self.backbone, hidden_states)
-            own_logits = logits[:num_pondering]
-        else:
-            drafted = drafted.flatten(0, 1)
-            logits = backbone_logits(self.backbone, torch.cat([pondering_states, drafted, last_states]))
-            own_logits, logits = logits[:num_pondering], logits[num_pondering:]
-        if num_pondering:
-            self._ponder(rows.start, own_logits)
+        # The passes' own predictions are drafts where the source gives none, and what is pondered over, which goes
+        # without their logits where it can.
+        without_logits = self.embedding.goes_without_logits(pondering_states)
+        states = [pondering_states if drafted is None else drafted.flatten(0, 1), last_states]
+        if drafted is not None and not without_logits:
+            states.insert(0, pondering_states)
+        logits = backbone_logits(self.backbone, torch.cat(states))
+        if without_logits and num_pondering:
+            self._ponder(rows.start, self.embedding(pondering_states.unsqueeze(0))[0])
+        elif num_pondering:
+            temperature, top_k = self.model.config.pondering_temperature, self.model.config.pondering_top_k
+            self._ponder(rows.start, plain_embedding(logits[:num_pondering], self.table, temperature, top_k))
+        logits = logits[-len(hidden_states) :]
         return first, logits.view(-1, size, logits.shape[-1])
 
     def _layout(self, flights):
@@ -215,14 +220,10 @@ class Wave:
             mask = torch.zeros_like(mask, dtype=self.inputs.dtype).masked_fill_(~mask, lowest)
         return mask[:, None, None]
 
-    def _ponder(self, start, logits):
-        """Make the inputs of the following passes. logits: (n, V), of the rows from `start` on."""
-        model, config = self.model, self.model.config
-        embedding = plain_embedding(logits, self.table, config.pondering_temperature, config.pondering_top_k)
-        embedding = _scaled(embedding, config.embedding_scale)
-        if model.pondering_gate is not None:
-            embedding = model.pondering_gate(embedding)
-        stop = start + len(logits)
+    def _ponder(self, start, embedding):
+        """Make the inputs of the following passes. embedding: (n, d), of the rows from `start` on."""
+        stop = start + len(embedding)
+        embedding = self.model.finish_embedding(embedding)
         self.inputs[start + self.batch_size : stop + self.batch_size] = self.inputs[start:stop] + embedding
 
     def give_back(self, length):

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from .pondering_errors import PonderingError
+from .pondering_linear import fast_head, fast_layers
 from .pondering_readout import Readout
 
 
@@ -83,8 +84,9 @@ def finish_logits(logits, base_config):
 
 
 def backbone_logits(backbone, hidden_states):
-    """(..., V), exactly what the backbone itself would put out for its last hidden states (..., d)."""
-    return finish_logits(backbone.get_output_embeddings()(hidden_states), backbone.config)
+    """(..., V), what the backbone itself would put out for its last hidden states (..., d)."""
+    with fast_head(hidden_states):
+        return finish_logits(backbone.get_output_embeddings()(hidden_states), backbone.config)
 
 
 def embedding_table(backbone, device=None):
@@ -180,7 +182,8 @@ def run_backbone(backbone, inputs_embeds, position_ids=None, **kwargs):
     decoder = backbone_decoder(backbone)
     if _takes_position_ids(type(decoder)):
         kwargs["position_ids"] = position_ids
-    return decoder(inputs_embeds=inputs_embeds, return_dict=True, **kwargs)
+    with fast_layers(inputs_embeds):
+        return decoder(inputs_embeds=inputs_embeds, return_dict=True, **kwargs)
 
 
 def verify_backbone(backbone):

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from .pondering_attention import can_attend
 from .pondering_backbone import backbone_logits, backbone_readout, bare_table, embedding_table
 from .pondering_topk import top_k_embedding, top_k_of_scores
 from .pondering_vocabulary import vocabulary_embedding
@@ -50,6 +51,10 @@ class PonderingEmbedding:
             self.kernel = "vocabulary" if whole else "top_k"
         self._all_rows = None
 
+    def goes_without_logits(self, hidden_states):
+        """Whether logits of hidden states (n, d_h) that are there already would be of no use for their embedding."""
+        return self.kernel == "vocabulary" and can_attend(hidden_states, self.readout, self.table[0])
+
     def __call__(self, hidden_states):
         """hidden_states: (B, T, d_h). Returns t of shape (B, T, d), before gate and `embedding_scale`."""
         temperature, top_k = self.config.pondering_temperature, self.config.pondering_top_k
@@ -70,7 +75,7 @@ class PonderingEmbedding:
         return embedding if isinstance(scale, float) and scale == 1 else embedding * scale
 
     def with_logits(self, hidden_states):
-        """The same without gradients, for one chunk of tokens (pondering_readout.py), and the logits it came from.
+        """The same without gradients, for one chunk of tokens (pondering_readout.py), and the logits of the pass.
 
         Args:
             hidden_states: (n, d_h).
@@ -89,6 +94,8 @@ class PonderingEmbedding:
         logits = self.readout.finish(scores)
         if self.kernel == "top_k":
             embedding = top_k_of_scores(scores, self.readout, table, temperature, top_k)
+        elif self.goes_without_logits(hidden_states):  # it computes them once more, and is faster for all that
+            embedding = vocabulary_embedding(hidden_states, self.readout, table, temperature)
         else:
             embedding = torch.softmax(logits if temperature == 1 else logits / temperature, dim=-1).to(table.dtype)
             embedding = embedding @ table

@@ -12,6 +12,7 @@ from transformers.utils import ModelOutput
 
 from .pondering_call import GenerationCall, current_call, during
 from .pondering_errors import PonderingError
+from .pondering_paged import check_prompts, start_manager
 from .pondering_prompt import check_prompt
 from .pondering_speculation import speculative_sample
 
@@ -88,16 +89,21 @@ class PonderingGenerationMixin(GenerationMixin):
         call.acceptance_rate = speculation.acceptance_rate
         return output
 
-    def init_continuous_batching(self, *args, **kwargs):
-        """Refused: a paged cache has one slot a layer, which all passes would write.
+    def generate_batch(self, inputs, generation_config=None, *args, **kwargs):
+        """transformers' continuous batching, and `pondering_steps`: S of all requests.
 
         Raises:
-            PonderingError: always. `generate_batch` and everything else of continuous batching come here first.
+            PonderingError: a setting or a prompt cannot be used; nothing has been computed then.
         """
-        raise PonderingError(
-            "continuous batching keeps one cache a layer, and pondering needs one a layer and pass: "
-            "use `generate` with a left-padded batch, and `transformers serve` without `--continuous-batching`"
-        )
+        call = current_call() or GenerationCall.read(kwargs, generation_config, self)
+        check_prompts(self, inputs, call.steps, generation_config, kwargs)
+        with during(call):
+            return super().generate_batch(inputs, generation_config, *args, **kwargs)
+
+    def init_continuous_batching(self, generation_config=None, *args, **kwargs):
+        """transformers' own, over a paged cache with pages for every pass (pondering_paged.py)."""
+        call = current_call() or GenerationCall.read({}, generation_config, self)
+        return start_manager(self, call, generation_config, *args, **kwargs)
 
     def _num_prompt_tokens(self, inputs, kwargs):
         """How many of the tokens in the output's `sequences` are the prompt's."""

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from .pondering_linear import few_rows_linear, is_few
+
 
 # Elements of the largest (tokens, vocabulary) tensor that lives at a time: 23 MiB in float32 on a CPU. Smaller chunks
 # read and write the (V, d) sums of gradients more often; larger ones cost memory and gain no time (docs/log.md).
@@ -29,7 +31,8 @@ class Readout:
 
     def scores(self, hidden_states):
         """(n, d) to (n, V), before cap and factor."""
-        return functional.linear(hidden_states, self.weight, self.bias)
+        linear = few_rows_linear if is_few(hidden_states) else functional.linear
+        return linear(hidden_states, self.weight, self.bias)
 
     def finish(self, scores):
         """Scores to logits, any shape; raised to float32 where they are half precision."""

@@ -12,6 +12,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from .pondering_errors import PonderingError
 from .pondering_wave import Flight, Wave
 from .pondering_wave_cache import check_step_cache
+from .pondering_wave_check import verify_wave_once
 
 
 # transformers' processors that only look at the scores, and those that also look at the tokens before. Drafts are
@@ -370,6 +371,7 @@ def speculative_sample(
         PonderingError: something that drafts do not go with.
     """
     _check(generation_config, synced_gpus, model_kwargs)
+    verify_wave_once(model)
     record = Record(input_ids, stopping_criteria, generation_config, streamer)
     speculation = Speculation(model, input_ids, logits_processor, generation_config, call, record, model_kwargs)
     speculation.run()

@@ -1,7 +1,8 @@
-"""The pondering embedding over the whole vocabulary, in chunks of tokens, recomputed in the backward pass.
+"""The pondering embedding over the whole vocabulary, recomputed in the backward pass.
 
-It is an attention over the vocabulary: queries are hidden states, keys the rows of the head, values the rows of the
-embedding table. A (tokens, vocabulary) tensor exists for one chunk at a time only. Backward, with g the gradient of t:
+Where there is a flash kernel for it (pondering_attention.py), that does the work. Elsewhere chunks of tokens meet the
+whole vocabulary one after another, and a (tokens, vocabulary) tensor exists for one chunk at a time only. Backward,
+with g the gradient of t:
 
     dp = g E^T      dlogits = p * (dp - <g, t>) / temperature      dhidden = dscores W      dW = dscores^T hidden
     dE = p^T g
@@ -10,6 +11,7 @@ embedding table. A (tokens, vocabulary) tensor exists for one chunk at a time on
 import torch
 from torch.autograd.function import once_differentiable
 
+from .pondering_attention import can_attend, can_go_backward, vocabulary_attention, vocabulary_attention_backward
 from .pondering_readout import Readout, add_product, chunks, compute_dtype, wide_dtype, zero_gradients
 
 
@@ -23,23 +25,34 @@ class _VocabularyEmbedding(torch.autograd.Function):
                 tensor if tensor is None else tensor.to(dtype) for tensor in (hidden_states, weight, bias, table)
             ]
             hidden, readout = inputs[0], Readout(inputs[1], inputs[2], cap, factor)
-            embedding = hidden.new_empty(len(hidden), table.shape[1])
-            for part in chunks(hidden, len(table)):
-                weights = _probabilities(readout, readout.scores(hidden[part]), temperature)
-                torch.mm(weights.to(dtype), inputs[3], out=embedding[part])
-        ctx.save_for_backward(hidden_states, weight, bias, table, embedding)
+            normaliser = None
+            if can_attend(hidden, readout, inputs[3]):
+                embedding, normaliser = vocabulary_attention(hidden, readout, inputs[3], temperature)
+            else:
+                embedding = hidden.new_empty(len(hidden), table.shape[1])
+                for part in chunks(hidden, len(table)):
+                    weights = _probabilities(readout, readout.scores(hidden[part]), temperature)
+                    torch.mm(weights.to(dtype), inputs[3], out=embedding[part])
+        ctx.save_for_backward(hidden_states, weight, bias, table, embedding, normaliser)
         ctx.settings = (cap, factor, temperature, dtype)
         return embedding
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        hidden_states, weight, bias, table, embedding = ctx.saved_tensors
+        hidden_states, weight, bias, table, embedding, normaliser = ctx.saved_tensors
         cap, factor, temperature, dtype = ctx.settings
         hidden, rows, values = hidden_states.to(dtype), weight.to(dtype), table.to(dtype)
         readout = Readout(rows, bias if bias is None else bias.to(dtype), cap, factor)
         gradient = gradient.to(dtype)
         needs = ctx.needs_input_grad
+        if normaliser is not None and can_go_backward(dtype, needs[:4]):
+            found = vocabulary_attention_backward(
+                gradient, hidden, readout, values, temperature, embedding, normaliser
+            )
+            tensors = zip(found, (hidden_states, weight, table), strict=True)
+            for_hidden, for_weight, for_table = (each.to(tensor.dtype) for each, tensor in tensors)
+            return for_hidden, for_weight, None, for_table, None, None, None
         wide = wide_dtype(dtype)
         hidden_gradient = torch.empty_like(hidden) if needs[0] else None
         buffers = zero_gradients((rows, readout.bias, values), needs[1:4])
