@@ -64,7 +64,8 @@ def main(argv=None):
     if arguments.model is None or arguments.text is None:
         print("adaptive: left out, since it needs --model FOLDER and --text FILE", file=sys.stderr)
         return
-    model = PonderingForCausalLM.from_pretrained(arguments.model).eval()
+    # The loss of the last pass alone, however it was trained.
+    model = PonderingForCausalLM.from_pretrained(arguments.model, intermediate_loss_weight=0.0).eval()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=False)
     blocks = read_blocks(arguments.text, tokenizer, arguments.blocks, arguments.length)
     print(described())
