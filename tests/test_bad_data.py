@@ -17,9 +17,9 @@ from ponder_hf.data import check_tokenizer, load_blocks, text
 from ponder_hf.demo.material import Document, train_tokenizer
 
 
-pa = pytest.importorskip("pyarrow")
-parquet = pytest.importorskip("pyarrow.parquet")
-datasets = pytest.importorskip("datasets")
+pa = pytest.importorskip("pyarrow", reason="needs ponder-hf[train]")
+parquet = pytest.importorskip("pyarrow.parquet", reason="needs ponder-hf[train]")
+datasets = pytest.importorskip("datasets", reason="needs ponder-hf[train]")
 
 STORY = "The cat sat and saw a bird.\n"
 # A column of text whose first row is no UTF-8.

@@ -19,9 +19,9 @@ from ponder_hf.data import StreamedBlocks, check_apart, load_blocks, split_held_
 from ponder_hf.demo.material import Document, train_tokenizer
 
 
-pa = pytest.importorskip("pyarrow")
-parquet = pytest.importorskip("pyarrow.parquet")
-datasets = pytest.importorskip("datasets")
+pa = pytest.importorskip("pyarrow", reason="needs ponder-hf[train]")
+parquet = pytest.importorskip("pyarrow.parquet", reason="needs ponder-hf[train]")
+datasets = pytest.importorskip("datasets", reason="needs ponder-hf[train]")
 
 STORIES = [f"Story {number}: the cat saw {number * 37} birds.\r\nIt said “miau”.\n" for number in range(90)]
 SOURCES = ["jsonl", "jsonl.gz", "ndjson", "parquet", "row groups", "dictionary", "folder", "list", "saved", "splits"]

@@ -1,6 +1,7 @@
 """A saved folder is all that anyone needs: it loads, computes, trains and saves where ponder_hf cannot be imported."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -59,6 +60,7 @@ for auto_class in (AutoConfig, AutoModel, AutoModelForCausalLM):
         assert "trust_remote_code=True" in str(error), error
     else:
         raise SystemExit(f"{auto_class.__name__} loads it without trust_remote_code")
+    print(f"refused by {auto_class.__name__}")
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])  # which is no code
 assert tokenizer("once upon")["input_ids"] == [4, 5], tokenizer
 assert not [name for name in sys.modules if name.startswith("transformers_modules.") and "pondering" in name]
@@ -122,7 +124,8 @@ def test_it_works_without_ponder_hf_and_so_does_what_it_saves(folder, tmp_path):
 
 
 def test_it_is_refused_without_trust(folder, tmp_path):
-    elsewhere.run(REFUSED, tmp_path / "home", folder)
+    output = elsewhere.run(REFUSED, tmp_path / "home", folder)  # with transformers' question whether to trust the code
+    assert re.findall(r"refused by (\w+)", output) == ["AutoConfig", "AutoModel", "AutoModelForCausalLM"]
 
 
 def test_ponder_hf_itself_never_runs_the_folders_code(folder, tmp_path, capsys):

@@ -27,7 +27,7 @@ def client(hub, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def with_xet(hub, tmp_path_factory):
-    pytest.importorskip("hf_xet")
+    pytest.importorskip("hf_xet", reason="needs hf_xet, which huggingface_hub installs where it can")
     with hub_client.connected(hub, tmp_path_factory.mktemp("xet"), HF_HUB_DISABLE_XET="0") as client:
         yield client
 

@@ -47,7 +47,7 @@ def repository_files() -> list[Path]:
 @pytest.fixture(scope="module")
 def archives(tmp_path_factory) -> Path:
     """A folder with the source archive and the wheel built from it, made from a copy of the tree, without network."""
-    pytest.importorskip("build")
+    pytest.importorskip("build", reason="needs ponder-hf[test]")
     copy = tmp_path_factory.mktemp("source") / "tree"
     for path in repository_files():
         target = copy / path.relative_to(REPOSITORY)

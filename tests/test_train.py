@@ -259,7 +259,7 @@ def test_the_best_checkpoint_stays_and_is_loaded(folder, capsys):
 
 @pytest.mark.parametrize("logger", ["tensorboard", "trackio"])
 def test_losses_go_to_a_logger(folder, capsys, monkeypatch, logger):
-    package = pytest.importorskip(logger)
+    package = pytest.importorskip(logger, reason="needs ponder-hf[train,viz]")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(folder / "tensorboard"))
     train_json(capsys, "out", "--max-steps", "2", "--report-to", logger, "--held-out", "5", "--project", "ours")
     place = folder / logger if logger == "tensorboard" else Path(package.utils.TRACKIO_DIR)
