@@ -35,6 +35,19 @@ class NoDrafts:
         return 0
 
 
+class HalfWrong:
+    """The passes' own predictions, half of them spoilt."""
+
+    def __init__(self, seed=0):
+        self.random = random.Random(seed)
+
+    def __call__(self, hidden_states, first_pass):
+        return None
+
+    def token(self, prompt, pass_index, token_ids, predicted):
+        return predicted if self.random.random() < 0.5 else self.random.randrange(tiny.VOCAB_SIZE)
+
+
 def ragged(*lengths):
     """Left-padded prompts of these lengths: (input_ids, attention_mask)."""
     return tiny.left_padded([tiny.token_ids(length, seed=length) for length in lengths])

@@ -1,4 +1,4 @@
-"""generate: cached decoding equals recomputation, in ragged left-padded batches, with every pass's cache followed."""
+"""generate: the settings of a call, and the slots of its cache. Equality of results: test_equality.py."""
 
 import pytest
 import tiny
@@ -20,35 +20,9 @@ def recomputed(model, row, count, **kwargs):
     return row
 
 
-def steps_of(model_type, more=0):
-    """A number of steps between 0 and 5, another one for each backbone."""
-    return (tiny.SPINE.index(model_type) + more) % 6
-
-
-@pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "no cache"])
-@pytest.mark.parametrize("model_type", tiny.SPINE)
-def test_a_ragged_batch_equals_its_rows_recomputed_one_by_one(model_type, use_cache, float64_throughout):
-    steps = steps_of(model_type, more=0 if use_cache else 3)
-    model = tiny.pondering_model(model_type, torch.float64, pondering_steps=steps)
-    lengths = torch.randint(1, 13, (4,), generator=torch.Generator().manual_seed(steps)).tolist()
-    rows = [tiny.token_ids(length, seed=length) for length in lengths]
-    input_ids, mask = tiny.left_padded(rows)
-    settings = {**GREEDY, "return_dict_in_generate": True, "output_logits": True, "use_cache": use_cache}
-    with torch.no_grad():
-        output = model.generate(input_ids, attention_mask=mask, **settings)
-        new_tokens = output.sequences[:, max(lengths) :]
-        for index, row in enumerate(rows):
-            whole = torch.cat([row, new_tokens[index]]).unsqueeze(0)
-            expected = model(whole[:, :-1], use_cache=False).logits[0, len(row) - 1 :]
-            assert new_tokens[index].tolist() == expected.argmax(-1).tolist()
-            logits = torch.stack([step[index] for step in output.logits])
-            assert (logits - expected).abs().max() <= 1e-9 * expected.abs().max()
-    assert output.pondering_steps_used.tolist() == [[steps] * 8] * 4
-
-
 @pytest.mark.parametrize("model_type", tiny.SPINE)
 def test_cached_logits_in_chunks_equal_whole_ones(model_type, float64_throughout):
-    model = tiny.pondering_model(model_type, torch.float64, pondering_steps=steps_of(model_type, more=1))
+    model = tiny.pondering_model(model_type, torch.float64, pondering_steps=(tiny.SPINE.index(model_type) + 1) % 6)
     input_ids, mask = tiny.left_padded([tiny.token_ids(12), tiny.token_ids(9), tiny.token_ids(4)])
     position_ids = (mask.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
@@ -120,49 +94,6 @@ def test_cached_decoding_runs_each_pass_over_new_tokens_only():
     assert widths == [9] * 4 + [1] * 4 * 7
 
 
-STRATEGIES = {
-    "beams": {"do_sample": False, "num_beams": 3},
-    "several beams": {"do_sample": False, "num_beams": 3, "num_return_sequences": 3},
-    "sampling": {"do_sample": True, "top_k": 20},
-    "several sequences": {"do_sample": True, "num_return_sequences": 3},
-    "beam sampling": {"do_sample": True, "num_beams": 2},
-    "prompt lookup": {"do_sample": False, "prompt_lookup_num_tokens": 3},
-}
-ON_EVERY_BACKBONE = ("several beams", "prompt lookup")
-
-
-def _pairs():
-    for model_type in tiny.SPINE:
-        for name in STRATEGIES:
-            if name in ON_EVERY_BACKBONE or model_type in ("gpt2", "gpt_neox", "llama"):
-                yield pytest.param(model_type, STRATEGIES[name], id=f"{model_type}-{name}")
-
-
-@pytest.mark.parametrize(("model_type", "strategy"), list(_pairs()))
-def test_strategies_with_a_cache_equal_those_without(model_type, strategy, float64_throughout):
-    model = tiny.pondering_model(model_type, torch.float64, pondering_steps=steps_of(model_type, more=2))
-    input_ids = tiny.token_ids(1, 6).repeat(1, 2)  # repeats itself, for prompt lookup
-    results = []
-    for use_cache in (True, False):
-        if not use_cache and "prompt_lookup_num_tokens" in strategy:
-            results.append(recomputed(model, input_ids[0], 8).unsqueeze(0))  # transformers wants a cache for it
-            continue
-        torch.manual_seed(0)
-        settings = {**GREEDY, **strategy, "use_cache": use_cache}
-        results.append(model.generate(input_ids, attention_mask=torch.ones_like(input_ids), **settings))
-    assert results[0].tolist() == results[1].tolist()
-
-
-@pytest.mark.deprecated_by_transformers("its assisted decoding calls generate in a way that it deprecates")
-@pytest.mark.parametrize("model_type", tiny.SPINE)
-def test_assisted_by_its_own_base(model_type, float64_throughout):
-    base = tiny.base_model(model_type, torch.float64)
-    model = PonderingForCausalLM.from_base(base, pondering_steps=steps_of(model_type, more=3))
-    row = tiny.token_ids(12)
-    tokens = model.generate(row.unsqueeze(0), assistant_model=tiny.base_model(model_type, torch.float64), **GREEDY)
-    assert tokens[0].tolist() == recomputed(model, row, 8).tolist()
-
-
 @pytest.mark.deprecated_by_transformers("its assisted decoding calls generate in a way that it deprecates")
 def test_an_assistant_that_ponders_keeps_its_own_settings():
     model = tiny.pondering_model("llama", torch.float64, pondering_steps=3)
@@ -176,23 +107,6 @@ def test_an_assistant_that_ponders_keeps_its_own_settings():
     tokens = model.generate(row.unsqueeze(0), assistant_model=assistant, pondering_steps=1, **GREEDY)
     assert tokens[0].tolist() == recomputed(model, row, 8, pondering_steps=1).tolist()
     assert set(seen) == {2}
-
-
-def test_a_conversation_goes_on_from_its_cache():
-    model = tiny.pondering_model("llama", torch.float64, pondering_steps=2)
-    row = tiny.token_ids(6)
-    first = model.generate(row.unsqueeze(0), return_dict_in_generate=True, **GREEDY)
-    longer = torch.cat([first.sequences, tiny.token_ids(1, 4, seed=5)], dim=1)
-    tokens = model.generate(longer, past_key_values=first.past_key_values, **GREEDY)
-    assert tokens[0].tolist() == recomputed(model, longer[0], 8).tolist()
-
-
-def test_embeddings_as_a_prompt():
-    model = tiny.pondering_model("llama", torch.float64, pondering_steps=2)
-    row = tiny.token_ids(6)
-    embeddings = model.get_input_embeddings()(row.unsqueeze(0))
-    tokens = model.generate(inputs_embeds=embeddings, **GREEDY)
-    assert tokens[0].tolist() == recomputed(model, row, 8)[6:].tolist()
 
 
 def test_the_slots_are_laid_out_as_the_formula_says():
