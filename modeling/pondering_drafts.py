@@ -73,14 +73,18 @@ class DraftHeads(nn.Module):
 
         A pass that has no head keeps its own.
         """
-        part = slice(first_pass, first_pass + len(hidden_states))
-        num_heads = len(self.up[part])
-        if num_heads < len(hidden_states):
+        num_passes = len(hidden_states)
+        num_heads = min(num_passes, max(0, len(self.up) - first_pass))
+        if num_heads < num_passes:
             if num_heads == 0:
                 return hidden_states
             return torch.cat([self(hidden_states[:num_heads], first_pass), hidden_states[num_heads:]])
-        inner = functional.gelu(torch.baddbmm(self.up_bias[part], hidden_states, self.up[part]))
-        return hidden_states + torch.baddbmm(self.down_bias[part], inner, self.down[part])
+        weights = self.up, self.up_bias, self.down, self.down_bias
+        if num_heads < len(self.up):
+            weights = (weight[first_pass : first_pass + num_heads] for weight in weights)
+        up, up_bias, down, down_bias = weights
+        inner = functional.gelu(torch.baddbmm(up_bias, hidden_states, up))
+        return torch.baddbmm(down_bias, inner, down).add_(hidden_states)
 
 
 class PromptLookup:

@@ -18,8 +18,8 @@ import math
 
 import torch
 
-from .pondering_backbone import backbone_logits, embedding_table, run_backbone
-from .pondering_embedding import PonderingEmbedding, plain_embedding
+from .pondering_backbone import backbone_logits, run_backbone
+from .pondering_embedding import PonderingEmbedding
 from .pondering_errors import PonderingError
 from .pondering_wave_cache import WaveCache
 
@@ -102,16 +102,16 @@ class Wave:
         self.draft_source = draft_source
         self.num_ticks = self.num_rows_run = 0
         self.device = model.device
-        self.table = embedding_table(self.backbone)
+        self.input_embeddings = model.get_input_embeddings()
         self.embedding = PonderingEmbedding(self.backbone, config)
         num_rows = self.batch_size * (num_steps + 1)
-        self.inputs = self.table.new_zeros(num_rows, self.table.shape[1])  # x of each row in the coming tick
+        self.inputs = None  # x of each row in the coming tick: (rows, d)
         self.row_ids = torch.arange(num_rows, device=self.device)
         self.columns = torch.arange(self.prompt_length, device=self.device)
         self.offsets = self._position_offsets(attention_mask, position_ids)
-        self.is_prompt = None
+        self.is_padding = None
         if attention_mask is not None and not bool(attention_mask.all()):
-            self.is_prompt = attention_mask.bool().repeat(num_steps + 1, 1)
+            self.is_padding = ~attention_mask.bool().repeat(num_steps + 1, 1)
         self.mask_kind = mask_kind(self.backbone)
         self.window = getattr(self.backbone.config, "sliding_window", None)
 
@@ -120,13 +120,13 @@ class Wave:
         if position_ids is not None:
             last = position_ids[:, -1].expand(self.batch_size)
         elif attention_mask is not None:
-            last = attention_mask.long().sum(-1) - 1
+            last = (attention_mask.long().sum(-1) - 1).clamp(min=0)
         else:
             last = torch.full((self.batch_size,), self.prompt_length - 1)
         offsets = last.to(self.device) - (self.prompt_length - 1)
         return offsets.repeat(self.num_steps + 1).unsqueeze(1)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def tick(self, flights, entering):
         """Run the next pass of everything in flight.
 
@@ -145,7 +145,9 @@ class Wave:
         self.num_rows_run += len(columns)
         if first == 0:
             config = self.model.config
-            embedded = self.model.get_input_embeddings()(entering)
+            embedded = self.input_embeddings(entering)
+            if self.inputs is None:
+                self.inputs = embedded.new_zeros(len(self.row_ids), embedded.shape[1])
             self.inputs[:size] = _scaled(embedded, config.input_scale * config.embedding_scale)
         hidden_states = run_backbone(
             self.backbone,
@@ -167,8 +169,7 @@ class Wave:
         if without_logits and num_pondering:
             self._ponder(rows.start, self.embedding(pondering_states.unsqueeze(0))[0])
         elif num_pondering:
-            temperature, top_k = self.model.config.pondering_temperature, self.model.config.pondering_top_k
-            self._ponder(rows.start, plain_embedding(logits[:num_pondering], self.table, temperature, top_k))
+            self._ponder(rows.start, self.embedding.of_logits(logits[:num_pondering]))
         logits = logits[-len(hidden_states) :]
         return first, logits.view(-1, size, logits.shape[-1])
 
@@ -190,35 +191,36 @@ class Wave:
         unused = self.cache.reserve(length)
         if len(self.columns) < length:
             self.columns = torch.arange(2 * length, device=self.device)
+        # A row without a token reads the prompt's last column: one value at least must not be masked.
+        first_read = self.prompt_length - 1
         where = torch.tensor(
-            [[unused if column < 0 else column for column in columns], [max(column, 0) for column in columns]],
+            [
+                [unused if column < 0 else column for column in columns],
+                [max(column, first_read) for column in columns],
+            ],
             device=self.device,
         )
-        # A row without a token reads the prompt's last column: one value at least must not be masked.
-        reads = where[1].clamp(min=self.prompt_length - 1).unsqueeze(1)
-        self.cache.set_place(rows, self.row_ids[rows], where[0], length)
-        mask = self.columns[:length] <= reads
-        if self.is_prompt is not None:
-            mask[:, : self.prompt_length] &= self.is_prompt[rows]
-        position_ids = (where[1].unsqueeze(1) + self.offsets[rows]).clamp_(min=0)
-        return {"attention_mask": self._mask(mask, reads, length), "position_ids": position_ids}
+        writes, reads = where.unsqueeze(-1).unbind()
+        self.cache.set_place(rows, self.row_ids[rows], writes[:, 0], length)
+        hidden = self.columns[:length] > reads
+        if self.is_padding is not None:
+            hidden[:, : self.prompt_length] |= self.is_padding[rows]
+        return {"attention_mask": self._mask(hidden, reads, length), "position_ids": reads + self.offsets[rows]}
 
-    def _mask(self, mask, reads, length):
+    def _mask(self, hidden, reads, length):
         if self.mask_kind == "flat":
-            return mask.long()
+            return (~hidden).long()
         if self.mask_kind == "full":
-            return self._shaped(mask)
-        windowed = self._shaped(mask & (self.columns[:length] > reads - self.window))
+            return self._shaped(hidden)
+        windowed = self._shaped(hidden | (self.columns[:length] <= reads - self.window))
         if self.mask_kind == "window":
             return windowed
-        return {"full_attention": self._shaped(mask), "sliding_attention": windowed}
+        return {"full_attention": self._shaped(hidden), "sliding_attention": windowed}
 
-    def _shaped(self, mask):
-        """(rows, length) to (rows, 1, 1, length), as the backbone's attention wants it."""
-        if self.backbone.config._attn_implementation == "eager":
-            lowest = torch.finfo(self.inputs.dtype).min
-            mask = torch.zeros_like(mask, dtype=self.inputs.dtype).masked_fill_(~mask, lowest)
-        return mask[:, None, None]
+    def _shaped(self, hidden):
+        """(rows, length) to (rows, 1, 1, length), as attention adds it: every layer would make that of booleans."""
+        dtype = self.inputs.dtype
+        return hidden.to(dtype).mul_(torch.finfo(dtype).min)[:, None, None]
 
     def _ponder(self, start, embedding):
         """Make the inputs of the following passes. embedding: (n, d), of the rows from `start` on."""

@@ -425,6 +425,39 @@ def test_linear_layers_of_few_rows(rows, dtype, threads, monkeypatch):
     assert len(counted) == (4 if rows < 33 and dtype == torch.float32 else 0)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 16])
+@pytest.mark.parametrize("threads", [1, 3, 200])
+def test_sums_of_few_rows(rows, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    weights, table = torch.rand(rows, VOCAB_SIZE), torch.randn(VOCAB_SIZE, WIDTH)
+    torch.testing.assert_close(pondering_linear.few_rows_sum(weights, table), weights @ table)
+
+
+@pytest.mark.parametrize("threads", [1, 3, 200])
+def test_a_layer_with_fewer_outputs_than_threads(threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    layer, states = torch.nn.Linear(1024, 8), torch.randn(1, 1, 1024)
+    with torch.no_grad(), pondering_linear.fast_layers(states):
+        torch.testing.assert_close(layer(states), states @ layer.weight.t() + layer.bias)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 16, 17])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+def test_the_vocabulary_of_few_tokens(tokens, dtype, is_tied, bias, monkeypatch):
+    """Few tokens meet head and table in two products, unless these are one matrix; the value is the same."""
+    calls, forward = [], pondering_attention._FORWARD
+    monkeypatch.setattr(pondering_attention, "_FORWARD", lambda *a, **k: calls.append(1) or forward(*a, **k))
+    hidden, weight, bias, table = leaves(tokens, dtype, bias=bias)
+    readout, table = Readout(weight, bias, factor=0.6), weight if is_tied else table
+    with torch.no_grad():
+        embedding = vocabulary_embedding(hidden, readout, table, 0.7)
+    tolerance = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
+    torch.testing.assert_close(embedding, plain(hidden, readout, table, 0.7, None).detach(), **tolerance)
+    assert bool(calls) == (is_tied or tokens > 16 or dtype != torch.float32)
+
+
 @pytest.mark.usefixtures("_kernel", "_chunked")
 @pytest.mark.parametrize("top_k", [None, 1, 17], ids="K={}".format)
 def test_no_tokens_at_all(top_k):
