@@ -19,6 +19,9 @@ from transformers import AutoTokenizer
 from ponder_hf import PonderingForCausalLM
 from ponder_hf.data.text import read_text
 from ponder_hf.modeling import pondering_speculation
+from ponder_hf.modeling.pondering_backbone import backbone_logits, run_backbone
+from ponder_hf.modeling.pondering_drafts import OwnPredictions
+from ponder_hf.modeling.pondering_embedding import PonderingEmbedding
 from ponder_hf.training.draft_heads import train_draft_heads
 
 from .machine import described
@@ -93,35 +96,65 @@ def agreement(model, ids, length=256):
     return own / len(blocks), heads / len(blocks)
 
 
-def seconds_a_token(model, prompt, settings, variants, rounds):
-    """The median of the seconds that a new token takes, for each variant of drafting, interleaved."""
+def seconds_a_token(model, prompts, settings, variants, rounds):
+    """The median of the seconds that a new token of these prompts takes, for each variant of drafting, interleaved."""
     times = {name: [] for name in variants}
     for index in range(rounds + 1):
         for name, drafting in variants.items():
             start = time.perf_counter()
-            tokens = model.generate(prompt, **settings, **drafting)
-            seconds = (time.perf_counter() - start) / (tokens.shape[1] - prompt.shape[1])
+            for prompt in prompts:
+                model.generate(prompt, **settings, **drafting)
             if index:  # the first round warms up
-                times[name].append(seconds)
+                times[name].append((time.perf_counter() - start) / (len(prompts) * settings["max_new_tokens"]))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
 def cost_of_a_tick(model, length, rounds):
-    """The seconds of a forward pass of the backbone over S + 1 rows, over those of one row, `length` tokens before."""
-    sizes, times = (1, model.config.pondering_steps + 1), {}
-    caches = {}
+    """What the computations of a tick with a row for each pass take over those of one pass, `length` tokens before.
+
+    Returns:
+        Three ratios. "forward": of the backbone's own forward pass with its head, over S + 1 rows and over one. "own":
+        with what pondering computes besides, the embedding of each row of an earlier pass. "heads": with draft heads.
+    """
+    steps, backbone = model.config.pondering_steps, model.backbone
+    embedding, token_embedding = PonderingEmbedding(backbone, model.config), model.get_input_embeddings()
+    caches, times = {}, {}
+
+    def run(size):
+        ids = torch.ones(size, 1, dtype=torch.long)
+        return run_backbone(backbone, token_embedding(ids), past_key_values=caches[size], use_cache=True)[0][:, 0]
+
+    def tick(source):
+        states = run(steps + 1)
+        drafted = source(states[:steps].unsqueeze(1), 0)
+        states = states if drafted is None else torch.cat([states[:steps], drafted[:, 0], states[steps:]])
+        embedding.of_logits(backbone_logits(backbone, states)[:steps])
+
+    def forward(size):
+        backbone(torch.ones(size, 1, dtype=torch.long), past_key_values=caches[size], use_cache=True)
+
+    parts = {
+        "one row": lambda: forward(1),
+        "forward": lambda: forward(steps + 1),
+        "a pass": lambda: embedding(run(1).unsqueeze(0)),
+        "own": lambda: tick(OwnPredictions()),
+    }
+    if model.draft_heads is not None:
+        parts["heads"] = lambda: tick(model.draft_heads)
     with torch.no_grad():
-        for size in sizes:
-            ids = torch.ones(size, length, dtype=torch.long)
-            caches[size] = model.backbone(ids, use_cache=True).past_key_values
         for index in range(10 * rounds + 10):
-            for size in sizes:
+            if index % 10 == 0:  # or the caches grow
+                for size in (1, steps + 1):
+                    prompt = torch.ones(size, length, dtype=torch.long)
+                    caches[size] = backbone(prompt, use_cache=True).past_key_values
+            for name, part in parts.items():
                 start = time.perf_counter()
-                model.backbone(torch.ones(size, 1, dtype=torch.long), past_key_values=caches[size], use_cache=True)
+                part()
                 if index >= 10:
-                    times.setdefault(size, []).append(time.perf_counter() - start)
-    one, several = (statistics.median(times[size]) for size in sizes)
-    return several / one
+                    times.setdefault(name, []).append(time.perf_counter() - start)
+    seconds = {name: statistics.median(values) for name, values in times.items()}
+    costs = {"forward": seconds["forward"] / seconds["one row"]}
+    return costs | {name: seconds[name] / seconds["a pass"] for name in ("own", "heads") if name in seconds}
 
 
 def prepare(folder, arguments):
@@ -222,16 +255,27 @@ def report(model, ids, title, settings, arguments):
                 flush=True,
             )
     if arguments.time:
-        variants = {"plain pondering": {}}
-        variants |= {name: {"num_draft_tokens": steps, "draft_source": source} for name, source in sources.items()}
-        cost = cost_of_a_tick(model, arguments.prompt_tokens + arguments.new_tokens // 2, arguments.rounds)
-        print(f"a forward pass over {steps + 1} rows costs {cost:.2f} times one over one row")
-        times = seconds_a_token(model, prompts[0][0], settings, variants, arguments.rounds)
-        print("| drafts | ms a token | plain pondering over it | (S + 1) / ticks / cost |\n| --- | --- | --- | --- |")
-        for name, seconds in times.items():
-            bound = ""
-            if name in sources:
-                ticks, _, _ = measure(model, prompts[:1], settings, **variants[name])
-                bound = f"{(steps + 1) / ticks / cost:.2f}"
-            speed = times["plain pondering"] / seconds
-            print(f"| {name} | {seconds * 1e3:.2f} | {speed:.2f} | {bound} |", flush=True)
+        report_times(model, prompts[:4], settings, sources, arguments)
+
+
+def report_times(model, prompts, settings, sources, arguments):
+    """The seconds of plain and drafted tokens beside what the ticks would allow."""
+    steps = model.config.pondering_steps
+    variants = {"plain pondering": {}}
+    variants |= {name: {"num_draft_tokens": steps, "draft_source": source} for name, source in sources.items()}
+    costs = cost_of_a_tick(model, arguments.prompt_tokens + arguments.new_tokens // 2, arguments.rounds)
+    print(f"cost of {steps + 1} rows over one: " + ", ".join(f"{name} {cost:.2f}" for name, cost in costs.items()))
+    times = seconds_a_token(model, [prompt for prompt, _ in prompts], settings, variants, arguments.rounds)
+    print(
+        "| drafts | ticks a token | ms a token | plain pondering over it | (S + 1) / ticks / forward cost | "
+        "(S + 1) / ticks / cost |\n| --- | --- | --- | --- | --- | --- |"
+    )
+    for name, seconds in times.items():
+        ticks = forward = products = ""
+        if name in sources:
+            count, _, _ = measure(model, prompts, settings, **variants[name])
+            cost = costs["own" if name == "own predictions" else list(costs)[-1]]
+            ticks, forward = f"{count:.2f}", f"{(steps + 1) / count / costs['forward']:.2f}"
+            products = f"{(steps + 1) / count / cost:.2f}"
+        speed = times["plain pondering"] / seconds
+        print(f"| {name} | {ticks} | {seconds * 1e3:.2f} | {speed:.2f} | {forward} | {products} |", flush=True)

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from .pondering_backbone import backbone_logits, backbone_readout, bare_table, embedding_table
+from .pondering_backbone import backbone_logits, backbone_readout, bare_table, embedding_table, finish_logits
 from .pondering_topk import top_k_embedding, top_k_of_scores
 from .pondering_vocabulary import goes_without_logits, probabilities, vocabulary_embedding, weighted_sum
 
@@ -53,6 +53,12 @@ class PonderingEmbedding:
     def goes_without_logits(self, hidden_states):
         """Whether logits of hidden states (n, d_h) that are there already would be of no use for their embedding."""
         return self.kernel == "vocabulary" and goes_without_logits(hidden_states, self.readout, self.table[0])
+
+    def logits(self, hidden_states):
+        """(n, V) of hidden states (n, d_h), as the backbone computes them."""
+        if self.readout is None:
+            return backbone_logits(self.backbone, hidden_states)
+        return finish_logits(self.readout.scores(hidden_states), self.backbone.config)
 
     def __call__(self, hidden_states):
         """hidden_states: (B, T, d_h). Returns t of shape (B, T, d), before gate and `embedding_scale`."""

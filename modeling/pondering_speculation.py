@@ -172,13 +172,13 @@ class Record:
     def accept(self, rows, scores, logits):
         """Take note that the token behind the end of these rows, which stands in `token_ids`, is a true one.
 
-        scores, logits: (n, V), processed and raw ones of those tokens.
+        scores, logits: (B, V), processed and raw ones of the last pass.
         """
-        for index, row in enumerate(rows):
+        for row in rows:
             for kept, values in ((self.scores, scores), (self.logits, logits)):
                 if kept is not None:
                     column = kept.setdefault(self.lengths[row], values.new_zeros(self.batch_size, values.shape[-1]))
-                    column[row] = values[index]
+                    column[row] = values[row]
             self.lengths[row] += 1
         for length in {self.lengths[row] for row in rows}:
             kept = None if self.scores is None else self.columns_of(self.scores, length)
@@ -271,10 +271,10 @@ class Speculation:
     def _write(self, entries):
         """Put tokens into the text: (row, column, token) each."""
         if entries:
-            rows, columns, tokens = torch.tensor(entries, device=self.record.token_ids.device).unbind(1)
             self.record.reserve(max(column for _, column, _ in entries) + 1)
             self.chooser.token_ids = self.record.token_ids
-            self.record.token_ids[rows, columns] = tokens
+        for row, column, token in entries:
+            self.record.token_ids[row, column] = token
 
     def _retire(self):
         for row, flight in enumerate(self.flights):
@@ -312,8 +312,8 @@ class Speculation:
         tokens, scores = self.chooser(logits, places, is_final)
         finals = self._settle(tokens, first)
         if finals:
-            picked = [(self.num_steps - first) * size + row for row in finals]
-            self.record.accept(finals, scores[picked], logits[picked])
+            last = (self.num_steps - first) * size
+            self.record.accept(finals, scores[last:], logits[last:])
             self._retire()
 
     def _settle(self, tokens, first):

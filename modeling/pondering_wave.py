@@ -18,7 +18,7 @@ import math
 
 import torch
 
-from .pondering_backbone import backbone_logits, run_backbone
+from .pondering_backbone import run_backbone
 from .pondering_embedding import PonderingEmbedding
 from .pondering_errors import PonderingError
 from .pondering_wave_cache import WaveCache
@@ -165,7 +165,7 @@ class Wave:
         states = [pondering_states if drafted is None else drafted.flatten(0, 1), last_states]
         if drafted is not None and not without_logits:
             states.insert(0, pondering_states)
-        logits = backbone_logits(self.backbone, torch.cat(states))
+        logits = self.embedding.logits(torch.cat(states))
         if without_logits and num_pondering:
             self._ponder(rows.start, self.embedding(pondering_states.unsqueeze(0))[0])
         elif num_pondering:

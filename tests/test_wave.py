@@ -350,3 +350,18 @@ def test_a_wave_cache_that_grows_loses_nothing():
     for layer, before in zip(wave_cache.layers.layers, kept, strict=True):
         assert torch.equal(layer.all_keys[:, :, :room], before)
         assert layer.all_keys.shape[2] == wave_cache.capacity + 1
+
+
+def test_what_comes_back_takes_gradients():
+    """A tick runs in inference mode, and none of its tensors may get out: autograd refuses them."""
+    model = tiny.pondering_model("llama", torch.float64, {"max_position_embeddings": 512}, pondering_steps=2)
+    settings = {**GREEDY, "max_new_tokens": 300, "return_dict_in_generate": True}
+    output = model.generate(
+        tiny.token_ids(2, 5), num_draft_tokens=2, output_logits=True, output_scores=True, **settings
+    )
+    factor = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    (torch.cat(output.logits + output.scores) * factor).sum().backward()
+    assert factor.grad is not None
+    last = output.sequences[:, -1:]
+    model(last, past_key_values=output.past_key_values).logits.sum().backward()
+    assert model.get_input_embeddings().weight.grad.abs().max() > 0
