@@ -103,11 +103,13 @@ def goes_without_logits(hidden_states, readout, table):
     The few tokens of a decoding step read all of head and table, whichever way, and meet them faster in two products.
     Unless both are the same matrix: the flash kernel reads it once.
     """
-    return not _meets_both(hidden_states, readout, table) and can_attend(hidden_states, readout, table)
+    return not _by_two_products(hidden_states, readout, table) and can_attend(hidden_states, readout, table)
 
 
-def _meets_both(hidden_states, readout, table):
-    return _are_few(hidden_states) and readout.weight.data_ptr() != table.data_ptr()
+def _by_two_products(hidden_states, readout, table):
+    if not _are_few(hidden_states):
+        return False
+    return readout.weight.data_ptr() != table.data_ptr() or not can_attend(hidden_states, readout, table)
 
 
 def _are_few(states):
@@ -126,7 +128,7 @@ def vocabulary_embedding(hidden_states, readout, table, temperature):
     Returns:
         (n, d), in the dtype that the product of `hidden_states` with the head has.
     """
-    if _meets_both(hidden_states, readout, table):
+    if _by_two_products(hidden_states, readout, table):
         return weighted_sum(probabilities(readout.finish(readout.scores(hidden_states)), temperature), table)
     return _VocabularyEmbedding.apply(
         hidden_states, readout.weight, readout.bias, table, readout.cap, readout.factor, temperature
