@@ -10,7 +10,7 @@ import torch
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from .pondering_errors import PonderingError
-from .pondering_wave import Flight, Wave
+from .pondering_wave import Flight, Wave, mask_kind
 from .pondering_wave_cache import check_step_cache
 from .pondering_wave_check import verify_wave_once
 
@@ -243,7 +243,6 @@ class Speculation:
             self.max_length = 1 << 62
         output = prefill(model, input_ids, generation_config, model_kwargs)
         cache = output.past_key_values
-        check_step_cache(cache)
         # Columns of the cache count what went through the model, which is more than `input_ids` where the prompt was
         # given as embeddings or goes on from a cache.
         self.shift = cache.get_seq_length() - record.prompt_length
@@ -371,6 +370,7 @@ def speculative_sample(
         PonderingError: something that drafts do not go with.
     """
     _check(generation_config, synced_gpus, model_kwargs)
+    mask_kind(model.backbone)  # raises where the wave cannot make one, before the prompt runs
     verify_wave_once(model)
     record = Record(input_ids, stopping_criteria, generation_config, streamer)
     speculation = Speculation(model, input_ids, logits_processor, generation_config, call, record, model_kwargs)
@@ -396,6 +396,8 @@ def _check(generation_config, synced_gpus, model_kwargs):
             raise PonderingError(f"`{name}` needs one forward pass a token: leave out `num_draft_tokens`")
     if synced_gpus:
         raise PonderingError("`num_draft_tokens` does not go with `synced_gpus`, where each process has its own speed")
+    if model_kwargs.get("past_key_values") is not None:
+        check_step_cache(model_kwargs["past_key_values"])
     for name, value in model_kwargs.items():
         if name not in _MODEL_ARGUMENTS and value is not None:
             raise PonderingError(f"`{name}` does not reach drafted tokens: leave it out, or `num_draft_tokens`")

@@ -9,6 +9,8 @@ import tiny
 import torch
 from checkpoints import change_config, change_tensors
 
+from ponder_hf.modeling import modeling_pondering
+
 
 pytest_plugins = ["refusals"]
 
@@ -74,11 +76,38 @@ def test_export_of_a_plain_checkpoint(check_refused):
         (["pondering", "--prompt", "cat", "--temperature", "0"], "--temperature"),
         (["pondering", "--prompt", "cat", "--temperature", "nan"], "--temperature"),
         (["pondering", "--prompt", "cat", "--top-p", "1.5"], "--top-p"),
+        (["pondering", "--prompt", "cat", "--pondering-steps", "1.5"], "--pondering-steps"),
+        (["pondering", "--prompt", "cat", "--seed", "-1"], "--seed must be at least 0 and below 2**32"),
+        (["pondering", "--prompt", "cat", "--seed", "4294967296"], "--seed"),
     ],
     ids=" ".join,
 )
 def test_generate_refuses(check_refused, arguments, words):
     check_refused("generate", *arguments, words=[words])
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"pondering_steps": -1}, "`pondering_steps` must be an integer >= 0 (0: no pondering), got -1"),
+        ({"pondering_steps": "3"}, "got '3'"),
+        ({"pondering_exit_threshold": 0.1}, "needs `pondering_exit_criterion`: one of 'kl', 'entropy', 'argmax'"),
+        (
+            {"pondering_exit_threshold": 0.1, "pondering_exit_criterion": "kk"},
+            "must be one of 'kl', 'entropy', 'argmax'",
+        ),
+        ({"num_draft_tokens": -1}, "`num_draft_tokens` must be an integer >= 0 (0: no drafts), got -1"),
+        ({"num_draft_tokens": 2.0}, "`num_draft_tokens` must be an integer >= 0"),
+        ({"num_draft_tokens": True}, "`num_draft_tokens` must be an integer >= 0"),
+        ({"num_draft_tokens": 2, "draft_source": "heads"}, "the model has none: train them"),
+        ({"num_draft_tokens": 2, "cache_implementation": "static"}, "works with transformers' dynamic cache"),
+    ],
+    ids=str,
+)
+def test_settings_of_generate_in_a_checkpoint(place, check_refused, monkeypatch, settings, words):
+    (place / "pondering/generation_config.json").write_text(json.dumps(settings))
+    monkeypatch.setattr(modeling_pondering, "run_backbone", None)
+    check_refused("generate", "pondering", "--prompt", "once upon", "--max-new-tokens", "2", words=[words])
 
 
 def break_tokenizer(place):

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -291,6 +292,21 @@ def test_generate_is_what_the_model_generates(pondering, capsys, steps):
     assert result["new_tokens"] == count
     assert result["pondering_steps"] == (2 if steps is None else steps)
     assert output.err == ""
+
+
+def test_generate_with_what_the_checkpoint_says(pondering, tmp_path, capsys):
+    """Its S and drafts count; beams do not, for it is greedy unless a flag says otherwise."""
+    shutil.copytree(pondering, tmp_path / "copy")
+    path = tmp_path / "copy" / "generation_config.json"
+    settings = {"pondering_steps": 1, "num_draft_tokens": 2, "num_beams": 3}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    expected = expected_tokens(pondering, "once upon a", pondering_steps=1)
+    for flags in ([], ["--json"]):
+        line = ["--prompt", "once upon a", "--max-new-tokens", 12, *flags]
+        assert run("generate", tmp_path / "copy", *line) == 0
+    text, _, result = capsys.readouterr().out.partition("\n")
+    assert text == expected[0]
+    assert one_object(result)["pondering_steps"] == 1
 
 
 def test_the_steps_of_a_call_matter(pondering):

@@ -343,7 +343,10 @@ REFUSED = {
     "no cache": ({"use_cache": False}, "needs the cache"),
     "exits": ({"pondering_exit_threshold": 0.1, "pondering_exit_criterion": "kl"}, "do not go together"),
     "hidden states": ({"output_hidden_states": True, "return_dict_in_generate": True}, "one forward pass a token"),
-    "static cache": ({"cache_implementation": "static"}, "works with transformers' dynamic cache, not with Static"),
+    "static cache": (
+        {"cache_implementation": "static"},
+        "works with transformers' dynamic cache, not with a static one",
+    ),
     "no heads": ({"draft_source": "heads"}, "the model has none: train them, or use 'own'"),
     "an unknown source": ({"draft_source": "luck"}, "`draft_source` must be 'own', 'heads', 'prompt_lookup' or an"),
 }

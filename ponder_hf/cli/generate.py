@@ -52,6 +52,7 @@ def run(args):
         **inputs.to(model.device),
         max_new_tokens=args.max_new_tokens,
         pad_token_id=_pad_token(model, tokenizer),
+        num_beams=1,  # whatever generation_config.json says: text cannot come as it is made otherwise
         streamer=None if args.json else TextStreamer(tokenizer, skip_special_tokens=True),
         **sampling,
     )[0]
@@ -60,7 +61,8 @@ def run(args):
     whole, before = (
         tokenizer.decode(ids, skip_special_tokens=True) for ids in (output, inputs["input_ids"][0].tolist())
     )
-    steps = model.config.pondering_steps if args.pondering_steps is None else args.pondering_steps
+    asked = (args.pondering_steps, getattr(model.generation_config, "pondering_steps", None))
+    steps = next((steps for steps in asked if steps is not None), model.config.pondering_steps)
     return {
         "source": source.name,
         "prompt": prompt,
@@ -98,6 +100,8 @@ def _check(args):
         raise PonderingError(f"--temperature must be a finite number > 0, got {args.temperature}")
     if args.top_p is not None and not 0 < args.top_p <= 1:
         raise PonderingError(f"--top-p must be > 0 and at most 1, got {args.top_p}")
+    if args.seed is not None and not 0 <= args.seed < 1 << 32:
+        raise PonderingError(f"--seed must be at least 0 and below 2**32, got {args.seed}")
 
 
 def _read_prompt(prompt):
