@@ -1,5 +1,6 @@
 """The fast embeddings and the fast loss against the plain ones: values, gradients, and what they keep in memory."""
 
+import math
 from contextlib import nullcontext
 
 import pytest
@@ -396,13 +397,93 @@ def test_tile_by_tile_finds_what_topk_finds(num_rows, vocab_size, width, top_k, 
     assert all(len(set(row)) == top_k for row in token_ids.tolist())
 
 
+TOKEN, ROW = torch.arange(1000), torch.arange(40).unsqueeze(1)
+# What becomes of random scores (40, 1000), of which five tiles take every fifth token each, and in how many rows the
+# floor guessed from the first tile for K = 60 must be too high.
+UNFAIR_TILES = {
+    "ascending": (lambda scores: scores.sort().values, 0),
+    "descending": (lambda scores: scores.sort(descending=True).values, 0),
+    "large ones at the end": (lambda scores: scores + 9 * (TOKEN > 980), 0),
+    "large ones in the first tile": (lambda scores: scores + 9 * (TOKEN % 5 == 0), 40),
+    "large ones in the last tile": (lambda scores: scores + 9 * (TOKEN % 5 == 4), 0),
+    "larger from tile to tile": (lambda scores: scores + 9 * (TOKEN % 5), 0),
+    "one row's large ones in the last tile": (lambda scores: scores + 9 * (TOKEN % 5 == 4) * (ROW == 7), 0),
+    "one row's large ones in the first tile": (lambda scores: scores + 9 * (TOKEN % 5 == 0) * (ROW == 7), 1),
+    "constant": (lambda scores: scores * 0, 40),
+    "one row is constant": (lambda scores: scores * (ROW != 7), 1),
+    "equal ones": (lambda scores: scores.mul(8).round(), None),
+    "not a number in one row": (lambda scores: scores.where(ROW != 7, math.nan), 1),
+}
+
+
+@pytest.fixture
+def done_again(monkeypatch):
+    """Of how many rows the floor was too high, call by call."""
+    counted, in_chunks = [], pondering_topk._largest_in_chunks
+    monkeypatch.setattr(pondering_topk, "_largest_in_chunks", lambda h, *a: counted.append(len(h)) or in_chunks(h, *a))
+    return counted
+
+
+@pytest.mark.parametrize("top_k", [1, 10, 60])
+@pytest.mark.parametrize(("change", "too_high"), UNFAIR_TILES.values(), ids=UNFAIR_TILES)
+def test_tiles_that_are_no_fair_samples(change, too_high, top_k, done_again):
+    scores = change(torch.randn(40, 1000))
+    hidden, readout = torch.eye(40), Readout(scores.nan_to_num(7.0).t().contiguous())
+    hidden[scores.isnan().any(-1)] = math.nan
+    values, token_ids = _largest_in_tiles(hidden, readout, top_k, 200)
+    assert torch.equal(values.sort().values.nan_to_num(), scores.topk(top_k).values.sort().values.nan_to_num())
+    assert torch.equal(scores.gather(1, token_ids).nan_to_num(), values.nan_to_num())
+    assert all(len(set(row)) == top_k for row in token_ids.tolist())
+    if top_k == 60 and too_high is not None:
+        assert sum(done_again) == too_high
+
+
+@pytest.mark.parametrize("allowed", [3, 59, 60, 200])
+def test_tiles_where_most_tokens_are_forbidden(allowed):
+    """By a bias of minus infinity; fewer than K are left, or just enough."""
+    bias = torch.full((1000,), -math.inf)
+    bias[torch.randperm(1000)[:allowed]] = 0
+    hidden, readout = torch.randn(40, WIDTH), Readout(torch.randn(1000, WIDTH), bias)
+    scores = readout.scores(hidden)
+    values, token_ids = _largest_in_tiles(hidden, readout, 60, 200)
+    torch.testing.assert_close(values.sort().values, scores.topk(60).values.sort().values)
+    torch.testing.assert_close(scores.gather(1, token_ids), values)
+    assert all(len(set(row)) == 60 for row in token_ids.tolist())
+
+
+def test_tiles_that_get_larger_and_larger_are_cut_down_in_between(monkeypatch):
+    """All of every tile lies above what was seen before; of 63 tiles not more than two wait at a time."""
+    waiting, add = [], pondering_topk._Best.add
+    monkeypatch.setattr(pondering_topk._Best, "add", lambda best, *a: add(best, *a) or waiting.append(len(best.found)))
+    scores = torch.randn(40, 63 * 32) + 9 * (torch.arange(63 * 32) % 63)
+    values, _ = _largest_in_tiles(torch.eye(40), Readout(scores.t().contiguous()), 4, 32)
+    assert torch.equal(values.sort().values, scores.topk(4).values.sort().values)
+    assert len(waiting) == 63
+    assert max(waiting) <= 2
+
+
+@pytest.mark.parametrize("all_again", [False, True])
+def test_tiles_give_values_and_gradients(all_again, done_again, monkeypatch):
+    monkeypatch.setitem(pondering_readout.CHUNK_ELEMENTS, "cpu", 128 * 63)
+    tensors = leaves(63, torch.float64, bias=True)
+    if all_again:  # the first of four tiles holds all large ones
+        tensors[2].data[::4] += 99
+    check_against(
+        tensors,
+        lambda h, w, b, e: fast(h, Readout(w, b), e, 0.7, 8),
+        lambda h, w, b, e: plain(h, Readout(w, b), e, 0.7, 8),
+        TOLERANCE[torch.float64],
+    )
+    assert sum(done_again) == (63 if all_again else 0)
+
+
 def test_tiles_are_taken_where_the_scores_would_be_large(monkeypatch):
     monkeypatch.setitem(pondering_readout.CHUNK_ELEMENTS, "cpu", 64 * 50)
     sizes = []
     monkeypatch.setattr(pondering_topk, "largest", lambda scores, k: sizes.append(scores.shape) or largest(scores, k))
     hidden, weight, _, table = leaves(50, torch.float64)
     embedding = top_k_embedding(hidden, Readout(weight), table, 1.0, 3)
-    assert sizes == [(50, 64)]  # the first tile; the others are compared with what it has found
+    assert sizes == [(50, 32)]  # the first tile; the others are compared with what it has found
     torch.testing.assert_close(embedding, plain(hidden, Readout(weight), table, 1.0, 3))
 
 
