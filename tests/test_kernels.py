@@ -438,6 +438,12 @@ def test_tiles_that_are_no_fair_samples(change, too_high, top_k, done_again):
         assert sum(done_again) == too_high
 
 
+@pytest.mark.parametrize("top_k", [1, 10, 60])
+def test_fair_samples_are_not_done_again(top_k, done_again):
+    _largest_in_tiles(torch.randn(500, WIDTH), Readout(torch.randn(1000, WIDTH)), top_k, 200)
+    assert not done_again
+
+
 @pytest.mark.parametrize("allowed", [3, 59, 60, 200])
 def test_tiles_where_most_tokens_are_forbidden(allowed):
     """By a bias of minus infinity; fewer than K are left, or just enough."""
