@@ -1,6 +1,10 @@
 """Self-speculative generation: ticks a token and acceptance of each source of drafts, and its time.
 
+    python -m benchmarks wave
     python -m benchmarks wave --model FOLDER [FOLDER ...] --train TEXT --texts TEXT [TEXT ...] [--time]
+
+Without a model, one of Pythia-70m's shape that always predicts the same token, so that every guess is right: what a
+tick costs there, and the most that drafts can bring.
 
 FOLDER is a trained pondering model with its tokenizer, as examples/train_small.py writes it. Where it has no draft
 heads, they are trained first, on the text after --train, and --save-heads keeps the model with them. The texts to
@@ -14,7 +18,7 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from ponder_hf import PonderingForCausalLM
 from ponder_hf.data.text import read_text
@@ -178,6 +182,18 @@ def prepare(folder, arguments):
     return model, tokenizer
 
 
+def always_right(steps=3):
+    """A model of Pythia-70m's shape with random weights, and draft heads, that predicts one token, whatever comes."""
+    config = GPTNeoXConfig(hidden_size=512, num_hidden_layers=6, num_attention_heads=8, intermediate_size=2048)
+    torch.manual_seed(0)
+    model = PonderingForCausalLM.from_base(GPTNeoXForCausalLM(config), pondering_steps=steps).eval()
+    model.add_draft_heads()
+    with torch.no_grad():
+        token = model.get_output_embeddings().weight[7]
+        model.backbone.base_model.final_layer_norm.bias.copy_(200 * token / token.norm())
+    return model
+
+
 @contextlib.contextmanager
 def corrections(are_made):
     """Within it, later passes replace guesses that they do not predict, or do not."""
@@ -209,9 +225,6 @@ def main(argv=None):
     parser.add_argument("--time", action="store_true", help="seconds a token, too: needs a quiet machine")
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args(argv)
-    if not arguments.model:
-        print("wave: nothing to measure without --model; docs/speculation.md says how to make one")
-        return
     print(described())
     settings = {
         "max_new_tokens": arguments.new_tokens,
@@ -219,6 +232,11 @@ def main(argv=None):
         "eos_token_id": None,
         "pad_token_id": 0,
     }
+    if not arguments.model:
+        print("\nPythia-70m's shape, every guess right: S = 3")
+        model = always_right()
+        prompt = torch.arange(arguments.prompt_tokens).unsqueeze(0)
+        report_times(model, [(prompt, model.generate(prompt, **settings))], settings, SOURCES, arguments)
     for folder in arguments.model:
         model, tokenizer = prepare(folder, arguments)
         for text in arguments.texts:

@@ -5,11 +5,16 @@ own head to read its drafts from, or None where the passes' own are to be read. 
 may put another token in place of a prediction. A draft never changes what is generated, only how fast.
 """
 
+from array import array
+
 import torch
 from torch import nn
 from torch.nn import functional
 
 from .pondering_errors import PonderingError
+
+
+_BYTES = array("q").itemsize
 
 
 def read_source(source, model):
@@ -112,9 +117,13 @@ class PromptLookup:
         """The draft that follows `token_ids` (a list) of this prompt, where the pass predicts `predicted`."""
         if pass_index > 0:
             return predicted
+        # As bytes, which are searched in no time however long the text is.
+        text = array("q", token_ids[:-1]).tobytes()
         for size in self.sizes:
-            newest = token_ids[-size:]
-            for start in range(len(token_ids) - size - 1, -1, -1):
-                if token_ids[start : start + size] == newest:
-                    return token_ids[start + size]
+            newest = array("q", token_ids[-size:]).tobytes()
+            start = text.rfind(newest) if len(token_ids) > size else -1
+            while start % _BYTES and start >= 0:  # it begins within a number
+                start = text.rfind(newest, 0, start + len(newest) - 1)
+            if start >= 0:
+                return token_ids[start // _BYTES + size]
         return predicted

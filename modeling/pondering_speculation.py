@@ -322,11 +322,10 @@ class Speculation:
             if flight is None:
                 continue
             predicted = {stage: tokens[(stage - first) * size + row] for stage in flight.stages}
-            if self.chooses_drafts:
-                self._ask_source(row, flight, predicted)
+            drafted = self._ask_source(row, flight, predicted) if self.chooses_drafts else None
             limit = self.max_length + self.shift - 1  # the last token of all needs no pass
             num_drafts = min(self.num_drafts, flight.num_worthwhile)
-            final = flight.settle(predicted, self.num_steps, num_drafts, limit, self.corrects)
+            final = flight.settle(predicted, self.num_steps, num_drafts, limit, self.corrects, drafted)
             if final is not None:
                 finals.append(row)
                 if self.chooser.noise is not None:
@@ -338,12 +337,18 @@ class Speculation:
         return finals
 
     def _ask_source(self, row, flight, predicted):
+        """The source's token in place of pass 0's, or None. Those in place of later passes' go into `predicted`."""
         column = flight.column - self.shift
         known = self.record.token_ids[row, :column].tolist()
+        drafted = None
         for index, stage in enumerate(flight.stages):
             if stage < self.num_steps:
-                token_ids = known + flight.tokens[: index + 1]
-                predicted[stage] = self.source.token(row, stage, token_ids, predicted[stage])
+                token = self.source.token(row, stage, known + flight.tokens[: index + 1], predicted[stage])
+                if stage == 0:
+                    drafted = token
+                else:
+                    predicted[stage] = token
+        return drafted
 
 
 def speculative_sample(

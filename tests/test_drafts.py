@@ -1,6 +1,7 @@
 """Sources of drafts: heads and their training, in a checkpoint and without; prompt lookup."""
 
 import copy
+import random
 
 import pytest
 import tiny
@@ -223,3 +224,23 @@ def test_what_heads_cannot_be_trained_for(folder, capsys, words, source, message
     assert train("out", "--draft-heads", *words, source=source, small=SMALL[:4]) == 2
     assert message in capsys.readouterr().err.replace("--lora", "`lora`")
     assert not (folder / "out").exists()
+
+
+def _plain_lookup(token_ids, predicted, max_ngram_size, min_ngram_size):
+    for size in range(max_ngram_size, min_ngram_size - 1, -1):
+        for start in range(len(token_ids) - size - 1, -1, -1):
+            if token_ids[start : start + size] == token_ids[-size:]:
+                return token_ids[start + size]
+    return predicted
+
+
+@pytest.mark.parametrize("unit", [1, 257, 2**24], ids=["small", "bytes that repeat", "large"])
+def test_prompt_lookup_equals_a_plain_search(unit):
+    """Ids of one repeated byte would match between two numbers, too."""
+    chance = random.Random(unit)
+    for _ in range(500):
+        token_ids = [unit * chance.randrange(3) for _ in range(chance.randint(1, 30))]
+        longest = chance.randint(1, 5)
+        shortest = chance.randint(1, longest)
+        found = PromptLookup(None, longest, shortest).token(0, 0, token_ids, -1)
+        assert found == _plain_lookup(token_ids, -1, longest, shortest), token_ids

@@ -10,7 +10,7 @@ from drafting import GREEDY, Guesses, check_same
 from ponder_hf import PonderingError
 from ponder_hf.modeling import pondering_speculation, pondering_wave_check
 from ponder_hf.modeling.pondering_backbone import TESTED
-from ponder_hf.modeling.pondering_wave import Flight, Wave
+from ponder_hf.modeling.pondering_wave import SOURCE, Flight, Wave
 from ponder_hf.modeling.pondering_wave_cache import WaveCache
 from ponder_hf.modeling.pondering_wave_check import verify_wave_once
 
@@ -219,10 +219,27 @@ def test_drafts_that_are_seldom_right_are_drafted_less_far_ahead():
 def test_the_hit_rate_follows_what_the_last_pass_says():
     flight = Flight(0, 5)
     for _ in range(200):
-        flight.tokens, flight.stages = [5, 6], [1, 0]
+        flight.tokens, flight.stages, flight.ranks, flight.opinions = [5, 6], [1, 0], [None, 0], [{}, {0: 6}]
         flight.settle({1: 7, 0: 8}, 1, 3, 1000)
     assert flight.hit_rate < 1e-6
     assert (flight.num_verdicts, flight.num_hits) == (200, 0)
+
+
+@pytest.mark.parametrize("who_is_right", ["the source", "pass 0", "pass 1"])
+def test_a_flight_learns_whom_to_trust(who_is_right):
+    """S = 2. Pass 0, its source and pass 1 always differ, and one of them says what the last pass will say."""
+    speakers = {"pass 0": 0, "the source": SOURCE, "pass 1": 1}
+    flight, truth, count = Flight(0, 0), 7, 0
+    tokens = {speaker: truth if who_is_right == speaker else number for number, speaker in enumerate(speakers)}
+    predicted = {0: tokens["pass 0"], 1: tokens["pass 1"], 2: truth}
+    for _ in range(60):
+        count += flight.settle(predicted, 2, 2, 1000, drafted=tokens["the source"]) is not None
+        if count == 10:
+            verdicts, hits = flight.num_verdicts, flight.num_hits
+    assert flight.num_hits - hits == flight.num_verdicts - verdicts > 10
+    best = speakers[who_is_right]
+    for other in set(speakers.values()) - {best}:
+        assert flight.advantage(max(best, other), min(best, other)) * (1 if best > other else -1) > 0
 
 
 class Oracle:
@@ -269,7 +286,10 @@ def test_thousands_of_random_flights_land_where_they_should(num_steps):
             for index, stage in enumerate(flight.stages):
                 has_run[flight.column + index] = ((*text[:-1], *flight.tokens[: index + 1]), stage)
             assert len(flight.tokens) - 1 <= min(num_drafts, num_steps)
-            final = flight.settle(predicted, num_steps, num_drafts, num_columns, corrects)
+            drafted = chance.choice([None, predicted.get(0), chance.randrange(5)])
+            final = flight.settle(predicted, num_steps, num_drafts, num_columns, corrects, drafted)
+            lengths = {len(part) for part in (flight.tokens, flight.stages, flight.ranks, flight.opinions)}
+            assert len(lengths) == 1
             if final is not None:
                 assert final == oracle.predict(tuple(text), num_steps)
                 text.append(final)
