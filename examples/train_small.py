@@ -73,6 +73,8 @@ def main():
     blocks = ids[: len(ids) // arguments.block * arguments.block].view(-1, arguments.block)
     rows = [{"input_ids": block, "labels": block} for block in blocks]
     held_out, training = rows[:100], rows[100:]
+    if not training:
+        parser.error(f"{arguments.text} gives {len(rows)} blocks of {arguments.block} tokens, but 100 are held out")
 
     config = GPTNeoXConfig(
         vocab_size=VOCAB_SIZE,

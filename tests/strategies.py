@@ -6,6 +6,7 @@ Each entry has a function that is given a model and raises where the strategy do
 an error that says what to use instead.
 """
 
+import importlib.util
 import threading
 
 import tiny
@@ -170,18 +171,28 @@ def static_cache_of_the_user(model):
     assert len(cache.layers) == 3 * model.config.num_hidden_layers
 
 
-def quantised_cache(model):
-    output = generate(
-        model, cache_implementation="quantized", cache_config={"backend": "fp8"}, return_dict_in_generate=True
-    )
-    kinds = {type(layer).__name__ for layer in output.past_key_values.layers}
-    assert kinds == {"Fp8QuantizedLayer"}
-    assert len(output.past_key_values.layers) == 3 * model.config.num_hidden_layers
-    plain = generate(model, return_dict_in_generate=True).past_key_values
-    for layer, other in zip(output.past_key_values.layers, plain.layers, strict=True):
-        length = prompt().shape[1]  # the tokens after it need not be the same
-        keys = layer._dequantize(layer._quantized_keys)[:, :, :length]
-        assert (keys - other.keys[:, :, :length]).abs().max() < 0.1 * other.keys.abs().max()
+def quantised(kind, tolerance, **cache_config):
+    """A check that slots are quantised, each with its own pass's keys, and that S = 0 is the plain model's."""
+
+    def check(model):
+        model = model.float()  # hqq has no float64
+        settings = {"cache_implementation": "quantized", "return_dict_in_generate": True, "output_logits": True}
+        output, unpondered, plain = (
+            generate(which, cache_config=dict(cache_config), **settings, **steps)
+            for which, steps in ((model, {}), (model, {"pondering_steps": 0}), (model.to_base(), {}))
+        )
+        exact = generate(model, return_dict_in_generate=True).past_key_values
+        num_layers, length = model.config.num_hidden_layers, prompt().shape[1]
+        assert {type(layer).__name__ for layer in output.past_key_values.layers} == {kind}
+        assert len(output.past_key_values.layers) == 3 * num_layers
+        for layer, other in zip(output.past_key_values.layers, exact.layers, strict=True):
+            keys = layer._dequantize(layer._quantized_keys)[:, :, :length]  # tokens after it need not be the same
+            assert (keys - other.keys[:, :, :length]).abs().max() < tolerance * other.keys.abs().max()
+        assert unpondered.sequences.tolist() == plain.sequences.tolist()
+        for logits, others in zip(unpondered.logits, plain.logits, strict=True):
+            torch.testing.assert_close(logits, others)
+
+    return check
 
 
 def assisted(model):
@@ -240,7 +251,18 @@ STRATEGIES = {
     "no cache": ("`use_cache=False`", is_greedy(use_cache=False)),
     "static cache": ('`cache_implementation="static"`', is_greedy(cache_implementation="static")),
     "a static cache of one's own": ("`past_key_values=StaticCache(...)`", static_cache_of_the_user),
-    "quantised cache": ('`cache_implementation="quantized", cache_config={"backend": "fp8"}`', quantised_cache),
+    "quantised cache": (
+        '`cache_implementation="quantized", cache_config={"backend": "fp8"}`',
+        quantised("Fp8QuantizedLayer", 0.1, backend="fp8"),
+    ),
+    "quantised cache of quanto": (
+        '`cache_config={"backend": "quanto", "nbits": 4}`',
+        quantised("QuantoQuantizedLayer", 0.1, backend="quanto", nbits=4, q_group_size=16, residual_length=4),
+    ),
+    "quantised cache of hqq": (
+        '`cache_config={"backend": "hqq", "nbits": 8, "axis_key": 1, "axis_value": 1}`',
+        quantised("HQQQuantizedLayer", 0.02, backend="hqq", nbits=8, axis_key=1, axis_value=1, q_group_size=16),
+    ),
     "offloaded cache, without a GPU": ('`cache_implementation="offloaded"`', runs(cache_implementation="offloaded")),
     "a decoding loop of one's own": ("`custom_generate=function`", custom_loop),
     "continuous batching": ("`generate_batch(...)`, of requests of any length", continuous_batching),
@@ -270,6 +292,22 @@ STRATEGIES = {
 }
 
 
+# What needs a package that nothing else of the project needs: {strategy: (module, how it is installed)}.
+NEEDS = {
+    "quantised cache of quanto": ("optimum.quanto", "pip install --no-deps optimum-quanto ninja"),
+    "quantised cache of hqq": ("hqq", "pip install --no-deps hqq termcolor"),
+}
+
+
+def missing(name):
+    """Which command would install what this strategy needs; None where it is there."""
+    module, command = NEEDS.get(name, ("torch", None))
+    try:
+        return None if importlib.util.find_spec(module) else command
+    except ModuleNotFoundError:  # of the package around it
+        return command
+
+
 def outcome(name):
     """What the table says of a strategy: "yes", or the error with which it is refused."""
     _, check = STRATEGIES[name]
@@ -286,7 +324,8 @@ def rows():
     yield "| what | how it is asked for | works |"
     yield "| --- | --- | --- |"
     for name, (how, _) in STRATEGIES.items():
-        yield f"| {name} | {how} | {outcome(name)} |"
+        command = missing(name)
+        yield f"| {name} | {how} | {f'not tried: {command}' if command else outcome(name)} |"
 
 
 if __name__ == "__main__":

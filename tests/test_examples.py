@@ -2,12 +2,16 @@
 
 import gzip
 import json
+import math
 import os
+import random
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import checkpoints
 import elsewhere
 import pytest
 
@@ -50,12 +54,17 @@ def checkpoint(base, tmp_path):
     return tmp_path / "checkpoint"
 
 
-def run(script, *arguments):
-    """Run an example, and hold that the held-out loss fell and that nothing of ours is deprecated."""
+def start(script, *arguments):
+    """Run an example, in which what is deprecated of ours is an error."""
     command = [sys.executable, "-W", "error::DeprecationWarning:__main__", "-W", "error::FutureWarning:__main__"]
     command += [EXAMPLES / script, *map(str, arguments)]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+
+
+def run(script, *arguments):
+    """Run an example, and hold that the held-out loss fell."""
+    done = start(script, *arguments)
     assert done.returncode == 0, done.stderr
     before, after = (float(loss) for loss in re.findall(r"held-out loss \w+: *([\d.]+)", done.stdout))
     assert after < before - 0.01, done.stdout
@@ -94,3 +103,47 @@ def test_sft(checkpoint, stories, tmp_path):
     for home, folder in (("home", "out"), ("another home", "out/checkpoint-12")):
         printed = elsewhere.run(LOAD, tmp_path / home, tmp_path / folder)
         assert printed.split() == ["PonderingForCausalLM", "2", "zero_init"]
+
+
+# Generates from a folder with drafts and without.
+DRAFT = """
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
+prompt = tokenizer("the old cat", return_tensors="pt", return_token_type_ids=False)
+settings = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True}
+plain = model.generate(**prompt, **settings)
+drafted = model.generate(**prompt, num_draft_tokens=2, **settings)
+assert drafted.sequences.tolist() == plain.sequences.tolist()
+assert 0 <= drafted.draft_acceptance_rate <= 1
+print(model.config.pondering_steps, model.config.intermediate_loss_weight, drafted.pondering_steps_used.max().item())
+"""
+
+
+def test_train_small(tmp_path, monkeypatch, capsys):
+    chance, words = random.Random(0), "the old cat saw a red dog by the sea and sat there".split()
+    lines = [" ".join(chance.choices(words, k=9)) + ".\n" for _ in range(400)]
+    (tmp_path / "text.txt").write_text("".join(lines))
+    small = ["--block", 16, "--rows", 2, "--characters", 20_000, "--pondering-steps", 2]
+    small += ["--intermediate-loss-weight", 0.3]
+    text, folder = tmp_path / "text.txt", tmp_path / "out"
+    done = start("train_small.py", text, folder, "--steps", 12, "--learning-rate", 0.01, *small)
+    assert done.returncode == 0, done.stderr
+    assert float(re.search(r"held-out loss: ([\d.]+)", done.stdout)[1]) < math.log(2048) - 1  # nats of a guess
+    assert elsewhere.run(DRAFT, tmp_path / "home", folder).split() == ["2", "0.3", "2"]
+
+    before = checkpoints.listing(tmp_path)
+    (tmp_path / "short.txt").write_text(lines[0])
+    for arguments, message in (
+        ([text, folder], "out exists and is not empty: give a new folder"),
+        ([tmp_path / "short.txt", tmp_path / "another"], "blocks of 16 tokens, but 100 are held out"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["train_small.py", *map(str, [*arguments, *small])])
+        with pytest.raises(SystemExit, match="2"):
+            runpy.run_path(str(EXAMPLES / "train_small.py"), run_name="__main__")
+        output = capsys.readouterr()
+        assert message in output.err
+        assert output.out == ""
+    (tmp_path / "short.txt").unlink()
+    assert checkpoints.listing(tmp_path) == before

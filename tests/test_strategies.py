@@ -37,6 +37,9 @@ def test_the_table_has_every_strategy():
 @pytest.mark.parametrize("name", strategies.STRATEGIES)
 def test_a_row_of_the_table(name):
     how, _ = strategies.STRATEGIES[name]
+    command = strategies.missing(name)
+    if command:
+        pytest.skip(f"needs a package that no extra of ponder-hf brings: {command}")
     assert documented()[name] == f"| {name} | {how} | {strategies.outcome(name)} |"
 
 
