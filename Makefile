@@ -20,8 +20,10 @@ BENCH ?= all
 
 VENV_PYTHON = $(VENV)/bin/python
 STAMP = $(VENV)/.ponder-hf-installed
-# For one test, beside the environment: transformers imports torchao wherever it is installed, and that writes to stderr.
+# For single tests, beside the environment: transformers imports torchao wherever it is installed, and that writes to
+# stderr; packages for quantised caches are of no other use here.
 TORCHAO = $(VENV)/overlays/torchao
+CACHES = $(VENV)/overlays/caches
 # The environment's own interpreter where there is one already, $(PYTHON) otherwise.
 INTERPRETER = $(if $(wildcard $(VENV_PYTHON)),$(VENV_PYTHON),$(PYTHON))
 
@@ -62,4 +64,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(VENV_PYTHON) -m pip install -c constraints.txt --no-build-isolation -e '.[all]'
 	@$(VENV_PYTHON) -m pip install --quiet -c constraints.txt --no-deps --upgrade --target $(TORCHAO) torchao || \
 		echo "make: no torchao: the test of quantised loading will be skipped" >&2
+	@$(VENV_PYTHON) -m pip install --quiet -c constraints.txt --no-deps --upgrade --target $(CACHES) \
+		hqq optimum-quanto ninja termcolor || \
+		echo "make: no hqq and quanto: the tests of their quantised caches will be skipped" >&2
 	@touch $@

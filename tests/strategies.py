@@ -292,20 +292,16 @@ STRATEGIES = {
 }
 
 
-# What needs a package that nothing else of the project needs: {strategy: (module, how it is installed)}.
-NEEDS = {
-    "quantised cache of quanto": ("optimum.quanto", "pip install --no-deps optimum-quanto ninja"),
-    "quantised cache of hqq": ("hqq", "pip install --no-deps hqq termcolor"),
-}
+# What needs a module that nothing else of the project needs. `make setup` puts them beside the environment.
+NEEDS = {"quantised cache of quanto": "optimum.quanto", "quantised cache of hqq": "hqq"}
 
 
-def missing(name):
-    """Which command would install what this strategy needs; None where it is there."""
-    module, command = NEEDS.get(name, ("torch", None))
+def is_missing(name):
+    """Whether the module that this strategy needs is not there."""
     try:
-        return None if importlib.util.find_spec(module) else command
-    except ModuleNotFoundError:  # of the package around it
-        return command
+        return importlib.util.find_spec(NEEDS.get(name, "torch")) is None
+    except ModuleNotFoundError:  # the package around it
+        return True
 
 
 def outcome(name):
@@ -324,8 +320,7 @@ def rows():
     yield "| what | how it is asked for | works |"
     yield "| --- | --- | --- |"
     for name, (how, _) in STRATEGIES.items():
-        command = missing(name)
-        yield f"| {name} | {how} | {f'not tried: {command}' if command else outcome(name)} |"
+        yield f"| {name} | {how} | {'not tried' if is_missing(name) else outcome(name)} |"
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -37,10 +38,24 @@ def test_the_table_has_every_strategy():
 @pytest.mark.parametrize("name", strategies.STRATEGIES)
 def test_a_row_of_the_table(name):
     how, _ = strategies.STRATEGIES[name]
-    command = strategies.missing(name)
-    if command:
-        pytest.skip(f"needs a package that no extra of ponder-hf brings: {command}")
-    assert documented()[name] == f"| {name} | {how} | {strategies.outcome(name)} |"
+    outcome = outcome_elsewhere(name) if name in strategies.NEEDS else strategies.outcome(name)
+    assert documented()[name] == f"| {name} | {how} | {outcome} |"
+
+
+def outcome_elsewhere(name):
+    """The same in a process that has the packages that lie beside the environment."""
+    place = Path(sys.prefix, "overlays", "caches")
+    if not place.is_dir():
+        pytest.skip("packages for quantised caches are not there: `make setup` puts them beside the environment")
+    if "quanto" in name and not shutil.which("g++"):
+        pytest.skip("quanto compiles with g++, which is not there")
+    code = "import sys, strategies; print(strategies.outcome(sys.argv[1]))"
+    paths = {"PYTHONPATH": f"{place}{os.pathsep}{REPOSITORY / 'tests'}"}
+    paths["PATH"] = f"{place / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    command = [sys.executable, "-c", code, name]
+    return subprocess.run(
+        command, env=os.environ | paths, check=True, stdout=subprocess.PIPE, text=True, timeout=600
+    ).stdout.splitlines()[-1]
 
 
 COMPILED = {
