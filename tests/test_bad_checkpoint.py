@@ -79,6 +79,10 @@ def test_export_of_a_plain_checkpoint(check_refused):
         (["pondering", "--prompt", "cat", "--pondering-steps", "1.5"], "--pondering-steps"),
         (["pondering", "--prompt", "cat", "--seed", "-1"], "--seed must be at least 0 and below 2**32"),
         (["pondering", "--prompt", "cat", "--seed", "4294967296"], "--seed"),
+        (["pondering", "--prompt", "cat", "--draft-source", "own"], "--num-draft-tokens"),
+        (["pondering", "--prompt", "cat", "--num-draft-tokens", "2", "--draft-source", "heads"], "has none"),
+        (["pondering", "--prompt", "cat", "--num-draft-tokens", "-1"], "num_draft_tokens"),
+        (["pondering", "--prompt", "cat", "--pondering-exit-criterion", "kl"], "pondering_exit_threshold"),
     ],
     ids=" ".join,
 )

@@ -294,6 +294,23 @@ def test_generate_is_what_the_model_generates(pondering, capsys, steps):
     assert output.err == ""
 
 
+def test_generate_with_drafts_and_with_exits(pondering, capsys):
+    def generated(*flags):
+        line = ["--prompt", "once upon a", "--max-new-tokens", 12, "--json", *flags]
+        assert run("generate", pondering, *line) == 0
+        return one_object(capsys.readouterr().out)
+
+    plain = generated()
+    assert plain["pondering_steps_used"] == 2
+    assert plain["draft_acceptance_rate"] is None
+    for source in ([], ["--draft-source", "prompt_lookup"]):
+        drafted = generated("--num-draft-tokens", 2, *source)
+        assert drafted["text"] == plain["text"]
+        assert 0 <= drafted["draft_acceptance_rate"] <= 1
+    stopped = generated("--pondering-exit-criterion", "kl", "--pondering-exit-threshold", 1e9)
+    assert stopped["pondering_steps_used"] == 1
+
+
 def test_generate_with_what_the_checkpoint_says(pondering, tmp_path, capsys):
     """Its S and drafts count; beams do not, for it is greedy unless a flag says otherwise."""
     shutil.copytree(pondering, tmp_path / "copy")

@@ -7,6 +7,16 @@ from ponder_hf import PonderingError
 from ponder_hf.errors import reading, understanding
 
 
+# Flags that `model.generate` takes as they are.
+PONDERING = (
+    "pondering_steps",
+    "num_draft_tokens",
+    "draft_source",
+    "pondering_exit_criterion",
+    "pondering_exit_threshold",
+)
+
+
 def add_parser(subparsers):
     parser = subparsers.add_parser(
         "generate",
@@ -22,6 +32,18 @@ def add_parser(subparsers):
     parser.add_argument("--temperature", type=float, metavar="T", help="> 0; larger is more random")
     parser.add_argument("--top-p", type=float, metavar="P", help="sample from the most probable P of the distribution")
     parser.add_argument("--seed", type=int, metavar="N", help="of the sampling, to get the same text again")
+    parser.add_argument(
+        "--num-draft-tokens", type=int, metavar="N", help="guess so many tokens ahead: same text, sooner"
+    )
+    parser.add_argument(
+        "--draft-source", choices=("own", "heads", "prompt_lookup"), help="where the guesses come from"
+    )
+    parser.add_argument(
+        "--pondering-exit-criterion",
+        choices=("kl", "entropy", "argmax"),
+        help="stop pondering a token that has converged; needs the threshold",
+    )
+    parser.add_argument("--pondering-exit-threshold", type=float, metavar="X", help="below which it has; 0: never")
     parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
     return parser
 
@@ -45,8 +67,7 @@ def run(args):
         set_seed(args.seed)
     sampling = {"do_sample": args.do_sample or args.temperature is not None or args.top_p is not None}
     sampling |= {name: getattr(args, name) for name in ("temperature", "top_p") if getattr(args, name) is not None}
-    if args.pondering_steps is not None:
-        sampling["pondering_steps"] = args.pondering_steps
+    pondering = {name: getattr(args, name) for name in PONDERING if getattr(args, name) is not None}
     start = time.perf_counter()
     output = model.generate(
         **inputs.to(model.device),
@@ -54,12 +75,15 @@ def run(args):
         pad_token_id=_pad_token(model, tokenizer),
         num_beams=1,  # whatever generation_config.json says: text cannot come as it is made otherwise
         streamer=None if args.json else TextStreamer(tokenizer, skip_special_tokens=True),
+        return_dict_in_generate=True,
         **sampling,
-    )[0]
+        **pondering,
+    )
     seconds = time.perf_counter() - start
-    new_tokens = len(output) - inputs["input_ids"].shape[1]
+    tokens = output.sequences[0]
+    new_tokens = len(tokens) - inputs["input_ids"].shape[1]
     whole, before = (
-        tokenizer.decode(ids, skip_special_tokens=True) for ids in (output, inputs["input_ids"][0].tolist())
+        tokenizer.decode(ids, skip_special_tokens=True) for ids in (tokens, inputs["input_ids"][0].tolist())
     )
     asked = (args.pondering_steps, getattr(model.generation_config, "pondering_steps", None))
     steps = next((steps for steps in asked if steps is not None), model.config.pondering_steps)
@@ -69,6 +93,8 @@ def run(args):
         "text": whole[len(before) :],
         "new_tokens": new_tokens,
         "pondering_steps": steps,
+        "pondering_steps_used": round(output.pondering_steps_used.float().mean().item(), 3),
+        "draft_acceptance_rate": getattr(output, "draft_acceptance_rate", None),
         "do_sample": sampling["do_sample"],
         "seed": args.seed,
         "tokens_per_second": round(new_tokens / seconds, 2),
@@ -92,6 +118,8 @@ def load_tokenizer(source):
 
 
 def _check(args):
+    if args.draft_source is not None and args.num_draft_tokens is None:
+        raise PonderingError("--draft-source says where guesses come from: say with --num-draft-tokens how many, too")
     if args.max_new_tokens < 1:
         raise PonderingError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
     if args.pondering_steps is not None and args.pondering_steps < 0:
