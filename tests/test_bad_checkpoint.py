@@ -60,6 +60,9 @@ def test_export_of_a_plain_checkpoint(check_refused):
     check_refused("export", "base", "out", words=["plain checkpoint already"])
 
 
+SHORT = ["pondering", "--prompt", "cat", "--max-new-tokens", "2"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -80,9 +83,9 @@ def test_export_of_a_plain_checkpoint(check_refused):
         (["pondering", "--prompt", "cat", "--seed", "-1"], "--seed must be at least 0 and below 2**32"),
         (["pondering", "--prompt", "cat", "--seed", "4294967296"], "--seed"),
         (["pondering", "--prompt", "cat", "--draft-source", "own"], "--num-draft-tokens"),
-        (["pondering", "--prompt", "cat", "--num-draft-tokens", "2", "--draft-source", "heads"], "has none"),
-        (["pondering", "--prompt", "cat", "--num-draft-tokens", "-1"], "num_draft_tokens"),
-        (["pondering", "--prompt", "cat", "--pondering-exit-criterion", "kl"], "pondering_exit_threshold"),
+        ([*SHORT, "--num-draft-tokens", "2", "--draft-source", "heads"], "has none"),
+        ([*SHORT, "--num-draft-tokens", "-1"], "num_draft_tokens"),
+        ([*SHORT, "--pondering-exit-criterion", "kl"], "pondering_exit_threshold"),
     ],
     ids=" ".join,
 )

@@ -60,7 +60,7 @@ class GenerationCall:
         Raises:
             PonderingError: one of them is wrong, or they do not go together.
         """
-        values = {}
+        values, criterion_of_call = {}, kwargs.get("pondering_exit_criterion")
         for name in SETTINGS:
             sources = [kwargs.pop(name, None), getattr(generation_config, name, None)]
             sources.append(getattr(model.generation_config, name, None))
@@ -74,6 +74,13 @@ class GenerationCall:
                 f"`num_draft_tokens` must be an integer >= 0 (0: no drafts), got {num_draft_tokens!r}"
             )
         exit = PonderingExit.read(criterion, threshold)
+        default = getattr(model.generation_config, "pondering_exit_criterion", None)
+        if exit is None and (criterion_of_call is not None or (criterion is not None and default is None)):
+            # As a default of the model it may wait for a call's threshold.
+            raise PonderingError(
+                "`pondering_exit_criterion` needs `pondering_exit_threshold`, the distance below which a token stops: "
+                "give both or none"
+            )
         if num_draft_tokens and exit is not None:
             raise PonderingError(
                 "`num_draft_tokens` and `pondering_exit_threshold` do not go together, as drafts run ahead on "

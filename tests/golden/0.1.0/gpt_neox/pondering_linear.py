@@ -36,7 +36,7 @@ def few_rows_linear(states, weight, bias=None):
     if columns.shape[1] == 1:
         if torch.get_num_threads() == 1 or not weight.is_contiguous():
             return functional.linear(states, weight, bias)
-        product = _one_column(weight, columns, torch.get_num_threads())
+        product = _one_column(weight, columns, min(torch.get_num_threads(), len(weight)))
         product = product if bias is None else product + bias.unsqueeze(1)
     else:
         product = weight @ columns if bias is None else torch.addmm(bias.unsqueeze(1), weight, columns)
@@ -48,6 +48,23 @@ def _one_column(weight, column, num_parts):
     parts = weight[:even].view(num_parts, -1, weight.shape[1])
     product = torch.bmm(parts, column.expand(num_parts, -1, -1)).view(-1, 1)
     return product if even == len(weight) else torch.cat([product, weight[even:] @ column])
+
+
+def few_rows_sum(weights, table):
+    """weights @ table of few rows: (n, V), (V, d) to (n, d).
+
+    A part of the table for each thread, since BLAS libraries give a product of so few rows to one; and rows by fours,
+    as three cost more than four.
+    """
+    num_rows, num_parts = len(weights), min(torch.get_num_threads(), len(table))
+    if num_rows > 1 and num_rows % 4:
+        weights = functional.pad(weights, (0, 0, 0, -num_rows % 4))
+    even = len(table) - len(table) % num_parts
+    parts = weights[:, :even].view(len(weights), num_parts, -1).transpose(0, 1)
+    total = torch.bmm(parts, table[:even].view(num_parts, -1, table.shape[1])).sum(0)
+    if even < len(table):
+        total += weights[:, even:] @ table[even:]
+    return total[:num_rows]
 
 
 class _OnTheirSide(TorchFunctionMode):

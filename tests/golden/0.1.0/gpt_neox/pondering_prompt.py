@@ -17,9 +17,11 @@ def check_prompt(model, inputs, num_steps, generation_config, kwargs):
 
     Raises:
         PonderingError: the prompt is empty, has ids outside the vocabulary or, with the tokens to come, more tokens
-            than the model has positions, or the cache was filled by another model or with another number of passes.
+            than the model has positions, the mask does not fit, or the cache was filled by another model, with another
+            number of passes or with other rows.
     """
-    past_length = _check_cache(model, kwargs.get("past_key_values"), num_steps)
+    sources = (kwargs, generation_config, model)
+    past_length, past_rows = _check_cache(model, kwargs.get("past_key_values"), num_steps)
     embeds = kwargs.get("inputs_embeds")
     prompt = inputs if inputs is not None else kwargs.get("input_ids")
     if embeds is not None:
@@ -29,23 +31,55 @@ def check_prompt(model, inputs, num_steps, generation_config, kwargs):
         _check_token_ids(prompt, model.get_input_embeddings().weight.shape[0])
         shape = prompt.shape
     else:
-        return  # transformers begins with the token that begins a text
+        _check_beginning(past_length, sources)
+        return
     mask = kwargs.get("attention_mask")
     length = shape[1]
-    if torch.is_tensor(mask) and mask.ndim == 2:
+    if mask is not None:
         length = _check_mask(mask, shape, past_length)
-    _check_positions(num_positions(model.backbone), length, shape[1], (kwargs, generation_config, model))
+    _check_positions(num_positions(model.backbone), length, shape[1], sources)
+    if past_length:
+        # A mask that also covers the cache says that the prompt is only what follows.
+        is_rest = mask is not None and mask.shape[1] > shape[1]
+        _check_continuation(shape, 0 if is_rest else past_length, past_rows, sources)
 
 
 def _check_cache(model, past_key_values, num_steps):
-    """The number of tokens that it holds."""
+    """How many tokens it holds, and in how many rows (None where its slots do not tell)."""
     if past_key_values is None:
-        return 0
+        return 0, None
     if isinstance(past_key_values, Cache) and past_key_values.get_seq_length() == 0:
-        return 0
+        return 0, None
     step_cache(past_key_values, model.config.base_config, num_steps + 1)
     check_owner(past_key_values, model.backbone)
-    return int(past_key_values.get_seq_length())
+    keys = getattr(past_key_values.layers[0], "keys", None)
+    rows = keys.shape[0] if torch.is_tensor(keys) and keys.ndim == 4 else None
+    return int(past_key_values.get_seq_length()), rows
+
+
+def _check_beginning(past_length, sources):
+    """Without a prompt transformers begins with the token that begins a text."""
+    if past_length:
+        raise PonderingError("`past_key_values` needs the text that it holds, and more: give `input_ids`")
+    if _setting("bos_token_id", *sources) is None:
+        raise PonderingError(
+            "the prompt is empty, and no `bos_token_id` says what begins a text: give at least one token"
+        )
+
+
+def _check_continuation(shape, past_length, past_rows, sources):
+    """What a prompt of this shape needs of a cache that holds `past_length` of its tokens."""
+    if shape[1] <= past_length:
+        raise PonderingError(
+            f"`past_key_values` holds {past_length} tokens, but the prompt has only {shape[1]}: give the whole text, "
+            "what the cache holds and at least one token more"
+        )
+    repeats = max(_setting(name, *sources) or 1 for name in ("num_beams", "num_return_sequences"))
+    if past_rows is not None and past_rows != shape[0] * repeats:
+        raise PonderingError(
+            f"`past_key_values` holds {past_rows} rows, but {shape[0] * repeats} are generated: go on with as many "
+            "prompts, beams and sequences as it was filled with, or leave it out"
+        )
 
 
 def _check_token_ids(input_ids, vocab_size):
@@ -70,6 +104,9 @@ def _check_token_ids(input_ids, vocab_size):
 
 
 def _check_embeds(embeds, embedding_size):
+    if not torch.is_tensor(embeds) or not torch.is_floating_point(embeds):
+        kind = embeds.dtype if torch.is_tensor(embeds) else type(embeds).__name__
+        raise PonderingError(f"`inputs_embeds` must be a tensor of floating-point numbers, got {kind}")
     if embeds.ndim != 3 or embeds.shape[-1] != embedding_size:
         raise PonderingError(
             f"`inputs_embeds` must have the shape (batch, tokens, {embedding_size}), got {tuple(embeds.shape)}"
@@ -80,6 +117,9 @@ def _check_embeds(embeds, embedding_size):
 
 def _check_mask(mask, shape, past_length):
     """The number of tokens in the longest row, what the cache holds among them."""
+    if not torch.is_tensor(mask) or mask.ndim != 2:
+        kind = f"the shape {tuple(mask.shape)}" if torch.is_tensor(mask) else type(mask).__name__
+        raise PonderingError(f"`attention_mask` must be a tensor of the shape {tuple(shape)}, got {kind}")
     if mask.shape[0] != shape[0] or mask.shape[1] not in (shape[1], past_length + shape[1]):
         raise PonderingError(
             f"`attention_mask` has the shape {tuple(mask.shape)}, which does not fit a prompt of {tuple(shape)} "

@@ -10,7 +10,7 @@ import torch
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from .pondering_errors import PonderingError
-from .pondering_wave import Flight, Wave
+from .pondering_wave import Flight, Wave, mask_kind
 from .pondering_wave_cache import check_step_cache
 from .pondering_wave_check import verify_wave_once
 
@@ -172,13 +172,13 @@ class Record:
     def accept(self, rows, scores, logits):
         """Take note that the token behind the end of these rows, which stands in `token_ids`, is a true one.
 
-        scores, logits: (n, V), processed and raw ones of those tokens.
+        scores, logits: (B, V), processed and raw ones of the last pass.
         """
-        for index, row in enumerate(rows):
+        for row in rows:
             for kept, values in ((self.scores, scores), (self.logits, logits)):
                 if kept is not None:
                     column = kept.setdefault(self.lengths[row], values.new_zeros(self.batch_size, values.shape[-1]))
-                    column[row] = values[index]
+                    column[row] = values[row]
             self.lengths[row] += 1
         for length in {self.lengths[row] for row in rows}:
             kept = None if self.scores is None else self.columns_of(self.scores, length)
@@ -243,7 +243,6 @@ class Speculation:
             self.max_length = 1 << 62
         output = prefill(model, input_ids, generation_config, model_kwargs)
         cache = output.past_key_values
-        check_step_cache(cache)
         # Columns of the cache count what went through the model, which is more than `input_ids` where the prompt was
         # given as embeddings or goes on from a cache.
         self.shift = cache.get_seq_length() - record.prompt_length
@@ -271,10 +270,10 @@ class Speculation:
     def _write(self, entries):
         """Put tokens into the text: (row, column, token) each."""
         if entries:
-            rows, columns, tokens = torch.tensor(entries, device=self.record.token_ids.device).unbind(1)
             self.record.reserve(max(column for _, column, _ in entries) + 1)
             self.chooser.token_ids = self.record.token_ids
-            self.record.token_ids[rows, columns] = tokens
+        for row, column, token in entries:
+            self.record.token_ids[row, column] = token
 
     def _retire(self):
         for row, flight in enumerate(self.flights):
@@ -312,8 +311,8 @@ class Speculation:
         tokens, scores = self.chooser(logits, places, is_final)
         finals = self._settle(tokens, first)
         if finals:
-            picked = [(self.num_steps - first) * size + row for row in finals]
-            self.record.accept(finals, scores[picked], logits[picked])
+            last = (self.num_steps - first) * size
+            self.record.accept(finals, scores[last:], logits[last:])
             self._retire()
 
     def _settle(self, tokens, first):
@@ -323,11 +322,10 @@ class Speculation:
             if flight is None:
                 continue
             predicted = {stage: tokens[(stage - first) * size + row] for stage in flight.stages}
-            if self.chooses_drafts:
-                self._ask_source(row, flight, predicted)
+            drafted = self._ask_source(row, flight, predicted) if self.chooses_drafts else None
             limit = self.max_length + self.shift - 1  # the last token of all needs no pass
             num_drafts = min(self.num_drafts, flight.num_worthwhile)
-            final = flight.settle(predicted, self.num_steps, num_drafts, limit, self.corrects)
+            final = flight.settle(predicted, self.num_steps, num_drafts, limit, self.corrects, drafted)
             if final is not None:
                 finals.append(row)
                 if self.chooser.noise is not None:
@@ -339,12 +337,18 @@ class Speculation:
         return finals
 
     def _ask_source(self, row, flight, predicted):
+        """The source's token in place of pass 0's, or None. Those in place of later passes' go into `predicted`."""
         column = flight.column - self.shift
         known = self.record.token_ids[row, :column].tolist()
+        drafted = None
         for index, stage in enumerate(flight.stages):
             if stage < self.num_steps:
-                token_ids = known + flight.tokens[: index + 1]
-                predicted[stage] = self.source.token(row, stage, token_ids, predicted[stage])
+                token = self.source.token(row, stage, known + flight.tokens[: index + 1], predicted[stage])
+                if stage == 0:
+                    drafted = token
+                else:
+                    predicted[stage] = token
+        return drafted
 
 
 def speculative_sample(
@@ -371,6 +375,7 @@ def speculative_sample(
         PonderingError: something that drafts do not go with.
     """
     _check(generation_config, synced_gpus, model_kwargs)
+    mask_kind(model.backbone)  # raises where the wave cannot make one, before the prompt runs
     verify_wave_once(model)
     record = Record(input_ids, stopping_criteria, generation_config, streamer)
     speculation = Speculation(model, input_ids, logits_processor, generation_config, call, record, model_kwargs)
@@ -396,6 +401,8 @@ def _check(generation_config, synced_gpus, model_kwargs):
             raise PonderingError(f"`{name}` needs one forward pass a token: leave out `num_draft_tokens`")
     if synced_gpus:
         raise PonderingError("`num_draft_tokens` does not go with `synced_gpus`, where each process has its own speed")
+    if model_kwargs.get("past_key_values") is not None:
+        check_step_cache(model_kwargs["past_key_values"])
     for name, value in model_kwargs.items():
         if name not in _MODEL_ARGUMENTS and value is not None:
             raise PonderingError(f"`{name}` does not reach drafted tokens: leave it out, or `num_draft_tokens`")

@@ -5,11 +5,16 @@ own head to read its drafts from, or None where the passes' own are to be read. 
 may put another token in place of a prediction. A draft never changes what is generated, only how fast.
 """
 
+from array import array
+
 import torch
 from torch import nn
 from torch.nn import functional
 
 from .pondering_errors import PonderingError
+
+
+_BYTES = array("q").itemsize
 
 
 def read_source(source, model):
@@ -73,14 +78,18 @@ class DraftHeads(nn.Module):
 
         A pass that has no head keeps its own.
         """
-        part = slice(first_pass, first_pass + len(hidden_states))
-        num_heads = len(self.up[part])
-        if num_heads < len(hidden_states):
+        num_passes = len(hidden_states)
+        num_heads = min(num_passes, max(0, len(self.up) - first_pass))
+        if num_heads < num_passes:
             if num_heads == 0:
                 return hidden_states
             return torch.cat([self(hidden_states[:num_heads], first_pass), hidden_states[num_heads:]])
-        inner = functional.gelu(torch.baddbmm(self.up_bias[part], hidden_states, self.up[part]))
-        return hidden_states + torch.baddbmm(self.down_bias[part], inner, self.down[part])
+        weights = self.up, self.up_bias, self.down, self.down_bias
+        if num_heads < len(self.up):
+            weights = (weight[first_pass : first_pass + num_heads] for weight in weights)
+        up, up_bias, down, down_bias = weights
+        inner = functional.gelu(torch.baddbmm(up_bias, hidden_states, up))
+        return torch.baddbmm(down_bias, inner, down).add_(hidden_states)
 
 
 class PromptLookup:
@@ -108,9 +117,13 @@ class PromptLookup:
         """The draft that follows `token_ids` (a list) of this prompt, where the pass predicts `predicted`."""
         if pass_index > 0:
             return predicted
+        # As bytes, which are searched in no time however long the text is.
+        text = array("q", token_ids[:-1]).tobytes()
         for size in self.sizes:
-            newest = token_ids[-size:]
-            for start in range(len(token_ids) - size - 1, -1, -1):
-                if token_ids[start : start + size] == newest:
-                    return token_ids[start + size]
+            newest = array("q", token_ids[-size:]).tobytes()
+            start = text.rfind(newest) if len(token_ids) > size else -1
+            while start % _BYTES and start >= 0:  # it begins within a number
+                start = text.rfind(newest, 0, start + len(newest) - 1)
+            if start >= 0:
+                return token_ids[start // _BYTES + size]
         return predicted

@@ -3,10 +3,9 @@
 import torch
 from torch import nn
 
-from .pondering_attention import can_attend
-from .pondering_backbone import backbone_logits, backbone_readout, bare_table, embedding_table
+from .pondering_backbone import backbone_logits, backbone_readout, bare_table, embedding_table, finish_logits
 from .pondering_topk import top_k_embedding, top_k_of_scores
-from .pondering_vocabulary import vocabulary_embedding
+from .pondering_vocabulary import goes_without_logits, probabilities, vocabulary_embedding, weighted_sum
 
 
 def plain_embedding(logits, table, temperature=1.0, top_k=None):
@@ -53,26 +52,41 @@ class PonderingEmbedding:
 
     def goes_without_logits(self, hidden_states):
         """Whether logits of hidden states (n, d_h) that are there already would be of no use for their embedding."""
-        return self.kernel == "vocabulary" and can_attend(hidden_states, self.readout, self.table[0])
+        return self.kernel == "vocabulary" and goes_without_logits(hidden_states, self.readout, self.table[0])
+
+    def logits(self, hidden_states):
+        """(n, V) of hidden states (n, d_h), as the backbone computes them."""
+        if self.readout is None:
+            return backbone_logits(self.backbone, hidden_states)
+        return finish_logits(self.readout.scores(hidden_states), self.backbone.config)
 
     def __call__(self, hidden_states):
         """hidden_states: (B, T, d_h). Returns t of shape (B, T, d), before gate and `embedding_scale`."""
         temperature, top_k = self.config.pondering_temperature, self.config.pondering_top_k
         if self.kernel == "plain":
-            if self._all_rows is None:
-                self._all_rows = embedding_table(self.backbone, hidden_states.device)
-            logits = backbone_logits(self.backbone, hidden_states)
-            # With a device_map, head and embedding may lie on different devices.
-            table = self._all_rows.to(logits.device)
-            return plain_embedding(logits, table, temperature, top_k).to(self._all_rows.device)
+            return self.of_logits(backbone_logits(self.backbone, hidden_states))
         table, scale = self.table
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         if self.kernel == "top_k":
             embedding = top_k_embedding(flat, self.readout, table, temperature, top_k)
         else:
             embedding = vocabulary_embedding(flat, self.readout, table, temperature)
-        embedding = embedding.view(*hidden_states.shape[:-1], -1)
-        return embedding if isinstance(scale, float) and scale == 1 else embedding * scale
+        return _scaled(embedding.view(*hidden_states.shape[:-1], -1), scale)
+
+    def of_logits(self, logits):
+        """The same from logits (..., V); with gradients only where `kernel` is "plain"."""
+        temperature, top_k = self.config.pondering_temperature, self.config.pondering_top_k
+        if self.kernel == "plain":
+            if self._all_rows is None:
+                self._all_rows = embedding_table(self.backbone, logits.device)
+            # With a device_map, head and embedding may lie on different devices.
+            table = self._all_rows.to(logits.device)
+            return plain_embedding(logits, table, temperature, top_k).to(self._all_rows.device)
+        table, scale = self.table
+        if self.kernel == "top_k":
+            return _scaled(plain_embedding(logits, table, temperature, top_k), scale)
+        weights = probabilities(logits.flatten(0, -2), temperature)
+        return _scaled(weighted_sum(weights, table).view(*logits.shape[:-1], -1), scale)
 
     def with_logits(self, hidden_states):
         """The same without gradients, for one chunk of tokens (pondering_readout.py), and the logits of the pass.
@@ -85,21 +99,22 @@ class PonderingEmbedding:
         """
         temperature, top_k = self.config.pondering_temperature, self.config.pondering_top_k
         if self.kernel == "plain":
-            if self._all_rows is None:
-                self._all_rows = embedding_table(self.backbone)
             logits = backbone_logits(self.backbone, hidden_states)
-            return plain_embedding(logits, self._all_rows, temperature, top_k), logits
+            return self.of_logits(logits), logits
         table, scale = self.table
         scores = self.readout.scores(hidden_states)
         logits = self.readout.finish(scores)
         if self.kernel == "top_k":
-            embedding = top_k_of_scores(scores, self.readout, table, temperature, top_k)
+            embedding = _scaled(top_k_of_scores(scores, self.readout, table, temperature, top_k), scale)
         elif self.goes_without_logits(hidden_states):  # it computes them once more, and is faster for all that
-            embedding = vocabulary_embedding(hidden_states, self.readout, table, temperature)
+            embedding = _scaled(vocabulary_embedding(hidden_states, self.readout, table, temperature), scale)
         else:
-            embedding = torch.softmax(logits if temperature == 1 else logits / temperature, dim=-1).to(table.dtype)
-            embedding = embedding @ table
-        return embedding if isinstance(scale, float) and scale == 1 else embedding * scale, logits
+            embedding = self.of_logits(logits)
+        return embedding, logits
+
+
+def _scaled(embedding, scale):
+    return embedding if isinstance(scale, float) and scale == 1 else embedding * scale
 
 
 class PonderingGate(nn.Module):

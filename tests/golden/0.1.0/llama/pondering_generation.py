@@ -131,6 +131,12 @@ def _check_drafts(generation_mode, generation_config):
         raise PonderingError(f"`num_draft_tokens` does not go with {str(mode).replace('_', ' ')}: {advice}")
     if generation_config.use_cache is False:
         raise PonderingError("`num_draft_tokens` needs the cache: leave out `use_cache=False`")
+    kind = generation_config.cache_implementation
+    if kind not in (None, "dynamic"):
+        raise PonderingError(
+            f"`num_draft_tokens` works with transformers' dynamic cache, not with a {kind} one: leave out "
+            "`cache_implementation`, or set num_draft_tokens=0"
+        )
 
 
 def _steps_of_new_tokens(call, output, num_prompt_tokens, used):

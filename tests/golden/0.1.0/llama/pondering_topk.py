@@ -17,6 +17,7 @@ from .pondering_readout import CHUNK_ELEMENTS, chunks, compute_dtype
 _FEW_ROWS = 32  # of so few, as in decoding, topk itself is fastest
 _MANY_ROWS = 1024
 _ALIGNMENT = 32
+_TILES_A_CHUNK = 3  # what stays in the cache until it has been looked at, and is still large enough for the product
 
 
 def largest(scores, top_k):
@@ -37,22 +38,15 @@ def _block_size(scores, top_k):
     return block if block >= 4 else 1
 
 
-def _candidates(scores, block, num_blocks=None, floor=None):
-    """Indices (n, m) of few elements in each row of (n, V), among which are the largest.
+def _candidates(scores, block, num_blocks):
+    """Indices (n, m) of few elements in each row of (n, V), among which are as many largest as blocks are taken.
 
     On a CPU topk looks at every element, one by one. The maxima of blocks are found faster, and the largest elements
     lie in the blocks with the largest maxima.
-
-    Args:
-        block: elements of a block.
-        num_blocks: how many blocks to take, as many as elements are looked for. Or instead
-        floor: (n, 1), where all elements above it are looked for, however many they are.
     """
     num_rows, size = scores.shape
     tail, stride = size % block, size // block  # a block's elements are a stride apart, which vectorises the maximum
     maxima = scores[:, : size - tail].unflatten(1, (block, stride)).amax(1)
-    if floor is not None:
-        num_blocks = int((maxima > floor).sum(-1).max())
     chosen = maxima.topk(num_blocks, dim=-1, sorted=False).indices
     indices = (chosen.unsqueeze(1) + stride * torch.arange(block).unsqueeze(1)).flatten(1)
     if not tail:
@@ -68,32 +62,112 @@ def _largest_of_head(hidden_states, readout, top_k):
     """
     vocab_size = len(readout.weight)
     if hidden_states.device.type == "cpu" and len(hidden_states):
-        width = CHUNK_ELEMENTS["cpu"] // min(len(hidden_states), _MANY_ROWS) // _ALIGNMENT * _ALIGNMENT
+        width = CHUNK_ELEMENTS["cpu"] // min(len(hidden_states), _MANY_ROWS)
         if 16 * top_k <= width < vocab_size:
             parts = hidden_states.split(_MANY_ROWS)
-            return _joined([_largest_in_tiles(part, readout, top_k, width) for part in parts])
-    parts = [hidden_states[part] for part in chunks(hidden_states, vocab_size)] or [hidden_states]
+            return _joined([_largest_in_tiles(part, readout, top_k, width // _TILES_A_CHUNK) for part in parts])
+    return _largest_in_chunks(hidden_states, readout, top_k)
+
+
+def _largest_in_chunks(hidden_states, readout, top_k):
+    parts = [hidden_states[part] for part in chunks(hidden_states, len(readout.weight))] or [hidden_states]
     return _joined([largest(readout.scores(part), top_k) for part in parts])
 
 
 def _largest_in_tiles(hidden_states, readout, top_k, width):
+    """The same, where about `width` scores of a token are there at once.
+
+    Each tile is a sample of the vocabulary, every so many-th token, so the scores seen so far tell a floor below which
+    the K largest of all hardly ever lie. Of a tile only what is above the floor is kept, and now and then that is cut
+    down and the floor raised. Tokens whose floor proves too high are done again, in chunks.
+    """
     dtype = compute_dtype(hidden_states)
     hidden_states = hidden_states.to(dtype)
-    buffer = hidden_states.new_empty(len(hidden_states) * width)  # written again and again: new memory costs time
-    values = token_ids = None
-    for first in range(0, len(readout.weight), width):
-        weight = readout.weight[first : first + width].to(dtype)
-        scores = buffer[: len(hidden_states) * len(weight)].view(-1, len(weight))
-        torch.mm(hidden_states, weight.t(), out=scores)
+    num_rows, vocab_size = len(hidden_states), len(readout.weight)
+    num_tiles = -(-vocab_size // width)
+    width = -(-vocab_size // (num_tiles * _ALIGNMENT)) * _ALIGNMENT
+    scores = hidden_states.new_empty(num_rows, width)  # written again and again: new memory costs time
+    above = torch.empty(num_rows, width, dtype=torch.bool)
+    best = None
+    for tile in range(num_tiles):
+        weight = readout.weight[tile::num_tiles].to(dtype)
+        torch.mm(hidden_states, weight.t(), out=scores[:, : len(weight)])
         if readout.bias is not None:
-            scores += readout.bias[first : first + width]
-        if values is None:
-            values, token_ids = largest(scores, top_k)
-            continue
-        found = _candidates(scores, _block_size(scores, top_k), floor=values.amin(-1, keepdim=True))
-        values, indices = torch.cat([values, scores.gather(1, found)], dim=1).topk(top_k, dim=-1, sorted=False)
-        token_ids = torch.cat([token_ids, found + first], dim=1).gather(1, indices)
+            scores[:, : len(weight)] += readout.bias[tile::num_tiles]
+        scores[:, len(weight) :] = -math.inf
+        if best is None:
+            best = _Best(largest(scores, _quota(top_k, 1 / num_tiles) + 1)[0], num_tiles, width)
+        best.add(tile, scores, torch.gt(scores, best.floor, out=above))
+        seen = tile + 1
+        if seen & tile == 0 or seen == num_tiles or best.is_full():  # after 1, 2, 4, 8 ... tiles
+            exact = best.refine(_quota(top_k, seen / num_tiles))
+    values, token_ids = best.values, best.token_ids
+    again = (~exact).nonzero().flatten()
+    if len(again):
+        values[again], token_ids[again] = _largest_in_chunks(hidden_states[again], readout, top_k)
     return values, token_ids
+
+
+def _quota(top_k, fraction):
+    """So many largest of a random part of the vocabulary hardly ever miss one of the K largest of all."""
+    expected = top_k * fraction
+    return min(top_k, math.ceil(expected + 5 * math.sqrt(expected)) + 3)
+
+
+class _Best:
+    """The largest scores of n tokens so far, and what was found above the floor since they were compared.
+
+    values, token_ids: (n, k). floor: (n, 1). found: groups of eight neighbours with something above the floor, since
+    eight booleans are looked at as one integer; their rows, first token ids and scores. counts: (n,), of the groups.
+    """
+
+    def __init__(self, some_scores, num_tiles, width):
+        self.num_tiles, self.groups_a_row = num_tiles, width // 8
+        least = torch.finfo(some_scores.dtype).min  # a floor of minus infinity would count what only fills a row
+        self.floor = some_scores.amin(-1, keepdim=True).clamp(min=least)
+        self.values = some_scores[:, :0]
+        self.token_ids = torch.empty(len(some_scores), 0, dtype=torch.long)
+        self._forget()
+
+    def _forget(self):
+        self.found, self.counts = [], torch.zeros(len(self.floor), dtype=torch.long)
+
+    def is_full(self):
+        """Whether some token has found as much as fills a tile; then all together need about a tile's memory."""
+        return self.counts.amax() > self.groups_a_row
+
+    def add(self, tile, scores, above):
+        """Note what is above the floor. scores, above: (n, width)."""
+        groups = above.view(torch.int64).flatten().nonzero().flatten()
+        rows = groups // self.groups_a_row
+        token_ids = tile + 8 * self.num_tiles * (groups - self.groups_a_row * rows)
+        self.found.append((rows, token_ids, scores.view(-1, 8).index_select(0, groups)))
+        self.counts += torch.bincount(rows, minlength=len(self.counts))
+
+    def refine(self, num_kept):
+        """Keep so many scores a token and raise the floor to the least of them.
+
+        Returns (n,): whether they are the largest so far, as none lies below the floor that was.
+        """
+        rows, token_ids, scores = (torch.cat(tensors) for tensors in zip(*self.found, strict=True))
+        self._forget()
+        groups, places = (scores > self.floor[rows]).nonzero(as_tuple=True)
+        order = rows[groups].int().argsort()
+        groups, places = groups[order], places[order]
+        rows, num_before = rows[groups], self.values.shape[1]
+        counts = torch.bincount(rows, minlength=len(self.floor))
+        columns = num_before + torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]
+        added = max(int(counts.amax()), num_kept - num_before)
+        values = functional.pad(self.values, (0, added), value=-math.inf)
+        values[rows, columns] = scores[groups, places]
+        ids = functional.pad(self.token_ids, (0, added))
+        ids[rows, columns] = token_ids[groups] + self.num_tiles * places
+        self.values, chosen = values.topk(num_kept, dim=-1, sorted=False)
+        self.token_ids = ids.gather(1, chosen)
+        lowest = self.values.amin(-1, keepdim=True)
+        exact = (lowest >= self.floor).flatten()
+        self.floor = torch.maximum(self.floor, lowest)
+        return exact
 
 
 def _joined(pairs):

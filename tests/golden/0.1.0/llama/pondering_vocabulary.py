@@ -12,7 +12,11 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .pondering_attention import can_attend, can_go_backward, vocabulary_attention, vocabulary_attention_backward
+from .pondering_linear import few_rows_sum, is_few
 from .pondering_readout import Readout, add_product, chunks, compute_dtype, wide_dtype, zero_gradients
+
+
+_FEW_TOKENS = 16
 
 
 class _VocabularyEmbedding(torch.autograd.Function):
@@ -31,7 +35,7 @@ class _VocabularyEmbedding(torch.autograd.Function):
             else:
                 embedding = hidden.new_empty(len(hidden), table.shape[1])
                 for part in chunks(hidden, len(table)):
-                    weights = _probabilities(readout, readout.scores(hidden[part]), temperature)
+                    weights = probabilities(readout.finish(readout.scores(hidden[part])), temperature)
                     torch.mm(weights.to(dtype), inputs[3], out=embedding[part])
         ctx.save_for_backward(hidden_states, weight, bias, table, embedding, normaliser)
         ctx.settings = (cap, factor, temperature, dtype)
@@ -60,7 +64,7 @@ class _VocabularyEmbedding(torch.autograd.Function):
         mean = (gradient.to(wide) * embedding.to(wide)).sum(-1, keepdim=True)
         for part in chunks(hidden, len(table)):
             scores = readout.scores(hidden[part])
-            weights = _probabilities(readout, scores, temperature)
+            weights = probabilities(readout.finish(scores), temperature)
             if readout.cap is None:  # nothing below reads them: two tensors of a chunk's size are alive, not three
                 scores = None
             if needs[3]:
@@ -82,9 +86,34 @@ class _VocabularyEmbedding(torch.autograd.Function):
         return *(g if g is None else g.to(i.dtype) for g, i in zip(gradients, inputs, strict=True)), None, None, None
 
 
-def _probabilities(readout, scores, temperature):
-    logits = readout.finish(scores)
+def probabilities(logits, temperature):
+    """The softmax of logits / temperature."""
     return torch.softmax(logits if temperature == 1 else logits / temperature, dim=-1)
+
+
+def weighted_sum(weights, table):
+    """weights @ table: (n, V), (V, d) to (n, d), in the dtype of `table`."""
+    product = few_rows_sum if _are_few(weights) else torch.mm
+    return product(weights.to(table.dtype), table)
+
+
+def goes_without_logits(hidden_states, readout, table):
+    """Whether the embedding of hidden states (n, d_h) is computed without their logits ever being there.
+
+    The few tokens of a decoding step read all of head and table, whichever way, and meet them faster in two products.
+    Unless both are the same matrix: the flash kernel reads it once.
+    """
+    return not _by_two_products(hidden_states, readout, table) and can_attend(hidden_states, readout, table)
+
+
+def _by_two_products(hidden_states, readout, table):
+    if not _are_few(hidden_states):
+        return False
+    return readout.weight.data_ptr() != table.data_ptr() or not can_attend(hidden_states, readout, table)
+
+
+def _are_few(states):
+    return len(states) <= _FEW_TOKENS and is_few(states)
 
 
 def vocabulary_embedding(hidden_states, readout, table, temperature):
@@ -99,6 +128,8 @@ def vocabulary_embedding(hidden_states, readout, table, temperature):
     Returns:
         (n, d), in the dtype that the product of `hidden_states` with the head has.
     """
+    if _by_two_products(hidden_states, readout, table):
+        return weighted_sum(probabilities(readout.finish(readout.scores(hidden_states)), temperature), table)
     return _VocabularyEmbedding.apply(
         hidden_states, readout.weight, readout.bias, table, readout.cap, readout.factor, temperature
     )

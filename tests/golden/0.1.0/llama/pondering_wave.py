@@ -14,29 +14,41 @@ Passes are batch rows (pondering_wave_cache.py); masks and positions are those o
 """
 
 import inspect
+import itertools
 import math
 
 import torch
 
-from .pondering_backbone import backbone_logits, embedding_table, run_backbone
-from .pondering_embedding import PonderingEmbedding, plain_embedding
+from .pondering_backbone import run_backbone
+from .pondering_embedding import PonderingEmbedding
 from .pondering_errors import PonderingError
 from .pondering_wave_cache import WaveCache
+
+
+SOURCE = 0.5  # the rank of a draft that its source puts in place of pass 0's prediction; pass i has rank i
 
 
 class Flight:
     """The tokens of one prompt that are under way: the newest true one and the drafts behind it, oldest first.
 
     column: of the first. tokens: their ids, in successive columns. stages: the pass that each runs next, falling.
+    ranks: who gave each of them. opinions: what else was said of its place so far, {rank: token}.
     num_verdicts, num_hits: how often the last pass met a draft, and how often the draft was right.
     """
 
     worth = 0.3  # a draft is worth its row in the batch where the ones before it have this chance to be right
+    memory = 0.9  # how much of a running mean a new observation leaves
 
     def __init__(self, column, token):
-        self.column, self.tokens, self.stages = column, [token], [0]
+        self.column, self.tokens, self.stages, self.ranks, self.opinions = column, [token], [0], [None], [{}]
         self.num_verdicts = self.num_hits = 0
         self.hit_rate = 1.0  # of late
+        # (later rank, earlier rank): where they differ, how much more often the later one is right, -1 .. 1.
+        self.advantages = {}
+
+    def advantage(self, rank, other):
+        """How much better than `other` this rank is where they differ. Later passes begin with a good name."""
+        return self.advantages.get((rank, other), 0.5 if SOURCE not in (rank, other) else 0.0)
 
     @property
     def num_worthwhile(self):
@@ -45,7 +57,7 @@ class Flight:
             return math.inf
         return 1 + int(math.log(self.worth) / math.log(max(self.hit_rate, self.worth)))
 
-    def settle(self, predicted, num_steps, num_drafts, num_columns, corrects=True):
+    def settle(self, predicted, num_steps, num_drafts, num_columns, corrects=True, drafted=None):
         """Move on by one tick.
 
         Args:
@@ -53,7 +65,9 @@ class Flight:
             num_steps: S.
             num_drafts: how many drafts may be under way.
             num_columns: drafts stay below this column.
-            corrects: whether a pass before the last one replaces a draft that it does not predict.
+            corrects: whether a pass before the last one may replace a draft that it does not predict. It does so
+                unless it was wrong more often than not of late where it differed from whoever gave the draft.
+            drafted: the draft that its source would put in place of what pass 0 predicts, or None.
 
         Returns:
             The next true token, where a token has come out of pass S, or None.
@@ -62,23 +76,44 @@ class Flight:
         final = predicted[num_steps] if stages[0] == num_steps else None
         settled = 0 if final is None else 1
         if final is not None and len(tokens) > 1:
-            self.num_verdicts += 1
-            self.num_hits += tokens[1] == final
-            self.hit_rate += 0.1 * ((tokens[1] == final) - self.hit_rate)
+            self._learn(final)
         for index, stage in enumerate(stages):
             is_last, is_final = index + 1 == len(tokens), stage == num_steps
+            token, rank = predicted[stage], stage
+            opinions = {} if is_last else self.opinions[index + 1]
+            opinions[rank] = token
             if is_last:
                 may = is_final or (index + 1 - settled <= num_drafts and self.column + index + 1 < num_columns)
+                if stage == 0 and not is_final and drafted not in (None, token):
+                    opinions[SOURCE] = drafted
+                    if self.advantage(SOURCE, 0) >= 0:
+                        token, rank = drafted, SOURCE
             else:
-                may = tokens[index + 1] != predicted[stage] and (is_final or corrects)
+                may = tokens[index + 1] != token and (
+                    is_final or (corrects and self.advantage(rank, self.ranks[index + 1]) >= 0)
+                )
             if may:
-                tokens[index + 1 :], stages[index + 1 :] = [predicted[stage]], [-1]
+                behind = slice(index + 1, None)
+                tokens[behind], stages[behind] = [token], [-1]
+                self.ranks[behind], self.opinions[behind] = [rank], [opinions]
             if may or is_last:
                 break
         self.stages = [stage + 1 for stage in stages[settled:]]
-        self.tokens = tokens[settled:]
+        self.tokens, self.ranks, self.opinions = tokens[settled:], self.ranks[settled:], self.opinions[settled:]
         self.column += settled
         return final
+
+    def _learn(self, final):
+        """From the true token in the place of the first draft: how good the draft and the opinions of it were."""
+        is_right, opinions = self.tokens[1] == final, self.opinions[1]
+        self.num_verdicts += 1
+        self.num_hits += is_right
+        self.hit_rate += (1 - self.memory) * (is_right - self.hit_rate)
+        for other, rank in itertools.combinations(sorted(opinions), 2):
+            if opinions[rank] != opinions[other]:
+                now = (opinions[rank] == final) - (opinions[other] == final)
+                before = self.advantage(rank, other)
+                self.advantages[rank, other] = before + (1 - self.memory) * (now - before)
 
 
 class Wave:
@@ -102,16 +137,16 @@ class Wave:
         self.draft_source = draft_source
         self.num_ticks = self.num_rows_run = 0
         self.device = model.device
-        self.table = embedding_table(self.backbone)
+        self.input_embeddings = model.get_input_embeddings()
         self.embedding = PonderingEmbedding(self.backbone, config)
         num_rows = self.batch_size * (num_steps + 1)
-        self.inputs = self.table.new_zeros(num_rows, self.table.shape[1])  # x of each row in the coming tick
+        self.inputs = None  # x of each row in the coming tick: (rows, d)
         self.row_ids = torch.arange(num_rows, device=self.device)
         self.columns = torch.arange(self.prompt_length, device=self.device)
         self.offsets = self._position_offsets(attention_mask, position_ids)
-        self.is_prompt = None
+        self.is_padding = None
         if attention_mask is not None and not bool(attention_mask.all()):
-            self.is_prompt = attention_mask.bool().repeat(num_steps + 1, 1)
+            self.is_padding = ~attention_mask.bool().repeat(num_steps + 1, 1)
         self.mask_kind = mask_kind(self.backbone)
         self.window = getattr(self.backbone.config, "sliding_window", None)
 
@@ -120,13 +155,13 @@ class Wave:
         if position_ids is not None:
             last = position_ids[:, -1].expand(self.batch_size)
         elif attention_mask is not None:
-            last = attention_mask.long().sum(-1) - 1
+            last = (attention_mask.long().sum(-1) - 1).clamp(min=0)
         else:
             last = torch.full((self.batch_size,), self.prompt_length - 1)
         offsets = last.to(self.device) - (self.prompt_length - 1)
         return offsets.repeat(self.num_steps + 1).unsqueeze(1)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def tick(self, flights, entering):
         """Run the next pass of everything in flight.
 
@@ -145,7 +180,9 @@ class Wave:
         self.num_rows_run += len(columns)
         if first == 0:
             config = self.model.config
-            embedded = self.model.get_input_embeddings()(entering)
+            embedded = self.input_embeddings(entering)
+            if self.inputs is None:
+                self.inputs = embedded.new_zeros(len(self.row_ids), embedded.shape[1])
             self.inputs[:size] = _scaled(embedded, config.input_scale * config.embedding_scale)
         hidden_states = run_backbone(
             self.backbone,
@@ -163,12 +200,11 @@ class Wave:
         states = [pondering_states if drafted is None else drafted.flatten(0, 1), last_states]
         if drafted is not None and not without_logits:
             states.insert(0, pondering_states)
-        logits = backbone_logits(self.backbone, torch.cat(states))
+        logits = self.embedding.logits(torch.cat(states))
         if without_logits and num_pondering:
             self._ponder(rows.start, self.embedding(pondering_states.unsqueeze(0))[0])
         elif num_pondering:
-            temperature, top_k = self.model.config.pondering_temperature, self.model.config.pondering_top_k
-            self._ponder(rows.start, plain_embedding(logits[:num_pondering], self.table, temperature, top_k))
+            self._ponder(rows.start, self.embedding.of_logits(logits[:num_pondering]))
         logits = logits[-len(hidden_states) :]
         return first, logits.view(-1, size, logits.shape[-1])
 
@@ -190,35 +226,36 @@ class Wave:
         unused = self.cache.reserve(length)
         if len(self.columns) < length:
             self.columns = torch.arange(2 * length, device=self.device)
+        # A row without a token reads the prompt's last column: one value at least must not be masked.
+        first_read = self.prompt_length - 1
         where = torch.tensor(
-            [[unused if column < 0 else column for column in columns], [max(column, 0) for column in columns]],
+            [
+                [unused if column < 0 else column for column in columns],
+                [max(column, first_read) for column in columns],
+            ],
             device=self.device,
         )
-        # A row without a token reads the prompt's last column: one value at least must not be masked.
-        reads = where[1].clamp(min=self.prompt_length - 1).unsqueeze(1)
-        self.cache.set_place(rows, self.row_ids[rows], where[0], length)
-        mask = self.columns[:length] <= reads
-        if self.is_prompt is not None:
-            mask[:, : self.prompt_length] &= self.is_prompt[rows]
-        position_ids = (where[1].unsqueeze(1) + self.offsets[rows]).clamp_(min=0)
-        return {"attention_mask": self._mask(mask, reads, length), "position_ids": position_ids}
+        writes, reads = where.unsqueeze(-1).unbind()
+        self.cache.set_place(rows, self.row_ids[rows], writes[:, 0], length)
+        hidden = self.columns[:length] > reads
+        if self.is_padding is not None:
+            hidden[:, : self.prompt_length] |= self.is_padding[rows]
+        return {"attention_mask": self._mask(hidden, reads, length), "position_ids": reads + self.offsets[rows]}
 
-    def _mask(self, mask, reads, length):
+    def _mask(self, hidden, reads, length):
         if self.mask_kind == "flat":
-            return mask.long()
+            return (~hidden).long()
         if self.mask_kind == "full":
-            return self._shaped(mask)
-        windowed = self._shaped(mask & (self.columns[:length] > reads - self.window))
+            return self._shaped(hidden)
+        windowed = self._shaped(hidden | (self.columns[:length] <= reads - self.window))
         if self.mask_kind == "window":
             return windowed
-        return {"full_attention": self._shaped(mask), "sliding_attention": windowed}
+        return {"full_attention": self._shaped(hidden), "sliding_attention": windowed}
 
-    def _shaped(self, mask):
-        """(rows, length) to (rows, 1, 1, length), as the backbone's attention wants it."""
-        if self.backbone.config._attn_implementation == "eager":
-            lowest = torch.finfo(self.inputs.dtype).min
-            mask = torch.zeros_like(mask, dtype=self.inputs.dtype).masked_fill_(~mask, lowest)
-        return mask[:, None, None]
+    def _shaped(self, hidden):
+        """(rows, length) to (rows, 1, 1, length), as attention adds it: every layer would make that of booleans."""
+        dtype = self.inputs.dtype
+        return hidden.to(dtype).mul_(torch.finfo(dtype).min)[:, None, None]
 
     def _ponder(self, start, embedding):
         """Make the inputs of the following passes. embedding: (n, d), of the rows from `start` on."""

@@ -117,5 +117,5 @@ def check_step_cache(past_key_values):
         name = next(iter(kinds)).__name__ if kinds else "offloaded"
         raise PonderingError(
             f"`num_draft_tokens` works with transformers' dynamic cache, not with {name} slots: leave out "
-            "`cache_implementation` and `past_key_values`, or set num_draft_tokens=0"
+            "`past_key_values`, or set num_draft_tokens=0"
         )
