@@ -1,9 +1,10 @@
 """The pondering embedding against its equation, written out with loops."""
 
 import pytest
+import tiny
 import torch
 
-from ponder_hf.modeling.pondering_embedding import PonderingGate, plain_embedding
+from ponder_hf.modeling.pondering_embedding import PonderingEmbedding, PonderingGate, plain_embedding
 
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -58,3 +59,14 @@ def test_the_gate_starts_at_nothing_and_can_learn():
     assert torch.equal(gate(embedding), torch.zeros(2, 3, 8))
     gate(embedding).sum().backward()
     torch.testing.assert_close(gate.weight.grad, embedding.sum((0, 1)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_embedding_of_half_precision_logits_is_computed_in_float32(dtype):
+    model = tiny.pondering_model("llama", dtype, pondering_temperature=0.7)
+    logits = torch.randn(5, tiny.VOCAB_SIZE).mul(4).to(dtype)
+    table = model.get_input_embeddings().weight
+    with torch.no_grad():
+        embedding = PonderingEmbedding(model.backbone, model.config).of_logits(logits)
+        expected = plain_embedding(logits, table, 0.7)
+    assert torch.equal(embedding, expected)

@@ -457,15 +457,28 @@ def test_tiles_where_most_tokens_are_forbidden(allowed):
     assert all(len(set(row)) == 60 for row in token_ids.tolist())
 
 
-def test_tiles_that_get_larger_and_larger_are_cut_down_in_between(monkeypatch):
-    """All of every tile lies above what was seen before; of 63 tiles not more than two wait at a time."""
+def test_tiles_that_get_larger_and_larger_are_given_up(monkeypatch):
+    """All of every tile lies above what was seen before: not more than two wait at a time, and chunks take over."""
     waiting, add = [], pondering_topk._Best.add
     monkeypatch.setattr(pondering_topk._Best, "add", lambda best, *a: add(best, *a) or waiting.append(len(best.found)))
     scores = torch.randn(40, 63 * 32) + 9 * (torch.arange(63 * 32) % 63)
     values, _ = _largest_in_tiles(torch.eye(40), Readout(scores.t().contiguous()), 4, 32)
     assert torch.equal(values.sort().values, scores.topk(4).values.sort().values)
-    assert len(waiting) == 63
+    assert 2 < len(waiting) < 10
     assert max(waiting) <= 2
+
+
+@pytest.mark.parametrize("token", range(6))
+def test_what_is_not_a_number_is_not_lost_in_a_tile(token):
+    """Whichever of five tiles it lies in: as for topk, it is the largest of all."""
+    weight = torch.randn(1000, WIDTH)
+    weight[token] = math.nan
+    hidden, readout = torch.randn(40, WIDTH), Readout(weight)
+    values, token_ids = _largest_in_tiles(hidden, readout, 10, 200)
+    assert values.isnan().sum(-1).tolist() == [1] * 40
+    assert torch.equal(token_ids[values.isnan()], torch.full((40,), token))
+    expected = readout.scores(hidden).topk(10).values
+    torch.testing.assert_close(values.nan_to_num(99).sort().values, expected.nan_to_num(99).sort().values)
 
 
 @pytest.mark.parametrize("all_again", [False, True])
@@ -524,9 +537,12 @@ def test_sums_of_few_rows(rows, threads, monkeypatch):
 @pytest.mark.parametrize("threads", [1, 3, 200])
 def test_a_layer_with_fewer_outputs_than_threads(threads, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    layer, states = torch.nn.Linear(1024, 8), torch.randn(1, 1, 1024)
-    with torch.no_grad(), pondering_linear.fast_layers(states):
-        torch.testing.assert_close(layer(states), states @ layer.weight.t() + layer.bias)
+    states = torch.randn(1, 1, 1024)
+    for outputs in (8, 1, 0):
+        layer = torch.nn.Linear(1024, 8)
+        layer.weight.data, layer.bias.data = layer.weight[:outputs], layer.bias[:outputs]
+        with torch.no_grad(), pondering_linear.fast_layers(states):
+            torch.testing.assert_close(layer(states), states @ layer.weight.t() + layer.bias)
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 16, 17])

@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -385,3 +386,43 @@ def test_what_comes_back_takes_gradients():
     last = output.sequences[:, -1:]
     model(last, past_key_values=output.past_key_values).logits.sum().backward()
     assert model.get_input_embeddings().weight.grad.abs().max() > 0
+
+
+def test_a_rotation_that_grows_stays_out_of_inference_mode():
+    """Such a module replaces its own buffer while a tick runs."""
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model = tiny.pondering_model("llama", base_changes={"max_position_embeddings": 12, "rope_parameters": rope})
+    before = model.backbone.model.rotary_emb.inv_freq
+    model.generate(tiny.token_ids(1, 6), num_draft_tokens=2, max_new_tokens=14, **GREEDY)
+    assert model.backbone.model.rotary_emb.inv_freq is not before
+    assert not any(tensor.is_inference() for tensor in (*model.buffers(), *model.parameters()))
+
+
+def test_drafts_under_autocast():
+    model = tiny.pondering_model("llama")
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens = model.generate(tiny.token_ids(1, 6), num_draft_tokens=2, max_new_tokens=9, **GREEDY)
+    assert tokens.shape == (1, 15)
+
+
+class OtherNumbers:
+    """A source whose tokens are no ints of Python, or that has none."""
+
+    def __init__(self, kind):
+        self.kind = kind
+
+    def __call__(self, hidden_states, first_pass):
+        return None
+
+    def token(self, prompt, pass_index, token_ids, predicted):
+        return None if self.kind is None else self.kind((predicted + pass_index) % tiny.VOCAB_SIZE)
+
+
+@pytest.mark.parametrize("kind", [np.int64, torch.tensor, None])
+def test_tokens_of_a_source_of_ones_own(kind):
+    model = tiny.pondering_model("llama", torch.float64)
+    plain, drafted = (
+        model.generate(tiny.token_ids(1, 6), max_new_tokens=12, **settings, **GREEDY)
+        for settings in ({}, {"num_draft_tokens": 2, "draft_source": OtherNumbers(kind)})
+    )
+    assert drafted.tolist() == plain.tolist()
