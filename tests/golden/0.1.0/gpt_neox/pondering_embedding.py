@@ -85,7 +85,7 @@ class PonderingEmbedding:
         table, scale = self.table
         if self.kernel == "top_k":
             return _scaled(plain_embedding(logits, table, temperature, top_k), scale)
-        weights = probabilities(logits.flatten(0, -2), temperature)
+        weights = probabilities(logits.reshape(-1, logits.shape[-1]), temperature)
         return _scaled(weighted_sum(weights, table).view(*logits.shape[:-1], -1), scale)
 
     def with_logits(self, hidden_states):

@@ -132,7 +132,7 @@ def _check_drafts(generation_mode, generation_config):
     if generation_config.use_cache is False:
         raise PonderingError("`num_draft_tokens` needs the cache: leave out `use_cache=False`")
     kind = generation_config.cache_implementation
-    if kind not in (None, "dynamic"):
+    if kind not in (None, "dynamic", "dynamic_full"):  # the last one in transformers 4.57
         raise PonderingError(
             f"`num_draft_tokens` works with transformers' dynamic cache, not with a {kind} one: leave out "
             "`cache_implementation`, or set num_draft_tokens=0"

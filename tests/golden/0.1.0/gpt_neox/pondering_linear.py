@@ -34,7 +34,7 @@ def few_rows_linear(states, weight, bias=None):
     """functional.linear of few rows: (..., d), (V, d), (V,) to (..., V)."""
     columns = states.reshape(-1, states.shape[-1]).t()
     if columns.shape[1] == 1:
-        if torch.get_num_threads() == 1 or not weight.is_contiguous():
+        if torch.get_num_threads() == 1 or len(weight) < 2 or not weight.is_contiguous():
             return functional.linear(states, weight, bias)
         product = _one_column(weight, columns, min(torch.get_num_threads(), len(weight)))
         product = product if bias is None else product + bias.unsqueeze(1)

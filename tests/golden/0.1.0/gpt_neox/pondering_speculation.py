@@ -10,7 +10,7 @@ import torch
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from .pondering_errors import PonderingError
-from .pondering_wave import Flight, Wave, mask_kind
+from .pondering_wave import Flight, Wave, mask_kind, without_inference_tensors
 from .pondering_wave_cache import check_step_cache
 from .pondering_wave_check import verify_wave_once
 
@@ -344,10 +344,12 @@ class Speculation:
         for index, stage in enumerate(flight.stages):
             if stage < self.num_steps:
                 token = self.source.token(row, stage, known + flight.tokens[: index + 1], predicted[stage])
+                if token is None:
+                    continue
                 if stage == 0:
-                    drafted = token
+                    drafted = int(token)
                 else:
-                    predicted[stage] = token
+                    predicted[stage] = int(token)
         return drafted
 
 
@@ -376,10 +378,13 @@ def speculative_sample(
     """
     _check(generation_config, synced_gpus, model_kwargs)
     mask_kind(model.backbone)  # raises where the wave cannot make one, before the prompt runs
-    verify_wave_once(model)
     record = Record(input_ids, stopping_criteria, generation_config, streamer)
-    speculation = Speculation(model, input_ids, logits_processor, generation_config, call, record, model_kwargs)
-    speculation.run()
+    try:
+        verify_wave_once(model)
+        speculation = Speculation(model, input_ids, logits_processor, generation_config, call, record, model_kwargs)
+        speculation.run()
+    finally:
+        without_inference_tensors(model)
     if streamer is not None:
         streamer.end()
     sequences = record.sequences()

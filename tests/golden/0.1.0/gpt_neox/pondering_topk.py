@@ -61,7 +61,7 @@ def _largest_of_head(hidden_states, readout, top_k):
     tile by tile; elsewhere, and where K is large, chunks of tokens meet all of it.
     """
     vocab_size = len(readout.weight)
-    if hidden_states.device.type == "cpu" and len(hidden_states):
+    if hidden_states.device.type == "cpu" and len(hidden_states) and not torch.compiler.is_compiling():
         width = CHUNK_ELEMENTS["cpu"] // min(len(hidden_states), _MANY_ROWS)
         if 16 * top_k <= width < vocab_size:
             parts = hidden_states.split(_MANY_ROWS)
@@ -88,7 +88,7 @@ def _largest_in_tiles(hidden_states, readout, top_k, width):
     width = -(-vocab_size // (num_tiles * _ALIGNMENT)) * _ALIGNMENT
     scores = hidden_states.new_empty(num_rows, width)  # written again and again: new memory costs time
     above = torch.empty(num_rows, width, dtype=torch.bool)
-    best = None
+    best, num_cuts = None, 0
     for tile in range(num_tiles):
         weight = readout.weight[tile::num_tiles].to(dtype)
         torch.mm(hidden_states, weight.t(), out=scores[:, : len(weight)])
@@ -97,9 +97,13 @@ def _largest_in_tiles(hidden_states, readout, top_k, width):
         scores[:, len(weight) :] = -math.inf
         if best is None:
             best = _Best(largest(scores, _quota(top_k, 1 / num_tiles) + 1)[0], num_tiles, width)
-        best.add(tile, scores, torch.gt(scores, best.floor, out=above))
-        seen = tile + 1
-        if seen & tile == 0 or seen == num_tiles or best.is_full():  # after 1, 2, 4, 8 ... tiles
+        # What is not a number counts as above, so that it is not lost.
+        best.add(tile, scores, torch.le(scores, best.floor, out=above).logical_not_())
+        seen, is_full = tile + 1, best.is_full()
+        num_cuts += bool(is_full)
+        if num_cuts > 2:  # tiles that are no samples of each other: they would take longer, and more memory
+            return _largest_in_chunks(hidden_states, readout, top_k)
+        if seen & tile == 0 or seen == num_tiles or is_full:  # after 1, 2, 4, 8 ... tiles
             exact = best.refine(_quota(top_k, seen / num_tiles))
     values, token_ids = best.values, best.token_ids
     again = (~exact).nonzero().flatten()
@@ -124,16 +128,21 @@ class _Best:
     def __init__(self, some_scores, num_tiles, width):
         self.num_tiles, self.groups_a_row = num_tiles, width // 8
         least = torch.finfo(some_scores.dtype).min  # a floor of minus infinity would count what only fills a row
-        self.floor = some_scores.amin(-1, keepdim=True).clamp(min=least)
+        self.floor = self._as_floor(some_scores.amin(-1, keepdim=True)).clamp(min=least)
         self.values = some_scores[:, :0]
         self.token_ids = torch.empty(len(some_scores), 0, dtype=torch.long)
         self._forget()
+
+    @staticmethod
+    def _as_floor(scores):
+        # A token whose scores have something that is not a number is done again: nothing more is noted of it.
+        return scores.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
 
     def _forget(self):
         self.found, self.counts = [], torch.zeros(len(self.floor), dtype=torch.long)
 
     def is_full(self):
-        """Whether some token has found as much as fills a tile; then all together need about a tile's memory."""
+        """Whether some token has found as much as fills a tile: all together need the memory of a few tiles."""
         return self.counts.amax() > self.groups_a_row
 
     def add(self, tile, scores, above):
@@ -151,7 +160,7 @@ class _Best:
         """
         rows, token_ids, scores = (torch.cat(tensors) for tensors in zip(*self.found, strict=True))
         self._forget()
-        groups, places = (scores > self.floor[rows]).nonzero(as_tuple=True)
+        groups, places = (scores <= self.floor[rows]).logical_not_().nonzero(as_tuple=True)
         order = rows[groups].int().argsort()
         groups, places = groups[order], places[order]
         rows, num_before = rows[groups], self.values.shape[1]
@@ -166,7 +175,7 @@ class _Best:
         self.token_ids = ids.gather(1, chosen)
         lowest = self.values.amin(-1, keepdim=True)
         exact = (lowest >= self.floor).flatten()
-        self.floor = torch.maximum(self.floor, lowest)
+        self.floor = torch.maximum(self.floor, self._as_floor(lowest))
         return exact
 
 

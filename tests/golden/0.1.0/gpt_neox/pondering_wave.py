@@ -136,7 +136,10 @@ class Wave:
         self.batch_size, self.prompt_length = self.cache.batch_size, self.cache.prompt_length
         self.draft_source = draft_source
         self.num_ticks = self.num_rows_run = 0
-        self.device = model.device
+        # Where it computes, which is not where its weights wait while it does not (offloading).
+        self.device = past_key_values.layers[0].keys.device
+        has_hooks = any(hasattr(part, "_hf_hook") for part in model.modules())
+        self.mode = torch.no_grad if has_hooks else torch.inference_mode  # hooks put weights in while a module runs
         self.input_embeddings = model.get_input_embeddings()
         self.embedding = PonderingEmbedding(self.backbone, config)
         num_rows = self.batch_size * (num_steps + 1)
@@ -161,7 +164,6 @@ class Wave:
         offsets = last.to(self.device) - (self.prompt_length - 1)
         return offsets.repeat(self.num_steps + 1).unsqueeze(1)
 
-    @torch.inference_mode()
     def tick(self, flights, entering):
         """Run the next pass of everything in flight.
 
@@ -173,6 +175,10 @@ class Wave:
             (first, logits): logits (n, B, V) of passes first, first + 1, ..., of the drafts' source but for the last
             pass S. What belongs to no token is meaningless.
         """
+        with self.mode():
+            return self._tick(flights, entering)
+
+    def _tick(self, flights, entering):
         self.num_ticks += 1
         columns, first, last = self._layout(flights)
         size = self.batch_size
@@ -266,6 +272,16 @@ class Wave:
     def give_back(self, length):
         """The step cache with `length` columns."""
         return self.cache.give_back(length)
+
+
+def without_inference_tensors(model):
+    """The model, with every tensor that a module has replaced in inference mode (some rotations do) as a usual one."""
+    for part in model.modules():
+        for tensors in (part._buffers, vars(part)):
+            for name, value in tensors.items():
+                if torch.is_tensor(value) and value.is_inference():
+                    tensors[name] = value.clone()
+    return model
 
 
 def mask_kind(backbone):

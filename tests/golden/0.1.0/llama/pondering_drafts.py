@@ -89,7 +89,7 @@ class DraftHeads(nn.Module):
             weights = (weight[first_pass : first_pass + num_heads] for weight in weights)
         up, up_bias, down, down_bias = weights
         inner = functional.gelu(torch.baddbmm(up_bias, hidden_states, up))
-        return torch.baddbmm(down_bias, inner, down).add_(hidden_states)
+        return hidden_states + torch.baddbmm(down_bias, inner, down)
 
 
 class PromptLookup:

@@ -40,8 +40,13 @@ def check_prompt(model, inputs, num_steps, generation_config, kwargs):
     _check_positions(num_positions(model.backbone), length, shape[1], sources)
     if past_length:
         # A mask that also covers the cache says that the prompt is only what follows.
-        is_rest = mask is not None and mask.shape[1] > shape[1]
-        _check_continuation(shape, 0 if is_rest else past_length, past_rows, sources)
+        covers_cache = mask is not None and mask.shape[1] > shape[1]
+        if covers_cache and embeds is not None:
+            raise PonderingError(
+                "`inputs_embeds` must hold the whole text, also what `past_key_values` holds, and `attention_mask` "
+                "must be as long as they are"
+            )
+        _check_continuation(shape, 0 if covers_cache else past_length, past_rows, sources)
 
 
 def _check_cache(model, past_key_values, num_steps):

@@ -87,7 +87,9 @@ class _VocabularyEmbedding(torch.autograd.Function):
 
 
 def probabilities(logits, temperature):
-    """The softmax of logits / temperature."""
+    """The softmax of logits / temperature, in float32 or wider."""
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
     return torch.softmax(logits if temperature == 1 else logits / temperature, dim=-1)
 
 

@@ -28,8 +28,9 @@ class _WaveLayer(DynamicLayer):
 
     def update(self, key_states, value_states, *args, **kwargs):
         place = self.place
-        self.all_keys[place.row_ids, :, place.columns] = key_states[:, :, 0]
-        self.all_values[place.row_ids, :, place.columns] = value_states[:, :, 0]
+        # Under autocast a layer may compute them in another dtype than it did for the prompt.
+        self.all_keys[place.row_ids, :, place.columns] = key_states[:, :, 0].to(self.all_keys.dtype)
+        self.all_values[place.row_ids, :, place.columns] = value_states[:, :, 0].to(self.all_values.dtype)
         return self.all_keys[place.rows, :, : place.length], self.all_values[place.rows, :, : place.length]
 
     def get_seq_length(self):
