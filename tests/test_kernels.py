@@ -13,7 +13,12 @@ from ponder_hf.modeling.pondering_embedding import plain_embedding
 from ponder_hf.modeling.pondering_loss import causal_lm_loss, linear_causal_lm_loss
 from ponder_hf.modeling.pondering_readout import Readout
 from ponder_hf.modeling.pondering_topk import _largest_in_tiles, largest, top_k_embedding
-from ponder_hf.modeling.pondering_vocabulary import vocabulary_embedding
+from ponder_hf.modeling.pondering_vocabulary import (
+    makes_use_of_logits,
+    probabilities,
+    vocabulary_embedding,
+    weighted_sum,
+)
 
 
 VOCAB_SIZE, WIDTH = 131, 24
@@ -548,18 +553,24 @@ def test_a_layer_with_fewer_outputs_than_threads(threads, monkeypatch):
 @pytest.mark.parametrize("tokens", [1, 3, 16, 17])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
-def test_the_vocabulary_of_few_tokens(tokens, dtype, is_tied, bias, monkeypatch):
-    """Few tokens meet head and table in two products, unless these are one matrix; the value is the same."""
-    calls, forward = [], pondering_attention._FORWARD
-    monkeypatch.setattr(pondering_attention, "_FORWARD", lambda *a, **k: calls.append(1) or forward(*a, **k))
-    hidden, weight, bias, table = leaves(tokens, dtype, bias=bias)
-    readout, table = Readout(weight, bias, factor=0.6), weight if is_tied else table
+def test_logits_of_few_tokens_are_made_use_of(tokens, dtype, is_tied):
+    """Few tokens meet head and table faster in two products, unless these are one matrix; the value is the same."""
+    hidden, weight, _, table = leaves(tokens, dtype)
+    readout, table = Readout(weight, factor=0.6), weight if is_tied else table
     with torch.no_grad():
-        embedding = vocabulary_embedding(hidden, readout, table, 0.7)
+        assert makes_use_of_logits(hidden, readout, table) == (not is_tied and tokens <= 16 and dtype == torch.float32)
+        embedding = weighted_sum(probabilities(readout.finish(readout.scores(hidden)), 0.7), table)
     tolerance = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
     torch.testing.assert_close(embedding, plain(hidden, readout, table, 0.7, None).detach(), **tolerance)
-    assert bool(calls) == (is_tied or tokens > 16 or dtype != torch.float32)
+
+
+@pytest.mark.usefixtures("_kernel")
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_gradients_change_no_bit_of_the_value(tokens):
+    hidden, weight, _, table = leaves(tokens, torch.float32)
+    embedding = vocabulary_embedding(hidden, Readout(weight), table, 0.7)
+    with torch.no_grad():
+        assert torch.equal(vocabulary_embedding(hidden, Readout(weight), table, 0.7), embedding)
 
 
 @pytest.mark.usefixtures("_kernel", "_chunked")
