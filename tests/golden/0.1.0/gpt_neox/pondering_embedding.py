@@ -3,9 +3,10 @@
 import torch
 from torch import nn
 
+from .pondering_attention import can_attend
 from .pondering_backbone import backbone_logits, backbone_readout, bare_table, embedding_table, finish_logits
 from .pondering_topk import top_k_embedding, top_k_of_scores
-from .pondering_vocabulary import goes_without_logits, probabilities, vocabulary_embedding, weighted_sum
+from .pondering_vocabulary import makes_use_of_logits, probabilities, vocabulary_embedding, weighted_sum
 
 
 def plain_embedding(logits, table, temperature=1.0, top_k=None):
@@ -50,9 +51,9 @@ class PonderingEmbedding:
             self.kernel = "vocabulary" if whole else "top_k"
         self._all_rows = None
 
-    def goes_without_logits(self, hidden_states):
-        """Whether logits of hidden states (n, d_h) that are there already would be of no use for their embedding."""
-        return self.kernel == "vocabulary" and goes_without_logits(hidden_states, self.readout, self.table[0])
+    def makes_use_of_logits(self, hidden_states):
+        """Whether `of_logits` is the faster way for hidden states (n, d_h) where their logits cost little."""
+        return self.kernel != "vocabulary" or makes_use_of_logits(hidden_states, self.readout, self.table[0])
 
     def logits(self, hidden_states):
         """(n, V) of hidden states (n, d_h), as the backbone computes them."""
@@ -106,10 +107,10 @@ class PonderingEmbedding:
         logits = self.readout.finish(scores)
         if self.kernel == "top_k":
             embedding = _scaled(top_k_of_scores(scores, self.readout, table, temperature, top_k), scale)
-        elif self.goes_without_logits(hidden_states):  # it computes them once more, and is faster for all that
+        elif can_attend(hidden_states, self.readout, table):  # computes them once more, and is faster for all that
             embedding = _scaled(vocabulary_embedding(hidden_states, self.readout, table, temperature), scale)
         else:
-            embedding = self.of_logits(logits)
+            embedding = _scaled(probabilities(logits, temperature).to(table.dtype) @ table, scale)
         return embedding, logits
 
 

@@ -94,24 +94,20 @@ def probabilities(logits, temperature):
 
 
 def weighted_sum(weights, table):
-    """weights @ table: (n, V), (V, d) to (n, d), in the dtype of `table`."""
+    """weights @ table: (n, V), (V, d) to (n, d), in the dtype of `table`. Few rows are summed in the fastest way."""
     product = few_rows_sum if _are_few(weights) else torch.mm
     return product(weights.to(table.dtype), table)
 
 
-def goes_without_logits(hidden_states, readout, table):
-    """Whether the embedding of hidden states (n, d_h) is computed without their logits ever being there.
+def makes_use_of_logits(hidden_states, readout, table):
+    """Whether the embedding of hidden states (n, d_h) is computed faster from its logits, where these cost little.
 
-    The few tokens of a decoding step read all of head and table, whichever way, and meet them faster in two products.
-    Unless both are the same matrix: the flash kernel reads it once.
+    Few tokens read all of head and table, whichever way, and meet them faster in two products. Unless both are the
+    same matrix: the flash kernel reads it once.
     """
-    return not _by_two_products(hidden_states, readout, table) and can_attend(hidden_states, readout, table)
-
-
-def _by_two_products(hidden_states, readout, table):
-    if not _are_few(hidden_states):
-        return False
-    return readout.weight.data_ptr() != table.data_ptr() or not can_attend(hidden_states, readout, table)
+    if not can_attend(hidden_states, readout, table):
+        return True
+    return _are_few(hidden_states) and readout.weight.data_ptr() != table.data_ptr()
 
 
 def _are_few(states):
@@ -130,8 +126,6 @@ def vocabulary_embedding(hidden_states, readout, table, temperature):
     Returns:
         (n, d), in the dtype that the product of `hidden_states` with the head has.
     """
-    if _by_two_products(hidden_states, readout, table):
-        return weighted_sum(probabilities(readout.finish(readout.scores(hidden_states)), temperature), table)
     return _VocabularyEmbedding.apply(
         hidden_states, readout.weight, readout.bias, table, readout.cap, readout.factor, temperature
     )

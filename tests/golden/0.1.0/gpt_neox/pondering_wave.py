@@ -202,7 +202,7 @@ class Wave:
         drafted = self.draft_source(pondering_states.view(-1, size, hidden_states.shape[-1]), first)
         # The passes' own predictions are drafts where the source gives none, and what is pondered over, which goes
         # without their logits where it can.
-        without_logits = self.embedding.goes_without_logits(pondering_states)
+        without_logits = not self.embedding.makes_use_of_logits(pondering_states)
         states = [pondering_states if drafted is None else drafted.flatten(0, 1), last_states]
         if drafted is not None and not without_logits:
             states.insert(0, pondering_states)
