@@ -195,6 +195,8 @@ def test_a_cache_that_the_prompt_does_not_go_on_from(check_refused, model, kind)
     check_refused("holds 2 rows, but 1 are generated", longer[:1], past_key_values=cache)
     check_refused("holds 2 rows, but 6 are generated", longer, past_key_values=cache, num_beams=3)
     check_refused("needs the text that it holds", input_ids=None, inputs_embeds=None, past_key_values=cache)
+    rest, mask = torch.ones(2, 3, 32), torch.ones(2, 8)
+    check_refused("must hold the whole text", inputs_embeds=rest, attention_mask=mask, past_key_values=cache)
 
 
 # Through a pipeline
