@@ -277,7 +277,7 @@ class Wave:
 def without_inference_tensors(model):
     """The model, with every tensor that a module has replaced in inference mode (some rotations do) as a usual one."""
     for part in model.modules():
-        for tensors in (part._buffers, vars(part)):
+        for tensors in (part._buffers, part.__dict__):
             for name, value in tensors.items():
                 if torch.is_tensor(value) and value.is_inference():
                     tensors[name] = value.clone()
