@@ -70,10 +70,13 @@ class PonderingGenerationMixin(GenerationMixin):
             cache, given = model_inputs.get("past_key_values"), model_inputs.get("input_ids")
             given = model_inputs["inputs_embeds"] if given is None else given
             first_slot = 0 if cache is None else int(cache.get_seq_length())
+            last_slot = first_slot + given.shape[1] - 1
             if call.slot_offset is None:
-                call.slot_offset = first_slot + given.shape[1] - input_ids.shape[1]
+                call.slot_offset = last_slot + 1 - input_ids.shape[1]
+            # Without a cache the whole text runs again for every token: only its end is new.
+            new = (last_slot, slice(-1, None)) if cache is None else (first_slot, slice(None))
             model_inputs["pondering_exit"] = call.exit.recording(
-                lambda steps: call.steps_used.append((first_slot, steps))
+                lambda steps: call.steps_used.append((new[0], steps[:, new[1]]))
             )
         return model_inputs
 
@@ -140,19 +143,21 @@ def _check_drafts(generation_mode, generation_config):
 
 
 def _steps_of_new_tokens(call, output, num_prompt_tokens, used):
-    """(B, new tokens): what was recorded, at the positions that each new token was predicted from."""
+    """(B, new tokens): what was recorded in the slots that each new token was predicted from.
+
+    More forward passes may have run than tokens were kept (guesses that proved wrong, a stop that is noticed late,
+    processes that wait for each other): what is wrong is overwritten by what came later in its slot, and what is
+    behind the last token is left out.
+    """
     count = used.shape[1]
-    beam_indices = getattr(output, "beam_indices", None)
-    width = max(first + steps.shape[1] for first, steps in call.steps_used)
     num_rows = len(call.steps_used[-1][1])
+    width = max(first + steps.shape[1] for first, steps in call.steps_used)
     recorded = used.new_full((num_rows, width), call.steps)
-    last = torch.stack([steps[:, -1] for _, steps in call.steps_used[-count:]], dim=1)
-    if beam_indices is not None:  # rows change places from token to token
-        return last.gather(0, beam_indices[:, :count].clamp(min=0))
-    if last.shape == used.shape:
-        return last
-    # Several tokens may come of one pass, and guesses that proved wrong were overwritten by what came later.
     for first, steps in call.steps_used:
         recorded[:, first : first + steps.shape[1]] = steps
     first = call.slot_offset + num_prompt_tokens - 1
-    return recorded[:, first : first + count]
+    recorded = recorded[:, first : first + count]
+    beam_indices = getattr(output, "beam_indices", None)
+    if beam_indices is None:
+        return recorded
+    return recorded.gather(0, beam_indices[:, :count].clamp(min=0))  # rows change places from token to token

@@ -5,7 +5,7 @@ import tiny
 import torch
 from transformers import DynamicCache
 
-from ponder_hf import PonderingError
+from ponder_hf import PonderingError, PonderingForCausalLM
 from ponder_hf.modeling.pondering_exit import CRITERIA, PonderingExit
 
 
@@ -261,3 +261,48 @@ def test_what_needs_all_passes_is_refused(name):
             pondering_exit_threshold=1.0,
             **{**GREEDY, name: True},
         )
+
+
+def late_stop(monkeypatch):
+    """As on Apple's MPS: transformers looks at the stop of a token only after the next forward pass has begun."""
+    utils = pytest.importorskip("transformers.generation.utils")
+    if not hasattr(utils, "DeferredStopCheck"):
+        pytest.skip("this transformers stops at once everywhere")
+    event = type("Event", (), dict.fromkeys(("__init__", "record", "synchronize"), lambda *_, **__: None))
+    monkeypatch.setattr(torch, "Event", event)
+    monkeypatch.setattr(utils.DeferredStopCheck, "is_supported", staticmethod(lambda *args, **kwargs: True))
+
+
+def waiting_for_others(monkeypatch):
+    """As under `synced_gpus`: this process is done, and runs on for as long as others are not."""
+    rounds = []
+
+    def has_unfinished(self, this_peer_finished, synced_gpus, device):
+        rounds.append(this_peer_finished)
+        return sum(rounds) < 4
+
+    monkeypatch.setattr(PonderingForCausalLM, "_has_unfinished_sequences", has_unfinished, raising=False)
+    return {"synced_gpus": True}
+
+
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
+@pytest.mark.parametrize("beams", [1, 3], ids=["greedy", "beams"])
+@pytest.mark.parametrize("more", [late_stop, waiting_for_others], ids=lambda more: more.__name__)
+def test_passes_that_run_beyond_the_last_token_are_not_counted(monkeypatch, more, beams, use_cache):
+    torch.manual_seed(0)
+    model = tiny.pondering_model("gpt_neox", pondering_steps=STEPS)
+    prompt = tiny.token_ids(1, 5)
+    with torch.no_grad():
+        threshold = telling_threshold(model.backbone, tiny.token_ids(30, seed=7), kl)
+    exit = {"pondering_exit_criterion": "kl", "pondering_exit_threshold": threshold}
+    settings = {**GREEDY, **exit, "num_beams": beams, "max_new_tokens": 12, "use_cache": use_cache}
+    whole = model.generate(prompt, **settings)
+    settings["eos_token_id"] = whole.sequences[0, 9].item()  # stops in the middle
+    expected = model.generate(prompt, **settings)
+    assert len(expected.pondering_steps_used.unique()) > 1
+    if beams == 1:
+        assert expected.sequences.shape[1] < whole.sequences.shape[1]
+    settings |= more(monkeypatch) or {}
+    output = model.generate(prompt, **settings)
+    assert output.sequences.tolist() == expected.sequences.tolist()
+    assert output.pondering_steps_used.tolist() == expected.pondering_steps_used.tolist()
