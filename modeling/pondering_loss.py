@@ -1,10 +1,21 @@
 """Next-token cross-entropy, as transformers' Trainer and data collators expect it."""
 
+from functools import partial
+
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from .pondering_readout import Readout, add_product, chunks, compute_dtype, wide_dtype, zero_gradients
+from .pondering_readout import (
+    Readout,
+    add_product,
+    chunks,
+    compute_dtype,
+    needs_plain_operations,
+    often_differentiable,
+    wide_dtype,
+    zero_gradients,
+)
 
 
 def causal_lm_loss(logits, labels, num_items_in_batch=None, ignore_index=-100, shift_labels=None):
@@ -71,8 +82,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Sum of the losses over tokens. Gradients are made with it, chunk by chunk, so nothing is computed twice."""
 
     @staticmethod
-    def forward(ctx, hidden_states, weight, bias, labels, cap, factor, ignore_index):
-        dtype, needs = compute_dtype(hidden_states), ctx.needs_input_grad[:3]
+    def forward(ctx, hidden_states, weight, bias, labels, cap, factor, ignore_index, is_differentiated):
+        # `needs_input_grad` says what requires gradients, also where nothing is differentiated.
+        needs = ctx.needs_input_grad[:3] if is_differentiated else (False, False, False)
+        dtype = compute_dtype(hidden_states)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden_states, weight, bias, labels)
         ctx.settings = (cap, factor, ignore_index, dtype, needs)
         with torch.autocast(hidden_states.device.type, enabled=False):
@@ -82,12 +96,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
+        if gradient is None:
+            return (None,) * 8
         gradients, ctx.gradients = ctx.gradients, None  # handed over, so that the head's is never there twice
         if gradients is None:  # a second backward pass through a retained graph
             gradients = _loss_and_gradients(*ctx.saved_tensors, *ctx.settings)[1]
         tensors = ctx.saved_tensors[:3]
         scaled = [g if g is None else g.mul_(gradient).to(t.dtype) for g, t in zip(gradients, tensors, strict=True)]
-        return *scaled, None, None, None, None
+        return *scaled, None, None, None, None, None
+
+
+def _plain_sum(hidden_states, weight, bias, labels, cap, factor, ignore_index, dtype):
+    """The summed loss with the logits whole; the plain reference of _LinearCrossEntropy."""
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        readout = Readout(weight.to(dtype), bias if bias is None else bias.to(dtype), cap, factor)
+        logits = readout.finish(readout.scores(hidden_states.to(dtype)))
+        return functional.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
 
 
 def linear_causal_lm_loss(
@@ -106,15 +130,14 @@ def linear_causal_lm_loss(
     if shift_labels is None:
         shift_labels = _shifted(labels, ignore_index)
     flat_labels = shift_labels.reshape(-1).to(hidden_states.device)
-    total = _LinearCrossEntropy.apply(
-        hidden_states.reshape(-1, hidden_states.shape[-1]),
-        readout.weight,
-        readout.bias,
-        flat_labels,
-        readout.cap,
-        readout.factor,
-        ignore_index,
-    )
+    inputs = (hidden_states.reshape(-1, hidden_states.shape[-1]), readout.weight, readout.bias)
+    settings = {"labels": flat_labels, "cap": readout.cap, "factor": readout.factor, "ignore_index": ignore_index}
+    plain = partial(_plain_sum, **settings, dtype=compute_dtype(hidden_states))
+    if needs_plain_operations(*inputs):
+        total = plain(*inputs)
+    else:
+        total = _LinearCrossEntropy.apply(*inputs, *settings.values(), torch.is_grad_enabled())
+        total = often_differentiable(plain, total, *inputs)
     count = (flat_labels != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
     return total / (count.to(total.device) if torch.is_tensor(count) else count)
 

@@ -307,6 +307,49 @@ def test_no_tensor_of_tokens_by_vocabulary(function, monkeypatch):
     assert largest.elements == 257 * VOCAB_SIZE, "the measure does not see what the plain embedding keeps"
 
 
+class Shapes(TorchDispatchMode):
+    """The shapes of all tensors that operations make, views left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.made, self.products = set(), 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.products += function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
+        if torch.is_tensor(result) and not function.is_view:
+            self.made.add(tuple(result.shape))
+        return result
+
+
+WITHOUT_GRADIENTS = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode, "frozen": nullcontext}
+
+
+@pytest.mark.parametrize("without", WITHOUT_GRADIENTS)
+def test_a_loss_that_nobody_differentiates_makes_no_gradients(without):
+    hidden, weight, bias, _ = leaves(257, torch.float32, bias=True)
+    if without == "frozen":
+        hidden, weight, bias = (tensor.detach() for tensor in (hidden, weight, bias))
+    labels = torch.arange(257)[None] % VOCAB_SIZE
+    with WITHOUT_GRADIENTS[without](), Shapes() as shapes:
+        loss = linear_causal_lm_loss(hidden[None], Readout(weight, bias), labels)
+    assert not shapes.made & {tuple(tensor.shape) for tensor in (hidden, weight, bias)}
+    assert shapes.products <= 1 and not loss.requires_grad  # inference mode shows no product
+    expected = linear_causal_lm_loss(hidden.clone()[None], Readout(weight, bias), labels)
+    torch.testing.assert_close(loss.clone(), expected)
+
+
+def test_a_loss_makes_only_the_gradients_that_are_needed():
+    hidden, weight, bias, _ = leaves(257, torch.float32, bias=True)
+    labels = torch.arange(257)[None] % VOCAB_SIZE
+    with Shapes() as shapes:
+        loss = linear_causal_lm_loss(hidden[None], Readout(weight.detach(), bias.detach()), labels)
+        loss.backward()
+    assert tuple(hidden.shape) in shapes.made
+    assert not shapes.made & {tuple(weight.shape), tuple(bias.shape)}
+    assert shapes.products == 2
+
+
 LOSS_ARGUMENTS = {
     "mean": {},
     "of several batches": {"num_items_in_batch": 57},
