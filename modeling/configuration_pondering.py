@@ -123,7 +123,7 @@ class PonderingConfig(PretrainedConfig):
     model_type = "pondering"
     sub_configs = {"base_config": AutoConfig}
     has_no_defaults_at_init = True
-    keys_to_ignore_at_inference = ["past_key_values", "pondering_logits", "pondering_losses"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "pondering_logits", "pondering_losses"]
 
     vocab_size = _OfBackbone()
     hidden_size = _OfBackbone()

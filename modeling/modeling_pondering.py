@@ -17,6 +17,7 @@ from functools import partial
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging
 
@@ -32,7 +33,7 @@ from .pondering_backbone import (
     verify_backbone,
 )
 from .pondering_base import load_backbone, names_in_memory, read_base_config, split_arguments
-from .pondering_cache import mark_owner, pass_cache, step_cache
+from .pondering_cache import CACHE_NAME, given_cache, mark_owner, pass_cache, step_cache
 
 # transformers 4.57 fetches only the files that this one imports by itself, so it must name all of them.
 from .pondering_call import current_call, keep_settings
@@ -240,22 +241,22 @@ class PonderingPreTrainedModel(PreTrainedModel):
             num_steps: S.
             past_key_values: a cache of S + 1 passes (pondering_cache.py), where `use_cache` is true.
             on_hidden_states: called with the last hidden states (B, T, d) of each pass but the last, in order.
-            kwargs: `attention_mask`, `position_ids` and what else the backbone's decoder takes.
+            kwargs: `attention_mask`, `position_ids` and what else the backbone's decoder takes; `paged_cache` is that
+                of continuous batching.
 
         Returns:
             transformers' output of the backbone's decoder, with `last_hidden_state` (B, T, d).
         """
         config = self.config
         recording = {key: kwargs.pop(key) for key in ("output_hidden_states", "output_attentions") if key in kwargs}
-        paged_cache = kwargs.pop("cache", None)  # of continuous batching
+        paged_cache = kwargs.pop("paged_cache", None)
 
         def run_pass(index, **extra):
-            if paged_cache is not None:
-                extra["cache"] = paged_pass(paged_cache, index, config.num_hidden_layers)
-            cache = pass_cache(past_key_values, index, config.num_hidden_layers) if use_cache else None
-            return run_backbone(
-                self.backbone, hidden_inputs, past_key_values=cache, use_cache=use_cache, **kwargs, **extra
-            )
+            if paged_cache is not None:  # under the same name for every version of transformers that has such a cache
+                extra["cache"] = paged_pass(paged_cache, index, config.num_hidden_layers, kwargs)
+            elif use_cache:
+                extra["past_key_values"] = pass_cache(past_key_values, index, config.num_hidden_layers)
+            return run_backbone(self.backbone, hidden_inputs, use_cache=use_cache, **kwargs, **extra)
 
         pondering_embedding = PonderingEmbedding(self.backbone, config) if num_steps else None
         hidden_inputs = _scaled(inputs_embeds, config.input_scale * config.embedding_scale)
@@ -287,6 +288,11 @@ class PonderingPreTrainedModel(PreTrainedModel):
 
     def _prepare(self, input_ids, inputs_embeds, past_key_values, use_cache, pondering_steps, kwargs):
         """Settle what `forward` was called with: (inputs_embeds, S, cache, use_cache, output switches in kwargs)."""
+        cache = kwargs.pop("cache", None)
+        if cache is not None and not isinstance(cache, Cache):
+            kwargs["paged_cache"] = cache  # of continuous batching
+        else:
+            past_key_values = given_cache({"cache": cache, "past_key_values": past_key_values})
         if (input_ids is None) == (inputs_embeds is None):
             raise PonderingError("give exactly one of `input_ids` and `inputs_embeds`")
         self._verify_once()
@@ -343,9 +349,9 @@ class PonderingModel(PonderingPreTrainedModel):
         )
         result = BaseModelOutputWithPast(
             last_hidden_state=output.last_hidden_state,
-            past_key_values=past_key_values,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
+            **{CACHE_NAME: past_key_values},
         )
         return result.to_tuple() if _wants_tuple(return_dict, self.config) else result
 
@@ -387,7 +393,7 @@ class PonderingForCausalLM(PonderingPreTrainedModel, PonderingGenerationMixin):
             input_ids: (B, T), or inputs_embeds: (B, T, d) as the embedding module gives them, before any scaling.
             attention_mask: (B, T_past + T), 1 for tokens and 0 for padding.
             position_ids: (B, T).
-            past_key_values: a cache of all passes; see pondering_cache.py.
+            past_key_values: a cache of all passes; see pondering_cache.py. `cache` is another name of it.
             labels: (B, T), not shifted, -100 where no loss is wanted.
             logits_to_keep: the number of last positions to give logits for, or their indices; 0: all.
             pondering_steps: S for this call, in place of the configuration's.
@@ -414,7 +420,7 @@ class PonderingForCausalLM(PonderingPreTrainedModel, PonderingGenerationMixin):
             result = PonderingCausalLMOutput(
                 loss=self._loss(passes.hidden_states, labels, loss_arguments) if needs_loss else None,
                 logits=passes.last_logits(kept),
-                past_key_values=past_key_values,
+                **{CACHE_NAME: past_key_values},
             )
             return result.to_tuple() if _wants_tuple(return_dict, self.config) else result
 
@@ -443,9 +449,9 @@ class PonderingForCausalLM(PonderingPreTrainedModel, PonderingGenerationMixin):
         result = PonderingCausalLMOutput(
             loss=loss,
             logits=logits_on_demand(head, kept_states) if on_demand else head(kept_states),
-            past_key_values=past_key_values,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
+            **{CACHE_NAME: past_key_values},
             pondering_logits=tuple(step_logits) if output_pondering else None,
             pondering_losses=(*step_losses, last_loss) if output_pondering and needs_loss else None,
         )

@@ -15,12 +15,12 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
 
 from .pondering_backbone import backbone_logits, run_backbone, takes_position_ids
-from .pondering_cache import pass_cache, step_cache
+from .pondering_cache import CACHE_NAME, pass_cache, step_cache
 from .pondering_embedding import PonderingEmbedding
 from .pondering_readout import CHUNK_ELEMENTS, chunks
 
 
-_MASK_ARGUMENTS = {"inputs_embeds", "attention_mask", "past_key_values", "position_ids", "and_mask_function"}
+_MASK_ARGUMENTS = {"inputs_embeds", "attention_mask", CACHE_NAME, "position_ids", "and_mask_function"}
 _MASKS_CAN_BE_MADE = set(inspect.signature(create_masks_for_generate).parameters) >= _MASK_ARGUMENTS
 
 
@@ -121,9 +121,9 @@ class _Inputs:
                     config=self.config,
                     inputs_embeds=inputs_embeds.new_empty(*self.shape, 0),
                     attention_mask=mask,
-                    past_key_values=cache,
                     position_ids=position_ids,
                     and_mask_function=_always,
+                    **{CACHE_NAME: cache},
                 )
             mask = self.masks
         dim = None if chosen.positions is None else 2

@@ -154,19 +154,18 @@ def backbone_decoder(backbone):
     return backbone.get_decoder() if decoder is backbone else decoder
 
 
-_TAKES_POSITION_IDS = {}  # by class: reading a signature takes a while, and torch.compile cannot
+_PARAMETERS = {}  # of `forward` by class: reading a signature takes a while, and torch.compile cannot
 
 
-def _takes_position_ids(decoder_class):
-    if decoder_class not in _TAKES_POSITION_IDS:
-        parameters = inspect.signature(decoder_class.forward).parameters
-        _TAKES_POSITION_IDS[decoder_class] = "position_ids" in parameters
-    return _TAKES_POSITION_IDS[decoder_class]
+def _parameters(decoder_class):
+    if decoder_class not in _PARAMETERS:
+        _PARAMETERS[decoder_class] = frozenset(inspect.signature(decoder_class.forward).parameters)
+    return _PARAMETERS[decoder_class]
 
 
 def takes_position_ids(backbone):
     """Whether it can be told the positions; models with ALiBi find them in the attention mask."""
-    return _takes_position_ids(type(backbone_decoder(backbone)))
+    return "position_ids" in _parameters(type(backbone_decoder(backbone)))
 
 
 def num_positions(backbone):
@@ -177,11 +176,14 @@ def num_positions(backbone):
     return getattr(config, "max_position_embeddings", None)
 
 
-def run_backbone(backbone, inputs_embeds, position_ids=None, **kwargs):
+def run_backbone(backbone, inputs_embeds, position_ids=None, past_key_values=None, **kwargs):
     """One forward pass of the decoder without its head. inputs_embeds: (B, T, d). Returns transformers' output."""
     decoder = backbone_decoder(backbone)
-    if _takes_position_ids(type(decoder)):
+    parameters = _parameters(type(decoder))
+    if "position_ids" in parameters:
         kwargs["position_ids"] = position_ids
+    if past_key_values is not None:
+        kwargs["cache" if "cache" in parameters else "past_key_values"] = past_key_values
     with fast_layers(inputs_embeds):
         return decoder(inputs_embeds=inputs_embeds, return_dict=True, **kwargs)
 

@@ -9,11 +9,31 @@ So whatever transformers does to every slot of a cache (reorder for beams, crop,
 """
 
 import copy
+from dataclasses import fields
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .pondering_errors import PonderingError
+
+
+# What transformers calls a cache in `generate`, in its outputs and in its functions: "cache" since 5.24, which takes
+# the older name until 6.0 and calls it deprecated. Models and outputs of ours take and have both.
+CACHE_NAME = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
+CACHE_NAMES = ("past_key_values", "cache")
+
+
+def given_cache(arguments):
+    """The cache among keyword arguments, under whichever name, or None.
+
+    Raises:
+        PonderingError: both names are used.
+    """
+    given = [arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None]
+    if len(given) > 1:
+        raise PonderingError("`cache` and `past_key_values` are two names of one argument: give one of them")
+    return given[0] if given else None
 
 
 def step_cache(past_key_values, base_config, num_passes):

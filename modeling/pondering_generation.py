@@ -10,6 +10,7 @@ import torch
 from transformers import GenerationMixin
 from transformers.utils import ModelOutput
 
+from .pondering_cache import CACHE_NAME, CACHE_NAMES, given_cache
 from .pondering_call import GenerationCall, current_call, during
 from .pondering_errors import PonderingError
 from .pondering_paged import check_prompts, start_manager
@@ -32,6 +33,7 @@ class PonderingGenerationMixin(GenerationMixin):
         Raises:
             PonderingError: a setting or the prompt cannot be used; nothing has been computed then.
         """
+        _take_cache(kwargs)
         call = GenerationCall.read(kwargs, generation_config, self)
         check_prompt(self, inputs, call.steps, generation_config, kwargs)
         with during(call):
@@ -67,7 +69,7 @@ class PonderingGenerationMixin(GenerationMixin):
             return model_inputs
         model_inputs["pondering_steps"] = call.steps
         if call.exit is not None:
-            cache, given = model_inputs.get("past_key_values"), model_inputs.get("input_ids")
+            cache, given = given_cache(model_inputs), model_inputs.get("input_ids")
             given = model_inputs["inputs_embeds"] if given is None else given
             first_slot = 0 if cache is None else int(cache.get_seq_length())
             last_slot = first_slot + given.shape[1] - 1
@@ -125,6 +127,15 @@ class PonderingGenerationMixin(GenerationMixin):
             output["pondering_steps_used"] = used
         if call.num_draft_tokens:
             output["draft_acceptance_rate"] = call.acceptance_rate
+
+
+def _take_cache(arguments):
+    """Rename the cache to what transformers calls it, whichever name it was given under."""
+    cache = given_cache(arguments)
+    for name in CACHE_NAMES:
+        arguments.pop(name, None)
+    if cache is not None:
+        arguments[CACHE_NAME] = cache
 
 
 def _check_drafts(generation_mode, generation_config):

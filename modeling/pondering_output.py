@@ -1,10 +1,11 @@
 """What PonderingForCausalLM returns."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .pondering_cache import CACHE_NAME, CACHE_NAMES
 from .pondering_readout import compute_dtype
 
 
@@ -47,6 +48,7 @@ def logits_on_demand(head, hidden_states):
 class PonderingCausalLMOutput(CausalLMOutputWithPast):
     """CausalLMOutputWithPast of the last pass, and with `output_pondering=True` also of the earlier ones.
 
+    past_key_values, cache: two names of one thing, whichever transformers itself uses.
     pondering_logits: tuple of S tensors (B, T, V), the logits of passes 0 .. S-1.
     pondering_losses: tuple of S + 1 scalars, the losses of passes 0 .. S, where labels were given.
 
@@ -69,7 +71,25 @@ class PonderingCausalLMOutput(CausalLMOutputWithPast):
     def logits(self, value):  # called by ModelOutput, which keeps the same value as an item
         self.__dict__["logits"] = value
 
+    def __post_init__(self):
+        """As transformers does it, without reading `logits`: the versions up to 5.0 would make them here."""
+        for field in fields(self):
+            value = self.__dict__.get(field.name)
+            if value is not None:
+                self[field.name] = value
+
+    def _replace_old_cache_name(self, key):
+        # transformers 5.24 asks this of each key, and by itself warns of the old name.
+        return CACHE_NAME if key in CACHE_NAMES else key
+
+    def __contains__(self, key):
+        return super().__contains__(self._replace_old_cache_name(key))
+
+    def __setitem__(self, key, value):
+        super().__setitem__(self._replace_old_cache_name(key), value)
+
     def __getitem__(self, key):
+        key = self._replace_old_cache_name(key)
         if key == 0 and self.loss is not None:  # without the tuple of all items
             return self.loss
         return getattr(self, key) if isinstance(key, str) and key in self else super().__getitem__(key)
@@ -83,3 +103,17 @@ class PonderingCausalLMOutput(CausalLMOutputWithPast):
     def __reduce__(self):
         _ = self.logits  # copies and pickles hold the tensor
         return super().__reduce__()
+
+
+def _cache_of(output):
+    return getattr(output, CACHE_NAME)
+
+
+def _set_cache_of(output, value):
+    setattr(output, CACHE_NAME, value)
+
+
+# Below the dataclass, in which a property would count as a field's default.
+for _name in CACHE_NAMES:
+    if _name != CACHE_NAME:
+        setattr(PonderingCausalLMOutput, _name, property(_cache_of, _set_cache_of))

@@ -9,6 +9,7 @@ both choose alike wherever their scores are alike, and the final choice is a sam
 import torch
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from .pondering_cache import CACHE_NAME, given_cache
 from .pondering_errors import PonderingError
 from .pondering_wave import Flight, Wave, mask_kind, without_inference_tensors
 from .pondering_wave_cache import check_step_cache
@@ -27,7 +28,7 @@ _OF_TOKENS = frozenset(
     "EncoderNoRepeatNGram".split()
 ) | frozenset(("ExponentialDecayLengthPenalty",))
 _MODEL_ARGUMENTS = frozenset(
-    "attention_mask cache_position inputs_embeds logits_to_keep past_key_values pondering_steps position_ids "
+    "attention_mask cache cache_position inputs_embeds logits_to_keep past_key_values pondering_steps position_ids "
     "use_cache".split()
 )
 
@@ -395,7 +396,7 @@ def speculative_sample(
         sequences=sequences,
         scores=record.columns_of(record.scores, sequences.shape[1]),
         logits=record.columns_of(record.logits, sequences.shape[1]),
-        past_key_values=speculation.wave.cache.give_back(length),
+        **{CACHE_NAME: speculation.wave.cache.give_back(length)},
     )
     return output, speculation
 
@@ -406,8 +407,9 @@ def _check(generation_config, synced_gpus, model_kwargs):
             raise PonderingError(f"`{name}` needs one forward pass a token: leave out `num_draft_tokens`")
     if synced_gpus:
         raise PonderingError("`num_draft_tokens` does not go with `synced_gpus`, where each process has its own speed")
-    if model_kwargs.get("past_key_values") is not None:
-        check_step_cache(model_kwargs["past_key_values"])
+    cache = given_cache(model_kwargs)
+    if cache is not None:
+        check_step_cache(cache)
     for name, value in model_kwargs.items():
         if name not in _MODEL_ARGUMENTS and value is not None:
             raise PonderingError(f"`{name}` does not reach drafted tokens: leave it out, or `num_draft_tokens`")

@@ -6,7 +6,7 @@ from .pondering_errors import PonderingError
 
 
 # Minor versions with all their patch releases. The code was run on the oldest, the newest and some between them.
-OLDEST, NEWEST = (4, 57), (5, 23)
+OLDEST, NEWEST = (4, 57), (5, 24)
 TRANSFORMERS_RANGE = f">={OLDEST[0]}.{OLDEST[1]},<{NEWEST[0]}.{NEWEST[1] + 1}"
 
 

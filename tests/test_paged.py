@@ -67,16 +67,20 @@ def test_a_manager_that_is_kept_keeps_its_steps():
 
 def test_a_pass_writes_the_pages_of_its_slots():
     class Cache:
-        def update(self, keys, layer_idx):
-            return keys, layer_idx
+        def update(self, key_states, value_states, layer_idx, kwargs):
+            return layer_idx, kwargs
 
     cache = Cache()
     for index in range(3):
-        view = paged_pass(cache, index, 4)
+        view = paged_pass(cache, index, 4, {"read_index": index})
         assert isinstance(view, Cache)
-        assert [view.update("keys", layer_idx=layer) for layer in range(4)] == [
-            ("keys", index * 4 + layer) for layer in range(4)
-        ]
+        for layer in range(4):
+            slot = index * 4 + layer
+            assert view.update("keys", "values", layer, kwargs={}) == (slot, {})
+            # As GPT-NeoX and OPT call it in transformers 5.24, and attention itself up to 5.23.
+            assert view.update("keys", "values", layer) == (slot, {"read_index": index})
+            assert view.update(key_states="keys", value_states="values", layer_idx=layer, kwargs={}) == (slot, {})
+        assert view.get_seq_length() == 0
 
 
 REFUSED = {
