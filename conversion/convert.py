@@ -9,7 +9,7 @@ from ponder_hf import PonderingConfig, PonderingError, PonderingForCausalLM
 from ponder_hf.errors import fitting, reading, understanding
 from ponder_hf.modeling.configuration_pondering import PONDERING_FIELDS, unknown_field
 from ponder_hf.modeling.pondering_backbone import backbone_class
-from ponder_hf.modeling.pondering_base import AUTHORS_WEIGHTS, read_base_config
+from ponder_hf.modeling.pondering_base import AUTHORS_WEIGHTS, read_base_config, unflagged_weight
 
 from .dtype import stored_dtype
 from .headers import read_json
@@ -23,7 +23,18 @@ SHARD_SIZE = "5GB"
 _BUFFERS = (r"\.masked_bias$", r"rotary_emb\.inv_freq$")
 
 
-def convert(source, destination, *, overwrite=False, max_shard_size=SHARD_SIZE, revision=None, **pondering_fields):
+def convert(
+    source,
+    destination,
+    *,
+    overwrite=False,
+    max_shard_size=SHARD_SIZE,
+    revision=None,
+    authors=False,
+    ignore_fields=(),
+    ignore_code=False,
+    **pondering_fields,
+):
     """Write a pondering checkpoint that holds the weights of a plain one, in their dtype.
 
     Args:
@@ -33,10 +44,14 @@ def convert(source, destination, *, overwrite=False, max_shard_size=SHARD_SIZE, 
         overwrite: replace a destination that is not empty.
         max_shard_size: of one file of weights, such as "5GB".
         revision: the branch, tag or commit of a model on the Hub.
+        authors: it is a model of the authors' whose config.json lacks their flags: S = 3, embedding_scale =
+            sqrt(hidden size) and input_scale = S, where neither config.json nor `pondering_fields` say otherwise.
+        ignore_fields: names of fields of config.json to leave out.
+        ignore_code: leave the source's own code behind.
         pondering_fields: see PonderingConfig.
 
     Returns:
-        What was done, as a dict that JSON can hold.
+        What was done, as a dict that JSON can hold. "warnings" says what may not be as it was meant.
 
     Raises:
         PonderingError: the source, the destination or a field cannot be used; nothing was written.
@@ -54,10 +69,11 @@ def convert(source, destination, *, overwrite=False, max_shard_size=SHARD_SIZE, 
             f"{found.name} is a pondering checkpoint already: use it as it is, or get its plain backbone first, with "
             f"`ponder-hf export {found.name} DEST`"
         )
-    authors_fields, empty_model = understand_plain(found, pondering_fields)
+    reading_arguments = {"authors": authors, "ignore_fields": ignore_fields, "ignore_code": ignore_code}
+    authors_fields, empty_model = understand_plain(found, pondering_fields, **reading_arguments)
     names = travelling_files(found.folder)
     check_space(path, found.num_bytes)
-    model = load_converted(found, empty_model, pondering_fields)
+    model = load_converted(found, empty_model, {**pondering_fields, **reading_arguments})
     if any(name.name in TOKENIZER_FILES for name in names):
         _name_tokenizer(model.config, found)
     with whole_folder(destination, overwrite) as folder:
@@ -73,14 +89,22 @@ def convert(source, destination, *, overwrite=False, max_shard_size=SHARD_SIZE, 
         "dtype": str(model.dtype).removeprefix("torch."),
         "parameters": model.num_parameters(),
         "files": sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()),
+        "warnings": plain_warnings(found, authors_fields),
     }
 
 
-def load_converted(found, empty_model, pondering_fields, dtype=None):
+def plain_warnings(found, authors_fields):
+    """What may be another model than it is taken for: lines about the plain checkpoint `found`, a Source."""
+    warning = unflagged_weight(found.tensors, authors_fields)
+    return [] if warning is None else [warning]
+
+
+def load_converted(found, empty_model, arguments, dtype=None):
     """The PonderingForCausalLM that holds the weights of the plain checkpoint `found`, a Source.
 
     Args:
         empty_model: as understand_plain gives it.
+        arguments: of from_base: pondering fields, and how to read config.json.
         dtype: of the weights; None: as they are stored.
 
     Raises:
@@ -88,16 +112,19 @@ def load_converted(found, empty_model, pondering_fields, dtype=None):
     """
     stored = stored_dtype(found, _unused(found.tensors, empty_model))
     with reading(found.name), fitting(found.name):
-        model = PonderingForCausalLM.from_base(found.folder, dtype=dtype or stored, **pondering_fields)
+        model = PonderingForCausalLM.from_base(found.folder, dtype=dtype or stored, **arguments)
     # The base's id on the Hub, for the model card; a path of this machine says nothing elsewhere.
     model.config.base_config._name_or_path = found.name if found.revision else ""
     return model
 
 
-def understand_plain(found, pondering_fields):
-    """What an authors' checkpoint says of pondering, and the backbone without weights; raise if none can be built."""
+def understand_plain(found, pondering_fields, **reading_arguments):
+    """What an authors' checkpoint says of pondering, and the backbone without weights; raise if none can be built.
+
+    reading_arguments: `authors`, `ignore_fields` and `ignore_code`, as convert takes them.
+    """
     with understanding(found.name):
-        base_config, authors_fields = read_base_config(found.folder)
+        base_config, authors_fields = read_base_config(found.folder, pondering_fields, **reading_arguments)
         PonderingConfig(base_config, **{**authors_fields, **pondering_fields})
         model_class = backbone_class(base_config)
         with torch.device("meta"):

@@ -32,7 +32,7 @@ from .pondering_backbone import (
     run_backbone,
     verify_backbone,
 )
-from .pondering_base import load_backbone, names_in_memory, read_base_config, split_arguments
+from .pondering_base import load_backbone, names_in_memory, read_base_config, split_arguments, understand_config
 from .pondering_cache import CACHE_NAME, given_cache, mark_owner, pass_cache, step_cache
 
 # transformers 4.57 fetches only the files that this one imports by itself, so it must name all of them.
@@ -146,29 +146,34 @@ class PonderingPreTrainedModel(PreTrainedModel):
         Args:
             base: a Hub id, a folder (a plain checkpoint, or one that the authors' implementation wrote), or a causal
                 language model of transformers. A model is used as it is, not copied.
-            arguments: pondering fields (see PonderingConfig), and for an id or a folder how to load it: revision,
-                token, cache_dir, local_files_only, force_download, subfolder, dtype, device_map,
-                attn_implementation.
+            arguments: pondering fields (see PonderingConfig); for an id or a folder how to load it: revision, token,
+                cache_dir, local_files_only, force_download, proxies, subfolder, variant, dtype (or torch_dtype),
+                device_map, max_memory, offload_folder, attn_implementation; and how to read config.json:
+                `authors=True` for a model of the authors' whose flags are missing there (S = 3, embedding_scale
+                sqrt(d), input_scale S, where no field says otherwise), `ignore_fields`, a list of fields to leave
+                out, and `ignore_code=True` for a checkpoint that names code of its own, which is left behind.
 
         Raises:
-            PonderingError: the base cannot ponder, lacks weights or has unknown ones, or a field is wrong.
+            PonderingError: the base cannot ponder, lacks weights or has unknown ones, or an argument is wrong.
             OSError: there is no such checkpoint.
         """
-        loading, fields = split_arguments(arguments)
+        loading, reading, fields = split_arguments(arguments)
         if isinstance(base, PreTrainedModel):
-            if isinstance(base, PonderingPreTrainedModel):
-                raise PonderingError("the base is a pondering model already: use its to_base() to begin anew")
-            if loading:
-                raise PonderingError(
-                    f"`{next(iter(loading))}` is for loading a checkpoint; the base is a model already"
-                )
-            backbone_class(base.config)
-            config = PonderingConfig(base.config, **fields)
+            _check_base_model(base, loading)
+            raw = base.config.to_dict()
+            raw.pop("quantization_config", None)  # a model that runs may be quantised
+            found, _ = understand_config("the base", raw, fields, **{**reading, "ignore_code": True})
+            config = PonderingConfig(base.config, **{**found, **fields})
             backbone = base
-        else:
-            base_config, found = read_base_config(base, **loading)
+        elif isinstance(base, str) or hasattr(base, "__fspath__"):
+            base_config, found = read_base_config(base, fields, **reading, **loading)
             config = PonderingConfig(base_config, **{**found, **fields})
-            backbone = load_backbone(base, base_config, **loading)
+            backbone = load_backbone(base, base_config, found, **loading)
+        else:
+            raise PonderingError(
+                f"the base must be a folder, a Hub id or a model of transformers, got {type(base).__name__}"
+                + (": merge the adapter first, by its merge_and_unload()" if hasattr(base, "merge_and_unload") else "")
+            )
         return cls._around(backbone, config)
 
     @classmethod
@@ -467,6 +472,20 @@ class PonderingForCausalLM(PonderingPreTrainedModel, PonderingGenerationMixin):
         if readout is not None:
             return linear_causal_lm_loss(hidden_states, readout, labels, **loss_arguments)
         return causal_lm_loss(backbone_logits(self.backbone, hidden_states), labels, **loss_arguments)
+
+
+def _check_base_model(base, loading):
+    """Raise unless this model can be a backbone as it is."""
+    if base.config.model_type == PonderingConfig.model_type:  # also one of a checkpoint's own code
+        raise PonderingError("the base is a pondering model already: use its to_base() to begin anew")
+    if loading:
+        raise PonderingError(f"`{next(iter(loading))}` is for loading a checkpoint; the base is a model already")
+    expected = backbone_class(base.config)
+    if not isinstance(base, expected):
+        raise PonderingError(
+            f"the base is a {type(base).__name__}, where a {expected.__name__} of transformers is needed: load it "
+            "with AutoModelForCausalLM, without code of its own"
+        )
 
 
 def _in_several_processes():

@@ -3,6 +3,7 @@
 import sys
 
 from .fields import add_field_flags, errors_named_by_flags, given_fields
+from .outcome import warn
 
 
 def add_parser(subparsers):
@@ -13,6 +14,25 @@ def add_parser(subparsers):
         "Weights and dtype are kept; tokenizer, chat template and generation defaults travel along.",
     )
     add_source_and_destination(parser)
+    parser.add_argument(
+        "--authors",
+        action="store_true",
+        help="a model of the method's authors whose config.json lacks their flags: S = 3, --embedding-scale "
+        "sqrt(hidden size) and --input-scale S, where no flag says otherwise",
+    )
+    parser.add_argument(
+        "--ignore-field",
+        dest="ignore_fields",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="leave a field of config.json out that nobody knows; may be given several times",
+    )
+    parser.add_argument(
+        "--ignore-code",
+        action="store_true",
+        help="convert a checkpoint that names code of its own as transformers' own model of that type",
+    )
     add_field_flags(parser)
     return parser
 
@@ -38,14 +58,24 @@ def run(args):
 
     fields = given_fields(args)
     with errors_named_by_flags([*fields, "max_shard_size"]):
-        result = convert(args.source, args.destination, **writing_arguments(args), **fields)
+        result = convert(
+            args.source,
+            args.destination,
+            **writing_arguments(args),
+            authors=args.authors,
+            ignore_fields=args.ignore_fields,
+            ignore_code=args.ignore_code,
+            **fields,
+        )
     steps, gate = result["pondering"]["pondering_steps"], result["pondering"]["pondering_gate"]
     print(
         f"{args.destination}: {result['model_type']} with {result['parameters']:,} parameters in {result['dtype']}, "
         f"pondering {steps} step{'' if steps == 1 else 's'} before each token",
         file=sys.stderr,
     )
-    if steps and gate == "none" and not result["authors_checkpoint"]:
+    for warning in result["warnings"]:
+        warn(warning)
+    if steps and gate == "none" and not result["authors_checkpoint"] and not result["warnings"]:
         print(
             "its base never learned to ponder: train it before use, or convert with --pondering-gate zero_init, which "
             "predicts as its base does until it is trained",

@@ -8,6 +8,7 @@ from ponder_hf import PonderingError
 
 from .data_flags import add_text_flags
 from .fields import errors_named_by_flags
+from .outcome import warn
 
 
 def add_parser(subparsers):
@@ -94,11 +95,13 @@ def evaluate(args):
 def _load(source, dtype, pondering_steps):
     """The model in `source`. A plain one is one that ponders 0 steps, unless others are asked for."""
     from ponder_hf.conversion import load_pondering
-    from ponder_hf.conversion.convert import load_converted, understand_plain
+    from ponder_hf.conversion.convert import load_converted, plain_warnings, understand_plain
 
     if source.is_pondering:
         return load_pondering(source, dtype)
     authors_fields, empty_model = understand_plain(source, {})
+    for warning in plain_warnings(source, authors_fields):
+        warn(warning)
     fields = {} if authors_fields else {"pondering_steps": pondering_steps or 0}
     return load_converted(source, empty_model, fields, dtype).eval()
 

@@ -4,6 +4,7 @@ import sys
 
 from .convert import add_source_and_destination, writing_arguments
 from .fields import errors_named_by_flags
+from .outcome import warn
 
 
 def add_parser(subparsers):
@@ -27,5 +28,5 @@ def run(args):
         file=sys.stderr,
     )
     for warning in result["warnings"]:
-        print(f"ponder-hf: warning: {warning}", file=sys.stderr)
+        warn(warning)
     return result

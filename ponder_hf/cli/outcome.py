@@ -32,6 +32,12 @@ def bad_input(error):
     return _end(BAD_INPUT, f"error: {' '.join(str(error).split())}")
 
 
+def warn(message):
+    """Say what may not be as the user means it, and go on."""
+    if is_first_process():
+        print(f"ponder-hf: warning: {without_token(message)}", file=sys.stderr, flush=True)
+
+
 def stopped(error):
     """Say why it could not be finished although the input seemed fine."""
     _traceback_if_debugging()

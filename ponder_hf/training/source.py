@@ -11,8 +11,9 @@ import torch
 
 from ponder_hf import PonderingConfig, PonderingError, PonderingForCausalLM
 from ponder_hf.cli.generate import load_tokenizer
+from ponder_hf.cli.outcome import warn
 from ponder_hf.conversion import load_pondering, open_source
-from ponder_hf.conversion.convert import load_converted, understand_plain
+from ponder_hf.conversion.convert import load_converted, plain_warnings, understand_plain
 from ponder_hf.conversion.headers import read_json
 from ponder_hf.conversion.source import CONFIG, Source, download_small_files
 from ponder_hf.errors import understanding
@@ -57,6 +58,8 @@ def find_start(options):
             f"{found.name} is a plain model, which has no passes to put draft heads on: train it to ponder first"
         )
     authors_fields, empty_model = understand_plain(found, options.fields)
+    for warning in plain_warnings(found, authors_fields):
+        warn(warning)
     config = PonderingConfig(empty_model.config, **{**authors_fields, **options.fields})
     return Start(
         kind="plain",
