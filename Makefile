@@ -13,10 +13,12 @@ WORKERS ?= 2
 # Where `make compat` keeps its environments (0.1 GB each), and which versions it tries; none: all of them.
 COMPAT ?= .compat
 VERSIONS ?=
-# Further options: make test PYTEST_ARGS="-k gate", make demo DEMO_ARGS="--base FOLDER", make bench BENCH=NAME.
+# Further options: make test PYTEST_ARGS="-k gate", make demo DEMO_ARGS="--base FOLDER", make bench BENCH=NAME,
+# make gpu GPU_ARGS="--output FOLDER --quick".
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH ?= all
+GPU_ARGS ?=
 
 VENV_PYTHON = $(VENV)/bin/python
 STAMP = $(VENV)/.ponder-hf-installed
@@ -28,7 +30,7 @@ CACHES = $(VENV)/overlays/caches
 INTERPRETER = $(if $(wildcard $(VENV_PYTHON)),$(VENV_PYTHON),$(PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test style compat bench clean
+.PHONY: help setup demo test style compat gpu bench clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -47,6 +49,9 @@ style: setup ## Check style and formatting with ruff
 
 compat: setup ## Try checkpoints under other versions of transformers, or only VERSIONS="4.57.6 newest" (two minutes)
 	PYTHONPATH=tests $(VENV_PYTHON) -m compat --environments $(COMPAT) $(VERSIONS)
+
+gpu: setup ## Check and measure pondering on this machine's GPU (five minutes; GPU_ARGS=--quick: three)
+	PYTHONPATH=tests $(VENV_PYTHON) -m gpu $(GPU_ARGS)
 
 bench: setup ## Run the benchmark named by BENCH=NAME, or all of them (hours); `python -m benchmarks` lists them
 	$(VENV_PYTHON) -m benchmarks $(BENCH)

@@ -1,0 +1,48 @@
+"""Which device a model runs on: the one that is asked for, or the best that is there."""
+
+import torch
+
+from .modeling import PonderingError
+
+
+def default_device():
+    """The accelerator of this machine (CUDA, MPS, XPU, ...), or the CPU where there is none."""
+    accelerator = getattr(torch, "accelerator", None)
+    if accelerator is not None and hasattr(accelerator, "current_accelerator"):
+        found = accelerator.current_accelerator() if accelerator.is_available() else None
+        return torch.device("cpu") if found is None else torch.device(found.type)
+    for name in ("cuda", "xpu", "mps"):  # torch before 2.6
+        module = getattr(torch, name, None)
+        if module is not None and hasattr(module, "is_available") and module.is_available():
+            return torch.device(name)
+    return torch.device("cpu")
+
+
+def read_device(name=None):
+    """The device that `name` means, such as "cpu", "cuda" or "cuda:1"; None: the default.
+
+    Raises:
+        PonderingError: torch knows no such device, or it is not here.
+    """
+    if name is None:
+        return default_device()
+    try:
+        device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("it holds no numbers")
+        torch.ones(1, device=device).add(1).cpu()  # a device may be known and still not be there
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise PonderingError(
+            f"the device {name!r} cannot be used ({reason[0].rstrip('.')}): this machine has {_found()}"
+        ) from error
+    return device
+
+
+def _found():
+    device = default_device()
+    if device.type == "cpu":
+        return "cpu"
+    module = getattr(torch, device.type)
+    count = module.device_count() if hasattr(module, "device_count") else 1
+    return f"cpu and {device.type}" + (f":0 .. {device.type}:{count - 1}" if count > 1 else "")
