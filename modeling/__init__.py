@@ -12,8 +12,8 @@ from .pondering_version import check_transformers
 try:
     from .modeling_pondering import PonderingForCausalLM, PonderingModel
     from .pondering_output import PonderingCausalLMOutput
-except ImportError:
-    check_transformers()  # a version that lacks what they import is outside the range, which says more
+except ImportError as error:
+    check_transformers(error)  # a version that lacks what they import is outside the range, which says more
     raise
 
 

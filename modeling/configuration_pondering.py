@@ -9,8 +9,8 @@ from .pondering_version import check_transformers
 
 try:
     from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
-except ImportError:
-    check_transformers()  # a version that lacks one of these is outside the range, which says more
+except ImportError as error:
+    check_transformers(error)  # a version that lacks one of these is outside the range, which says more
     raise
 
 
@@ -117,7 +117,7 @@ class PonderingConfig(PretrainedConfig):
 
     Raises:
         PonderingError: a field has a wrong type or value; at construction and at any later assignment.
-            Or the installed transformers is outside the range of versions that the code is tested with.
+            Or the installed transformers is too old.
     """
 
     model_type = "pondering"

@@ -48,13 +48,13 @@ from .pondering_output import PonderingCausalLMOutput, logits_on_demand
 from .pondering_paged import paged_pass
 from .pondering_prompt import check_prompt  # noqa: F401
 from .pondering_readout import Readout  # noqa: F401
+from .pondering_self_check import verify_wave_once  # noqa: F401
 from .pondering_speculation import speculative_sample  # noqa: F401
 from .pondering_topk import top_k_embedding  # noqa: F401
-from .pondering_version import check_transformers  # noqa: F401
+from .pondering_version import INSTALL_TESTED, untested_version
 from .pondering_vocabulary import vocabulary_embedding  # noqa: F401
 from .pondering_wave import Wave  # noqa: F401
 from .pondering_wave_cache import WaveCache  # noqa: F401
-from .pondering_wave_check import verify_wave_once  # noqa: F401
 
 
 logger = logging.get_logger(__name__)
@@ -86,10 +86,11 @@ class PonderingPreTrainedModel(PreTrainedModel):
         self.draft_heads = DraftHeads(config.draft_heads, self.state_size) if config.draft_heads else None
         if self.draft_heads is not None:
             self.draft_heads.requires_grad_(False)  # trained by themselves, from a frozen model
-        self._needs_verification = config.base_config.model_type not in TESTED
+        is_untested = config.base_config.model_type not in TESTED
+        self._needs_verification = is_untested or untested_version() is not None
         self.post_init()
-        if self.device.type != "meta":  # otherwise the weights come later: at the first forward pass then
-            self._verify_once()
+        if is_untested and self.device.type != "meta":
+            self._verify_once()  # otherwise at the first forward pass, when the weights are there
 
     def _init_weights(self, module):
         if isinstance(module, PonderingGate):  # the backbone initialises its own weights
@@ -108,7 +109,13 @@ class PonderingPreTrainedModel(PreTrainedModel):
 
     def _verify_once(self):
         if self._needs_verification:
-            verify_backbone(self.backbone)
+            version = untested_version()
+            try:
+                verify_backbone(self.backbone)
+            except PonderingError as error:
+                if version is None:
+                    raise
+                raise PonderingError(f"{error}; under transformers {version}: {INSTALL_TESTED}") from error
             self._needs_verification = False
 
     @property

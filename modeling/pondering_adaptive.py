@@ -18,6 +18,7 @@ from .pondering_backbone import backbone_logits, run_backbone, takes_position_id
 from .pondering_cache import CACHE_NAME, pass_cache, step_cache
 from .pondering_embedding import PonderingEmbedding
 from .pondering_readout import CHUNK_ELEMENTS, chunks
+from .pondering_version import untested_version
 
 
 _MASK_ARGUMENTS = {"inputs_embeds", "attention_mask", CACHE_NAME, "position_ids", "and_mask_function"}
@@ -97,6 +98,7 @@ class _Inputs:
         self.masks = None
         self.may_shorten = (
             _MASKS_CAN_BE_MADE
+            and untested_version() is None  # rows as they are need no masks of ours
             and shape[1] > 1
             and position_ids is not None
             and takes_position_ids(backbone)

@@ -15,7 +15,9 @@ from .pondering_call import GenerationCall, current_call, during
 from .pondering_errors import PonderingError
 from .pondering_paged import check_prompts, start_manager
 from .pondering_prompt import check_prompt
+from .pondering_self_check import check_exits_once, check_generation_once
 from .pondering_speculation import speculative_sample
+from .pondering_version import INSTALL_TESTED, untested_version
 
 
 class PonderingGenerationMixin(GenerationMixin):
@@ -36,11 +38,30 @@ class PonderingGenerationMixin(GenerationMixin):
         _take_cache(kwargs)
         call = GenerationCall.read(kwargs, generation_config, self)
         check_prompt(self, inputs, call.steps, generation_config, kwargs)
+        self._check_itself(call, kwargs)
         with during(call):
             output = super().generate(inputs, generation_config, *args, **kwargs)
         if isinstance(output, ModelOutput):
             self._report(call, output, self._num_prompt_tokens(inputs, kwargs))
         return output
+
+    def _check_itself(self, call, kwargs):
+        """What an untested transformers calls for; changes `kwargs` where only caches do not work there."""
+        if not check_generation_once(self):
+            needing = {
+                "past_key_values": given_cache(kwargs) is not None,
+                "num_draft_tokens": call.num_draft_tokens,
+                "pondering_exit_threshold": call.exit,
+            }
+            for name, is_set in needing.items():
+                if is_set:
+                    raise PonderingError(
+                        f"`{name}` needs a cache, which does not work under transformers {untested_version()}: leave "
+                        f"it out, or {INSTALL_TESTED}"
+                    )
+            kwargs["use_cache"] = False
+        if call.exit is not None:
+            check_exits_once(self)
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
         call = current_call()
@@ -101,6 +122,11 @@ class PonderingGenerationMixin(GenerationMixin):
             PonderingError: a setting or a prompt cannot be used; nothing has been computed then.
         """
         call = current_call() or GenerationCall.read(kwargs, generation_config, self)
+        if not check_generation_once(self):
+            raise PonderingError(
+                f"continuous batching needs a cache, which does not work under transformers {untested_version()}: "
+                f"use `generate`, or {INSTALL_TESTED}"
+            )
         check_prompts(self, inputs, call.steps, generation_config, kwargs)
         with during(call):
             return super().generate_batch(inputs, generation_config, *args, **kwargs)

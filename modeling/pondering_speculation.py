@@ -11,9 +11,9 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from .pondering_cache import CACHE_NAME, given_cache
 from .pondering_errors import PonderingError
+from .pondering_self_check import verify_wave_once
 from .pondering_wave import Flight, Wave, mask_kind, without_inference_tensors
 from .pondering_wave_cache import check_step_cache
-from .pondering_wave_check import verify_wave_once
 
 
 # transformers' processors that only look at the scores, and those that also look at the tokens before. Drafts are

@@ -40,6 +40,11 @@ def run(program, home, *arguments, python=sys.executable):
     Raises:
         AssertionError: the program failed. The message is what it printed.
     """
+    return run_and_read(program, home, *arguments, python=python)[0]
+
+
+def run_and_read(program, home, *arguments, python=sys.executable):
+    """As `run`; returns (standard output, standard error)."""
     home.mkdir()
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
     variables |= {"HF_HOME": str(home), "HF_MODULES_CACHE": str(home / "modules"), "HF_HUB_OFFLINE": "1"}
@@ -49,4 +54,4 @@ def run(program, home, *arguments, python=sys.executable):
         command, cwd=home, env=variables, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
+    return result.stdout, result.stderr

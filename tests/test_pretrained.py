@@ -41,7 +41,7 @@ MODELING_FILES = {
     "pondering_vocabulary.py",
     "pondering_wave.py",
     "pondering_wave_cache.py",
-    "pondering_wave_check.py",
+    "pondering_self_check.py",
 }
 
 

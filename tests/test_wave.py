@@ -9,11 +9,11 @@ import torch
 from drafting import GREEDY, Guesses, check_same
 
 from ponder_hf import PonderingError
-from ponder_hf.modeling import pondering_speculation, pondering_wave_check
+from ponder_hf.modeling import pondering_self_check, pondering_speculation
 from ponder_hf.modeling.pondering_backbone import TESTED
+from ponder_hf.modeling.pondering_self_check import verify_wave_once
 from ponder_hf.modeling.pondering_wave import SOURCE, Flight, Wave
 from ponder_hf.modeling.pondering_wave_cache import WaveCache
-from ponder_hf.modeling.pondering_wave_check import verify_wave_once
 
 
 def random_prompts(chance, batch_size):
@@ -301,7 +301,7 @@ def test_thousands_of_random_flights_land_where_they_should(num_steps):
 
 @pytest.mark.parametrize("model_type", [*tiny.SPINE, "falcon", "gpt_bigcode"])
 def test_the_check_of_untested_backbones_passes_those_that_are_right(model_type, monkeypatch):
-    monkeypatch.setattr(pondering_wave_check, "TESTED", frozenset())
+    monkeypatch.setattr(pondering_self_check, "TESTED", frozenset())
     for dtype in (torch.float32, torch.bfloat16):
         model = tiny.pondering_model(model_type, dtype)
         verify_wave_once(model)
@@ -335,8 +335,8 @@ def test_an_untested_backbone_on_which_the_wave_is_wrong_is_refused(damage, monk
             super().__init__(*args)
             damage(self)
 
-    monkeypatch.setattr(pondering_wave_check, "TESTED", frozenset())
-    monkeypatch.setattr(pondering_wave_check, "Wave", Damaged)
+    monkeypatch.setattr(pondering_self_check, "TESTED", frozenset())
+    monkeypatch.setattr(pondering_self_check, "Wave", Damaged)
     # gpt2 learns its positions: rotations would not notice that all of them are one on.
     model = tiny.pondering_model("gpt2")
     with pytest.raises(
@@ -346,7 +346,7 @@ def test_an_untested_backbone_on_which_the_wave_is_wrong_is_refused(damage, monk
 
 
 def test_an_untested_backbone_on_which_the_wave_fails_is_refused(monkeypatch):
-    monkeypatch.setattr(pondering_wave_check, "TESTED", frozenset())
+    monkeypatch.setattr(pondering_self_check, "TESTED", frozenset())
     monkeypatch.setattr(Wave, "tick", lambda *args: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(PonderingError, match=r"does not work with model_type 'llama' \(.*\): set num_draft_tokens=0"):
         tiny.pondering_model("llama").generate(tiny.token_ids(1, 5), num_draft_tokens=2, max_new_tokens=4)

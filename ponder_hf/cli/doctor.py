@@ -6,7 +6,7 @@ import sys
 from importlib import metadata
 
 from ponder_hf import PonderingError, __version__
-from ponder_hf.modeling.pondering_version import TRANSFORMERS_RANGE, is_supported
+from ponder_hf.modeling.pondering_version import TRANSFORMERS_RANGE, is_supported, is_tested
 
 
 DISTRIBUTION = "ponder-hf"
@@ -116,6 +116,7 @@ def check_transformers():
         # What checkpoints load with, without ponder_hf. The library itself needs what its own requirements say.
         "checkpoints_need": TRANSFORMERS_RANGE,
         "good_for_checkpoints": is_supported(version),
+        "tested": is_tested(version),
         "library_needs": None if needed is None else str(needed),
         "good_for_library": None if needed is None else needed.contains(version, prereleases=True),
     }
@@ -146,7 +147,7 @@ def find_problems(report):
             f"transformers {transformers['version']} is outside {transformers['library_needs']}: "
             f'pip install "transformers{transformers["library_needs"]}"'
         )
-    if not transformers["good_for_checkpoints"]:
+    if not transformers["tested"]:
         problems.append(
             f"checkpoints were tested with transformers {TRANSFORMERS_RANGE}, not {transformers['version']}: "
             f'pip install "transformers{TRANSFORMERS_RANGE}"'
