@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, MoeModelOutputWithPast
 from transformers.utils import logging
 
 from .configuration_pondering import PonderingConfig, check_steps
@@ -43,7 +43,7 @@ from .pondering_errors import PonderingError
 from .pondering_exit import PonderingExit  # noqa: F401
 from .pondering_generation import PonderingGenerationMixin
 from .pondering_linear import fast_layers  # noqa: F401
-from .pondering_loss import causal_lm_loss, linear_causal_lm_loss
+from .pondering_loss import auxiliary_loss, causal_lm_loss, linear_causal_lm_loss
 from .pondering_output import PonderingCausalLMOutput, logits_on_demand
 from .pondering_paged import paged_pass
 from .pondering_prompt import check_prompt  # noqa: F401
@@ -56,6 +56,11 @@ from .pondering_vocabulary import vocabulary_embedding  # noqa: F401
 from .pondering_wave import Wave  # noqa: F401
 from .pondering_wave_cache import WaveCache  # noqa: F401
 
+
+try:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+except ImportError:
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES = None
 
 logger = logging.get_logger(__name__)
 
@@ -91,6 +96,10 @@ class PonderingPreTrainedModel(PreTrainedModel):
         self.post_init()
         if is_untested and self.device.type != "meta":
             self._verify_once()  # otherwise at the first forward pass, when the weights are there
+
+    def _get_name(self):
+        # Trainer looks for it in a table of names; FSDP2 makes a class of its own and puts its name in front.
+        return super()._get_name().removeprefix("FSDP")
 
     def _init_weights(self, module):
         if isinstance(module, PonderingGate):  # the backbone initialises its own weights
@@ -198,7 +207,13 @@ class PonderingPreTrainedModel(PreTrainedModel):
         if model.can_generate() and getattr(backbone, "generation_config", None) is not None:
             model.generation_config = backbone.generation_config
         model.config.dtype = backbone.dtype
-        return model.train(backbone.training)  # no post_init: it would initialise modules that the user put in
+        # The backbone's parts keep their modes, of which some may be frozen. And no post_init: it would initialise
+        # modules that the user put in.
+        model.training = backbone.training
+        for part in (model.pondering_gate, model.draft_heads):
+            if part is not None:
+                part.train(backbone.training)
+        return model
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
@@ -257,9 +272,11 @@ class PonderingPreTrainedModel(PreTrainedModel):
                 of continuous batching.
 
         Returns:
-            transformers' output of the backbone's decoder, with `last_hidden_state` (B, T, d).
+            transformers' output of the backbone's decoder in pass S, with `last_hidden_state` (B, T, d). A mixture of
+            experts that is asked for them gives the `router_logits` of all passes, those of layer l in pass i at
+            i * L + l.
         """
-        config = self.config
+        config, router_logits = self.config, []
         recording = {key: kwargs.pop(key) for key in ("output_hidden_states", "output_attentions") if key in kwargs}
         paged_cache = kwargs.pop("paged_cache", None)
 
@@ -268,7 +285,9 @@ class PonderingPreTrainedModel(PreTrainedModel):
                 extra["cache"] = paged_pass(paged_cache, index, config.num_hidden_layers, kwargs)
             elif use_cache:
                 extra["past_key_values"] = pass_cache(past_key_values, index, config.num_hidden_layers)
-            return run_backbone(self.backbone, hidden_inputs, use_cache=use_cache, **kwargs, **extra)
+            output = run_backbone(self.backbone, hidden_inputs, use_cache=use_cache, **kwargs, **extra)
+            router_logits.extend(getattr(output, "router_logits", None) or ())
+            return output
 
         pondering_embedding = PonderingEmbedding(self.backbone, config) if num_steps else None
         hidden_inputs = _scaled(inputs_embeds, config.input_scale * config.embedding_scale)
@@ -277,7 +296,10 @@ class PonderingPreTrainedModel(PreTrainedModel):
             if on_hidden_states is not None:
                 on_hidden_states(hidden_states)
             hidden_inputs = hidden_inputs + self.finish_embedding(pondering_embedding(hidden_states))
-        return run_pass(num_steps, **recording)
+        output = run_pass(num_steps, **recording)
+        if router_logits:
+            output["router_logits"] = tuple(router_logits)
+        return output
 
     def finish_embedding(self, embedding):
         """What is added of a pondering embedding (..., d): scaled, and gated where there is a gate."""
@@ -287,7 +309,8 @@ class PonderingPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def ponder_until_converged(self, inputs_embeds, num_steps, past_key_values, pondering_exit, **kwargs):
         """As `ponder`, but each token stops when it has converged. Gives back the AdaptivePasses that have run."""
-        wanted = [name for name in ("output_hidden_states", "output_attentions") if kwargs.pop(name, False)]
+        switches = ("output_hidden_states", "output_attentions", "output_router_logits")
+        wanted = [name for name in switches if kwargs.pop(name, False)]
         if wanted:
             raise PonderingError(f"`{wanted[0]}` needs the same passes for every token: leave out the exit threshold")
         hidden_inputs = _scaled(inputs_embeds, self.config.input_scale * self.config.embedding_scale)
@@ -317,6 +340,8 @@ class PonderingPreTrainedModel(PreTrainedModel):
         for switch in ("output_hidden_states", "output_attentions"):
             if kwargs.get(switch) is None:
                 kwargs[switch] = getattr(self.config, switch)
+        if kwargs.get("output_router_logits", True) is None:
+            kwargs.pop("output_router_logits")  # a mixture of experts does as its own configuration says
         if use_cache:
             past_key_values = step_cache(past_key_values, self.config.base_config, num_steps + 1)
             mark_owner(past_key_values, self.backbone)
@@ -345,7 +370,8 @@ class PonderingModel(PonderingPreTrainedModel):
         """Arguments as in PonderingForCausalLM.forward.
 
         Returns:
-            BaseModelOutputWithPast with the last pass's `last_hidden_state` (B, T, d).
+            BaseModelOutputWithPast with the last pass's `last_hidden_state` (B, T, d); MoeModelOutputWithPast where
+            there are `router_logits`, those of all passes (see `ponder`).
         """
         inputs_embeds, num_steps, past_key_values, use_cache = self._prepare(
             input_ids, inputs_embeds, past_key_values, use_cache, pondering_steps, kwargs
@@ -359,11 +385,14 @@ class PonderingModel(PonderingPreTrainedModel):
             position_ids=position_ids,
             **kwargs,
         )
-        result = BaseModelOutputWithPast(
+        router_logits = getattr(output, "router_logits", None)
+        output_class = BaseModelOutputWithPast if router_logits is None else MoeModelOutputWithPast
+        result = output_class(
             last_hidden_state=output.last_hidden_state,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
             **{CACHE_NAME: past_key_values},
+            **({} if router_logits is None else {"router_logits": router_logits}),
         )
         return result.to_tuple() if _wants_tuple(return_dict, self.config) else result
 
@@ -414,7 +443,8 @@ class PonderingForCausalLM(PonderingPreTrainedModel, PonderingGenerationMixin):
             kwargs: `num_items_in_batch`, `ignore_index` and `shift_labels` go to the loss, the rest to the backbone.
 
         Returns:
-            PonderingCausalLMOutput: loss in nats per token, logits (B, T, V) or of the kept positions only.
+            PonderingCausalLMOutput: loss in nats per token, logits (B, T, V) or of the kept positions only. The loss
+            is the last pass's; in training mode with `intermediate_loss_weight` times the mean of the others.
         """
         loss_arguments = {key: kwargs.pop(key) for key in _LOSS_ARGUMENTS if key in kwargs}
         inputs_embeds, num_steps, past_key_values, use_cache = self._prepare(
@@ -425,37 +455,35 @@ class PonderingForCausalLM(PonderingPreTrainedModel, PonderingGenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         step_logits, step_losses = [], []
         inputs = {"attention_mask": attention_mask, "position_ids": position_ids, **kwargs}
+        loss_of = partial(self._loss, labels=labels, loss_arguments=loss_arguments) if needs_loss else None
         if pondering_exit is not None and num_steps:
             if output_pondering:
                 raise PonderingError("`output_pondering` needs all passes of every token: leave out `pondering_exit`")
+            if needs_loss and torch.is_grad_enabled():
+                raise PonderingError(
+                    "a loss with `pondering_exit` has no gradient of the passes: leave out `pondering_exit` to train, "
+                    "or call this under torch.no_grad() to evaluate"
+                )
             passes = self.ponder_until_converged(inputs_embeds, num_steps, past_key_values, pondering_exit, **inputs)
-            result = PonderingCausalLMOutput(
-                loss=self._loss(passes.hidden_states, labels, loss_arguments) if needs_loss else None,
-                logits=passes.last_logits(kept),
-                **{CACHE_NAME: past_key_values},
-            )
+            result = self._output_of_exits(passes, loss_of, kept, past_key_values)
             return result.to_tuple() if _wants_tuple(return_dict, self.config) else result
 
         def collect(hidden_states):
             if output_pondering:
                 step_logits.append(backbone_logits(self.backbone, hidden_states[:, kept]))
             if needs_loss and (output_pondering or weight):
-                step_losses.append(self._loss(hidden_states, labels, loss_arguments))
+                step_losses.append(loss_of(hidden_states))
 
-        output = self.ponder(
-            inputs_embeds,
-            num_steps,
-            past_key_values,
-            use_cache,
-            on_hidden_states=collect,
-            **inputs,
-        )
-        hidden_states = output.last_hidden_state
+        output = self.ponder(inputs_embeds, num_steps, past_key_values, use_cache, on_hidden_states=collect, **inputs)
+        hidden_states, router_logits = output.last_hidden_state, getattr(output, "router_logits", None)
+        aux_loss, aux_weight = self._auxiliary_loss(router_logits, attention_mask, hidden_states.shape[1], num_steps)
         loss = last_loss = None
         if needs_loss:
-            loss = last_loss = self._loss(hidden_states, labels, loss_arguments)
-            if weight and num_steps:
+            loss = last_loss = loss_of(hidden_states)
+            if step_losses and weight and self.training:
                 loss = loss + weight * sum(step_losses) / num_steps
+            if aux_loss is not None:
+                loss = loss + aux_weight * aux_loss.to(loss.device)
         head, kept_states = partial(backbone_logits, self.backbone), hidden_states[:, kept]
         on_demand = self.training and needs_loss and not torch.compiler.is_compiling()
         result = PonderingCausalLMOutput(
@@ -465,7 +493,9 @@ class PonderingForCausalLM(PonderingPreTrainedModel, PonderingGenerationMixin):
             attentions=output.attentions,
             **{CACHE_NAME: past_key_values},
             pondering_logits=tuple(step_logits) if output_pondering else None,
-            pondering_losses=(*step_losses, last_loss) if output_pondering and needs_loss else None,
+            pondering_losses=(*step_losses, last_loss) if needs_loss and (output_pondering or weight) else None,
+            aux_loss=aux_loss,
+            router_logits=router_logits,
         )
         return result.to_tuple() if _wants_tuple(return_dict, self.config) else result
 
@@ -473,6 +503,29 @@ class PonderingForCausalLM(PonderingPreTrainedModel, PonderingGenerationMixin):
         """As transformers does, in a way that settings of pondering in the generation configuration are read back."""
         keep_settings(self.generation_config)
         return super().save_pretrained(*args, **kwargs)
+
+    @torch.no_grad()
+    def _output_of_exits(self, passes, loss_of, kept, past_key_values):
+        # Nothing has a gradient, where only the head's would be left of it.
+        return PonderingCausalLMOutput(
+            loss=None if loss_of is None else loss_of(passes.hidden_states),
+            logits=passes.last_logits(kept),
+            **{CACHE_NAME: past_key_values},
+        )
+
+    def _auxiliary_loss(self, router_logits, attention_mask, length, num_steps):
+        """(sum over the passes, weight in the loss), or (None, None) where the backbone's own class adds none."""
+        if router_logits is None:
+            return None, None
+        if torch.is_tensor(attention_mask):
+            attention_mask = attention_mask[..., -length:]
+        count = len(router_logits) // (num_steps + 1)
+        found = [
+            auxiliary_loss(self.backbone, router_logits[first : first + count], attention_mask)
+            for first in range(0, len(router_logits), count)
+        ]
+        losses, weights = zip(*found, strict=True)
+        return (None if losses[0] is None else sum(losses)), weights[0]
 
     def _loss(self, hidden_states, labels, loss_arguments):
         readout = backbone_readout(self.backbone)
@@ -511,3 +564,8 @@ def _scaled(tensor, factor):
 
 PonderingModel.register_for_auto_class("AutoModel")
 PonderingForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+# By these names Trainer knows whose labels to shift when it smooths them, and pipelines what a model is for.
+if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES is None:
+    logger.warning("this version of transformers may smooth the labels of pondering models without shifting them")
+else:
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(PonderingConfig.model_type, PonderingForCausalLM.__name__)

@@ -213,7 +213,10 @@ class AdaptivePasses:
         return chosen.results(output.last_hidden_state)
 
     def _evaluate(self, flat, flat_before, logits_before):
-        """Pondering embeddings (n, d), logits (n, V) where they fit one chunk, and who has converged (n,)."""
+        """Pondering embeddings (n, d), logits (n, V) where they fit one chunk, and who has converged (n,).
+
+        Logits are float32 or wider, whatever the kernel and however many chunks: a criterion measures small changes.
+        """
         parts = list(chunks(flat, self.model.config.vocab_size))
         embeddings, stops = [], []
         # In several pieces it would be rounded in another way than it is without exits.
@@ -222,13 +225,13 @@ class AdaptivePasses:
             embeddings.append(self.embedding(flat.unsqueeze(0))[0])
         for part in parts:
             if at_once:
-                logits = backbone_logits(self.model.backbone, flat[part])
+                logits = self.embedding.wide_logits(flat[part])
             else:
                 embedding, logits = self.embedding.with_logits(flat[part])
                 embeddings.append(embedding)
             previous = None if logits_before is None else logits_before[part]
             if previous is None and flat_before is not None:
-                previous = backbone_logits(self.model.backbone, flat_before[part]).to(logits.dtype)
+                previous = self.embedding.wide_logits(flat_before[part])
             stops.append(self.exit.converged(logits, previous))
         return torch.cat(embeddings), logits if len(parts) == 1 else None, torch.cat(stops)
 

@@ -5,14 +5,20 @@ logits in a way of its own, extend `finish_logits` and `backbone_readout`; to re
 """
 
 import inspect
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import logging
 
 from .pondering_errors import PonderingError
 from .pondering_linear import fast_head, fast_layers
+from .pondering_loss import auxiliary_loss, causal_lm_loss
 from .pondering_readout import Readout
+
+
+logger = logging.get_logger(__name__)
 
 
 # The tests of ponder_hf hold these against their own logits; any other backbone is held against them at first use.
@@ -188,28 +194,42 @@ def run_backbone(backbone, inputs_embeds, position_ids=None, past_key_values=Non
         return decoder(inputs_embeds=inputs_embeds, return_dict=True, **kwargs)
 
 
+@contextmanager
+def evaluating(module):
+    """Evaluation mode; each part is in its own former mode afterwards, as some may be frozen in another than the rest.
+
+    module: any nn.Module.
+    """
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield module
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
 def verify_backbone(backbone):
     """Hold an untested backbone against itself: embedding, passes and head taken apart must give its own logits.
+
+    Where its own loss is not made of what pondering's is, a warning says so.
 
     Raises:
         PonderingError: they do not, or a later token changes an earlier prediction. Pondering would be wrong then.
     """
     name = f"a backbone of model_type {backbone.config.model_type!r} cannot ponder"
-    was_training = backbone.training
-    backbone.eval()
     ids = torch.arange(1, 7, device=backbone.device).unsqueeze(0) % backbone.config.vocab_size
     other_ids = torch.cat([ids[:, :-1], ids[:, :1]], dim=1)
     try:
-        with torch.no_grad():
-            expected = backbone(input_ids=ids, use_cache=False).logits
+        with torch.no_grad(), evaluating(backbone):
+            own = _own_output(backbone, ids)
+            expected = own.logits
             table = embedding_table(backbone)
             apart = backbone_logits(backbone, run_backbone(backbone, table[ids], use_cache=False).last_hidden_state)
             other = backbone(input_ids=other_ids, use_cache=False).logits
     except (RuntimeError, TypeError, AttributeError, ValueError, IndexError) as error:
         first_line = str(error).split("\n")[0]
         raise PonderingError(f"{name}: it does not run on embeddings alone ({first_line})") from error
-    finally:
-        backbone.train(was_training)
     tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 3e-2
     scale = expected.abs().max()
     if table.shape[0] != expected.shape[-1]:
@@ -218,3 +238,30 @@ def verify_backbone(backbone):
         raise PonderingError(f"{name}: it does more between tokens and logits than embedding, decoder and head")
     if not (other - expected)[:, :-1].abs().max() <= tolerance * scale:
         raise PonderingError(f"{name}: its predictions depend on later tokens")
+    _compare_loss(backbone, ids, own, tolerance)
+
+
+def _own_output(backbone, ids):
+    """What the backbone's own class gives for ids (1, T), with its loss, and with router logits where it has them."""
+    takes = inspect.signature(type(backbone).forward).parameters
+    options = {"labels": ids} if "labels" in takes else {}
+    if "output_router_logits" in takes:
+        options["output_router_logits"] = True
+    return backbone(input_ids=ids, use_cache=False, **options)
+
+
+def _compare_loss(backbone, ids, own, tolerance):
+    if getattr(own, "loss", None) is None:
+        return
+    expected = causal_lm_loss(own.logits, ids)
+    if getattr(own, "router_logits", None):
+        try:
+            balance, weight = auxiliary_loss(backbone, tuple(own.router_logits))
+        except PonderingError:  # raised when the router logits are wanted
+            return
+        expected = expected if balance is None else expected + weight * balance
+    if not (own.loss - expected).abs() <= tolerance * expected.abs():
+        logger.warning(
+            f"a backbone of model_type {backbone.config.model_type!r} has {own.loss.item():.4f} as its own loss where "
+            f"pondering has {expected.item():.4f}: what it adds by itself is left out"
+        )

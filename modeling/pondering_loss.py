@@ -1,11 +1,14 @@
 """Next-token cross-entropy, as transformers' Trainer and data collators expect it."""
 
+import inspect
+import sys
 from functools import partial
 
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from .pondering_errors import PonderingError
 from .pondering_readout import (
     Readout,
     add_product,
@@ -140,6 +143,48 @@ def linear_causal_lm_loss(
         total = often_differentiable(plain, total, *inputs)
     count = (flat_labels != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
     return total / (count.to(total.device) if torch.is_tensor(count) else count)
+
+
+_BALANCING_ARGUMENTS = ["gate_logits", "num_experts", "top_k", "attention_mask"]
+
+
+def auxiliary_loss(backbone, router_logits, attention_mask=None):
+    """How unevenly a mixture of experts uses its experts in one pass, and the weight of that in the loss.
+
+    It is what the backbone's own class adds to its loss, by the function in transformers' file of the backbone.
+
+    Args:
+        backbone: the model, of transformers.
+        router_logits: tuple of (B * T, experts), of each layer that has experts.
+        attention_mask: (B, T), 0 where a token is padding; None, and any other kind of mask: every token counts.
+
+    Returns:
+        (loss, weight): a scalar and a number; (None, None) where the class adds none.
+
+    Raises:
+        PonderingError: the class computes it from something else.
+    """
+    found = (
+        getattr(sys.modules[each.__module__], "load_balancing_loss_func", None) for each in type(backbone).__mro__
+    )
+    balance = next((function for function in found if function is not None), None)
+    if balance is None:
+        return None, None
+    config = backbone.config
+    weights = [
+        getattr(place, name, None)
+        for name in ("router_aux_loss_coef", "aux_loss_coef")
+        for place in (config, backbone)
+    ]
+    weight = next((value for value in weights if value is not None), None)
+    experts = [getattr(backbone, name, None) for name in ("num_experts", "num_experts_per_tok")]
+    if list(inspect.signature(balance).parameters) != _BALANCING_ARGUMENTS or None in (*experts, weight):
+        raise PonderingError(
+            f"a backbone of model_type {config.model_type!r} balances its experts in a way of its own, which "
+            "pondering does not know: set output_router_logits=False"
+        )
+    is_mask = torch.is_tensor(attention_mask) and attention_mask.ndim == 2
+    return balance(router_logits, *experts, attention_mask if is_mask else None), weight
 
 
 def _shifted(labels, ignore_index):

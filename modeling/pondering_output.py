@@ -50,7 +50,11 @@ class PonderingCausalLMOutput(CausalLMOutputWithPast):
 
     past_key_values, cache: two names of one thing, whichever transformers itself uses.
     pondering_logits: tuple of S tensors (B, T, V), the logits of passes 0 .. S-1.
-    pondering_losses: tuple of S + 1 scalars, the losses of passes 0 .. S, where labels were given.
+    pondering_losses: tuple of S + 1 scalars, the losses of passes 0 .. S, where labels were given; also without
+        `output_pondering` where the configuration weighs them (`intermediate_loss_weight`).
+    aux_loss: of a mixture of experts that was asked for `router_logits`: the sum over the passes of the load-balancing
+        loss that the backbone's own class adds. It is in `loss`, weighted as there, and in none of `pondering_losses`.
+    router_logits: tuple of (S + 1) L tensors (B * T, experts): those of layer l in pass i at i * L + l.
 
     In training, where the loss never needs the logits whole, `logits` are made when they are first read: by name, by
     key, by index or with the tuple. What only walks through an output and hands it on, as accelerate, DDP, FSDP and
@@ -59,6 +63,8 @@ class PonderingCausalLMOutput(CausalLMOutputWithPast):
 
     pondering_logits: tuple[torch.FloatTensor, ...] | None = None
     pondering_losses: tuple[torch.FloatTensor, ...] | None = None
+    aux_loss: torch.FloatTensor | None = None
+    router_logits: tuple[torch.FloatTensor, ...] | None = None
 
     @property
     def logits(self):
@@ -73,10 +79,12 @@ class PonderingCausalLMOutput(CausalLMOutputWithPast):
 
     def __post_init__(self):
         """As transformers does it, without reading `logits`: the versions up to 5.0 would make them here."""
-        for field in fields(self):
-            value = self.__dict__.get(field.name)
+        given = {field.name: self.__dict__.get(field.name) for field in fields(self)}
+        if isinstance(given["loss"], dict):  # so accelerate makes an output of the items of another
+            given, self.__dict__["loss"] = given["loss"], None
+        for name, value in given.items():
             if value is not None:
-                self[field.name] = value
+                self[name] = value
 
     def _replace_old_cache_name(self, key):
         # transformers 5.24 asks this of each key, and by itself warns of the old name.

@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig, GenerationMixin
 from transformers.utils import logging
 
-from .pondering_backbone import TESTED
+from .pondering_backbone import TESTED, evaluating
 from .pondering_call import GenerationCall, during
 from .pondering_drafts import OwnPredictions
 from .pondering_errors import PonderingError
@@ -42,7 +42,7 @@ def check_generation_once(model):
     if known is not None:
         return known
     wrong = f"under transformers {version}, which is newer than what this code is tested with, "
-    with _in_evaluation_mode(model), _plain_generation(model), torch.no_grad():
+    with evaluating(model), _plain_generation(model), torch.no_grad():
         ids, mask = _prompt(model)
         try:
             expected = model(
@@ -78,7 +78,7 @@ def check_exits_once(model):
     version = untested_version()
     if version is None or getattr(model, "_exits_are_verified", False):
         return
-    with _in_evaluation_mode(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         ids, mask = _prompt(model)
         inputs = {"attention_mask": mask, "position_ids": _positions(mask), "use_cache": False, "pondering_steps": 1}
         expected = model(ids, **inputs).logits
@@ -106,7 +106,7 @@ def verify_wave_once(model):
         return
     where = f"with model_type {name!r}" if version is None else f"under transformers {version}"
     try:
-        with _in_evaluation_mode(model):
+        with evaluating(model):
             found, expected = _compare_wave(model)
     except PonderingError:  # which says it already
         raise
@@ -167,18 +167,6 @@ def _only_the_first_row(logits, previous_logits):
     if previous_logits is None:
         distances[: len(distances) // 2] = 0.0
     return distances
-
-
-@contextlib.contextmanager
-def _in_evaluation_mode(model):
-    """Within it, nothing is dropped at random; afterwards each module is as it was, also those that were frozen."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @contextlib.contextmanager

@@ -1,13 +1,13 @@
 """A Trainer callback that logs how a model ponders."""
 
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import torch
 from torch.nn import functional
 from transformers import TrainerCallback
 
 from .modeling import PonderingError
-from .modeling.pondering_backbone import backbone_decoder, backbone_logits
+from .modeling.pondering_backbone import backbone_decoder, backbone_logits, evaluating
 
 
 @torch.no_grad()
@@ -51,7 +51,7 @@ def pondering_statistics(model, input_ids, attention_mask=None, labels=None):
             *([] if gate is None else [gate.register_forward_pre_hook(before_gate)]),
         ):
             stack.callback(hook.remove)
-        stack.enter_context(_evaluating(model))
+        stack.enter_context(evaluating(model))
         model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=1)
 
     token_norm = _mean_norm(inputs[0], real)
@@ -60,18 +60,6 @@ def pondering_statistics(model, input_ids, attention_mask=None, labels=None):
     for index in range(len(passes) - 1):
         statistics[f"step_{index}_norm_ratio"] = _mean_norm(inputs[index + 1] - inputs[index], real) / token_norm
     return statistics
-
-
-@contextmanager
-def _evaluating(model):
-    """Evaluation mode; each module is in its own former mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _mean_norm(vectors, real):

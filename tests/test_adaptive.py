@@ -6,6 +6,7 @@ import torch
 from transformers import DynamicCache
 
 from ponder_hf import PonderingError, PonderingForCausalLM
+from ponder_hf.modeling import pondering_readout
 from ponder_hf.modeling.pondering_exit import CRITERIA, PonderingExit
 
 
@@ -237,6 +238,49 @@ def test_the_loss_of_tokens_that_stop_is_that_of_their_last_pass():
     torch.testing.assert_close(
         output.loss, torch.nn.functional.cross_entropy(logits[:-1], row[0, 1:]), rtol=1e-6, atol=0
     )
+
+
+def test_no_gradient_is_missing_without_a_word():
+    model = tiny.pondering_model("llama", pondering_steps=STEPS)
+    row, early = tiny.token_ids(1, 12), PonderingExit(CRITERIA["kl"](), 0.1)
+    with pytest.raises(PonderingError, match="a loss with `pondering_exit` has no gradient of the passes"):
+        model(row, labels=row, pondering_exit=early)
+    assert not model(row, pondering_exit=early).logits.requires_grad
+    with torch.inference_mode():
+        assert model(row, labels=row, pondering_exit=early).loss > 0
+
+
+CHANGES = {
+    "plain matrices": lambda model: None,
+    "a head with a hook": lambda model: model.get_output_embeddings().register_forward_hook(lambda *arguments: None),
+    "an embedding with a hook": lambda model: model.get_input_embeddings().register_forward_pre_hook(
+        lambda *arguments: None
+    ),
+}
+
+
+@pytest.mark.parametrize("chunk", [2**24, 5 * tiny.VOCAB_SIZE], ids=["one chunk", "several chunks"])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+def test_a_criterion_sees_float32(model_type, change, chunk, monkeypatch):
+    monkeypatch.setitem(pondering_readout.CHUNK_ELEMENTS, "cpu", chunk)
+    model = tiny.pondering_model(model_type, torch.bfloat16, pondering_steps=2)
+    change(model)
+    seen = []
+
+    def criterion(logits, previous_logits):
+        seen.append((logits, previous_logits))
+        return logits.new_ones(len(logits))
+
+    with torch.no_grad():
+        model(tiny.token_ids(2, 11), pondering_exit=PonderingExit(criterion, 0.5))
+    assert len(seen) == (2 if chunk == 2**24 else 10)
+    for logits, previous in seen:
+        assert logits.dtype == torch.float32
+        assert previous is None or previous.dtype == torch.float32
+    if model_type == "gemma2" and change is CHANGES["plain matrices"]:  # its cap is 2: bfloat16 has few numbers there
+        logits = torch.cat([logits for logits, _ in seen])
+        assert (logits != logits.bfloat16().float()).float().mean() > 0.5
 
 
 def test_an_object_of_the_user_that_gives_no_distances_is_told_so():

@@ -1,11 +1,19 @@
 """PonderingForCausalLM and PonderingModel: what every argument and field does, against the equations."""
 
+import sys
+
 import pytest
 import tiny
 import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
 from ponder_hf import PonderingError, PonderingForCausalLM, PonderingModel
+from ponder_hf.callbacks import pondering_statistics
+from ponder_hf.data.packing import Blocks
+from ponder_hf.modeling.pondering_backbone import verify_backbone
+from ponder_hf.modeling.pondering_speculation import verify_wave_once
+from ponder_hf.training.draft_heads import train_draft_heads
+from ponder_hf.training.evaluation import evaluate_passes
 
 
 @pytest.fixture
@@ -85,21 +93,48 @@ def test_wrong_steps_of_one_call(input_ids, steps):
         tiny.pondering_model()(input_ids, pondering_steps=steps)
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("weight", [0.0, 0.25])
-def test_the_intermediate_loss(input_ids, weight):
+def test_the_intermediate_loss(input_ids, weight, training):
+    """In evaluation it stands beside the loss, which is the last pass's, so that other weights can be compared."""
     model = tiny.pondering_model(dtype=torch.float64, pondering_steps=3, intermediate_loss_weight=weight)
+    model.train(training)
     output = model(input_ids, labels=input_ids, output_pondering=True)
     losses = [
         torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten())
         for logits in written_out(model, input_ids)
     ]
     torch.testing.assert_close(output.pondering_losses, tuple(losses), rtol=1e-9, atol=0)
-    torch.testing.assert_close(output.loss, losses[-1] + weight * sum(losses[:-1]) / 3, rtol=1e-9, atol=0)
-    assert torch.equal(model(input_ids, labels=input_ids).loss, output.loss)
+    counted = weight if training else 0
+    torch.testing.assert_close(output.loss, losses[-1] + counted * sum(losses[:-1]) / 3, rtol=1e-9, atol=0)
+    by_default = model(input_ids, labels=input_ids)
+    assert torch.equal(by_default.loss, output.loss)
+    assert by_default.pondering_losses == (output.pondering_losses if weight else None)
+
+
+def test_frozen_parts_keep_their_modes(input_ids, monkeypatch):
+    """Whoever evaluates gives each part its own mode back."""
+    base = tiny.base_model("llama").train()
+    base.model.layers[0].eval()
+    for checking in (PonderingForCausalLM, verify_wave_once):
+        monkeypatch.setattr(sys.modules[checking.__module__], "TESTED", frozenset())
+    model = PonderingForCausalLM.from_base(base, pondering_steps=1, pondering_gate="zero_init", draft_heads=1)
+    modes = [part.training for part in model.modules()]
+    assert not any(part.training for part in base.model.layers[0].modules())
+    assert model.training
+    assert model.backbone.lm_head.training
+    assert model.pondering_gate.training
+    verify_backbone(model.backbone)
+    verify_wave_once(model)
+    assert model._wave_is_verified
+    evaluate_passes(model, Blocks(input_ids))
+    train_draft_heads(model, input_ids, steps=1, rows=1)
+    pondering_statistics(model, input_ids)
+    assert [part.training for part in model.modules()] == modes
 
 
 def test_loss_keywords_reach_the_loss(input_ids):
-    model = tiny.pondering_model(intermediate_loss_weight=0.5, pondering_steps=2)
+    model = tiny.pondering_model(intermediate_loss_weight=0.5, pondering_steps=2).train()
     labels = input_ids.clone()
     labels[0, :5] = -100
     count = (labels[:, 1:] != -100).sum()

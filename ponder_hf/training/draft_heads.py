@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from ponder_hf.modeling import PonderingError
-from ponder_hf.modeling.pondering_backbone import backbone_logits
+from ponder_hf.modeling.pondering_backbone import backbone_logits, evaluating
 
 from .trainer import PonderingTrainer
 
@@ -84,7 +84,7 @@ class DraftHeadTrainer(PonderingTrainer):
 def train_draft_heads(model, blocks, steps=600, learning_rate=2e-3, rows=8):
     """Give `model` draft heads, if it has none, and train them in a plain loop; `ponder-hf train` uses Trainer.
 
-    The model is in its former mode afterwards, and what learned before learns again.
+    Each part of the model is in its former mode afterwards, and what learned before learns again.
 
     Args:
         model: a PonderingForCausalLM.
@@ -95,24 +95,23 @@ def train_draft_heads(model, blocks, steps=600, learning_rate=2e-3, rows=8):
     Returns:
         The agreement of each head with the last pass, as a list, a mean over the last tenth of the steps.
     """
-    was_training = model.training
     learned = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    parameters = list(freeze_all_but_heads(model).eval().draft_heads.parameters())
+    parameters = list(freeze_all_but_heads(model).draft_heads.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     agreements = []
     try:
-        for step in range(steps):
-            chosen = (torch.arange(rows) + step * rows) % len(blocks)
-            loss, agreement = draft_head_loss(model, blocks[chosen].long().to(model.device))
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            schedule.step()
-            agreements.append(agreement.detach())
+        with evaluating(model):
+            for step in range(steps):
+                chosen = (torch.arange(rows) + step * rows) % len(blocks)
+                loss, agreement = draft_head_loss(model, blocks[chosen].long().to(model.device))
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(parameters, 1.0)
+                optimizer.step()
+                schedule.step()
+                agreements.append(agreement.detach())
     finally:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in learned)
-        model.train(was_training)
     return torch.stack(agreements[-max(1, steps // 10) :]).mean(0).tolist()

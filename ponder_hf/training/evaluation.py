@@ -5,6 +5,8 @@ import sys
 import torch
 from tqdm.auto import tqdm
 
+from ponder_hf.modeling.pondering_backbone import evaluating
+
 
 _LARGEST_OUTPUT = 1 << 24  # numbers in the logits of all passes of one evaluated batch
 
@@ -16,7 +18,7 @@ def evaluate_passes(model, blocks, pondering_steps=None, progress=False):
     Only as many blocks go through the model at once as keep the logits of all passes small.
 
     Args:
-        model: any causal language model; it is in its former mode afterwards.
+        model: any causal language model; each part of it is in its former mode afterwards.
         blocks: a Blocks.
         pondering_steps: S; None: the model's own. Not for a plain model.
         progress: whether a bar on standard error shows how far it is.
@@ -27,10 +29,8 @@ def evaluate_passes(model, blocks, pondering_steps=None, progress=False):
     num_passes = steps + 1
     per_row = num_passes * blocks.rows.shape[1] * config.vocab_size
     totals = [0.0] * num_passes
-    was_training = model.training
-    model.eval()
     bar = tqdm(total=len(blocks), desc="evaluating", unit=" blocks", disable=not progress, file=sys.stderr)
-    try:
+    with bar, evaluating(model):
         for rows in blocks.rows.split(max(1, _LARGEST_OUTPUT // per_row)):
             ids = rows.long().to(model.device)
             options = {"output_pondering": True, "pondering_steps": steps} if ponders else {}
@@ -38,7 +38,4 @@ def evaluate_passes(model, blocks, pondering_steps=None, progress=False):
             losses = output.pondering_losses if ponders else [output.loss]
             totals = [total + len(rows) * loss.item() for total, loss in zip(totals, losses, strict=True)]
             bar.update(len(rows))
-    finally:
-        bar.close()
-        model.train(was_training)
     return [total / len(blocks) for total in totals]
