@@ -64,6 +64,12 @@ except ImportError:
 
 logger = logging.get_logger(__name__)
 
+# What a class of transformers says about itself. The rest (layers that must not be split, plans of parallelism, parts
+# that stay in float32) transformers gathers from the backbone by itself.
+_SAID_BY_CLASSES = (
+    "_can_compile_fullgraph _compatible_flash_implementations _is_stateful _supports_attention_backend "
+    "_supports_context_parallel _supports_flash_attn _supports_flex_attn _supports_sdpa"
+).split()
 _LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")
 
 
@@ -76,7 +82,7 @@ class PonderingPreTrainedModel(PreTrainedModel):
     config_class = PonderingConfig
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
-    # Whether the backbone really has them is checked by the backbone itself, with the message that users know.
+    # Until there is a backbone, which checks for itself, with the message that users know; then what its class says.
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -87,6 +93,9 @@ class PonderingPreTrainedModel(PreTrainedModel):
         self.backbone = backbone_class(config.base_config)(config.base_config)
         # Masks that `generate` prepares must be of the kind that the backbone's layers expect.
         self.config._attn_implementation_internal = self.backbone.config._attn_implementation
+        for name in _SAID_BY_CLASSES:
+            if hasattr(self.backbone, name):
+                setattr(self, name, getattr(self.backbone, name))
         self.pondering_gate = PonderingGate(self.embedding_size) if config.pondering_gate == "zero_init" else None
         self.draft_heads = DraftHeads(config.draft_heads, self.state_size) if config.draft_heads else None
         if self.draft_heads is not None:
@@ -278,6 +287,7 @@ class PonderingPreTrainedModel(PreTrainedModel):
         """
         config, router_logits = self.config, []
         recording = {key: kwargs.pop(key) for key in ("output_hidden_states", "output_attentions") if key in kwargs}
+        only_last = dict.fromkeys(recording, False)  # where the configuration asks for them, each pass would record
         paged_cache = kwargs.pop("paged_cache", None)
 
         def run_pass(index, **extra):
@@ -292,7 +302,7 @@ class PonderingPreTrainedModel(PreTrainedModel):
         pondering_embedding = PonderingEmbedding(self.backbone, config) if num_steps else None
         hidden_inputs = _scaled(inputs_embeds, config.input_scale * config.embedding_scale)
         for step in range(num_steps):
-            hidden_states = run_pass(step).last_hidden_state
+            hidden_states = run_pass(step, **only_last).last_hidden_state
             if on_hidden_states is not None:
                 on_hidden_states(hidden_states)
             hidden_inputs = hidden_inputs + self.finish_embedding(pondering_embedding(hidden_states))
@@ -337,6 +347,8 @@ class PonderingPreTrainedModel(PreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if use_cache is None:  # training never reads a cache, and recomputed layers cannot fill one
             use_cache = not self.training and getattr(self.config.base_config, "use_cache", True)
+        # A cache that is given is filled and read, whatever else is said: as plain models have it.
+        use_cache = use_cache or past_key_values is not None
         for switch in ("output_hidden_states", "output_attentions"):
             if kwargs.get(switch) is None:
                 kwargs[switch] = getattr(self.config, switch)
@@ -345,10 +357,6 @@ class PonderingPreTrainedModel(PreTrainedModel):
         if use_cache:
             past_key_values = step_cache(past_key_values, self.config.base_config, num_steps + 1)
             mark_owner(past_key_values, self.backbone)
-        elif past_key_values is not None and past_key_values.get_seq_length() > 0:
-            raise PonderingError("`past_key_values` holds tokens but `use_cache` is False: give one or the other")
-        else:
-            past_key_values = None
         return inputs_embeds, num_steps, past_key_values, use_cache
 
 

@@ -61,7 +61,8 @@ def step_cache(past_key_values, base_config, num_passes):
     if len(layers) != num_layers * num_passes:
         raise PonderingError(
             f"`past_key_values` holds {len(layers)} slots, but {num_passes} passes of {num_layers} layers need "
-            f"{num_layers * num_passes}: it was filled with another `pondering_steps` or by another model"
+            f"{num_layers * num_passes}: it was filled with another `pondering_steps`, by another model, or by PEFT's "
+            f"prefix tuning, which needs num_layers={num_layers * num_passes}"
         )
     return past_key_values
 

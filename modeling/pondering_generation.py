@@ -84,7 +84,10 @@ class PonderingGenerationMixin(GenerationMixin):
     # transformers reads the parameters of this method to learn what the model takes.
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
-        model_inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        # The backbone's own, which may know more than transformers' usual one: Phi-3 drops its cache where the text
+        # grows past the length from which other rotations hold, BLOOM makes masks of its own for static caches.
+        prepare = getattr(self.backbone, "prepare_inputs_for_generation", super().prepare_inputs_for_generation)
+        model_inputs = prepare(input_ids, *args, **kwargs)
         call = current_call()
         if call is None:
             return model_inputs

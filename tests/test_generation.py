@@ -146,8 +146,19 @@ def test_a_cache_of_other_steps_or_no_cache_is_refused():
         model(input_ids, past_key_values=cache, use_cache=True, pondering_steps=3)
     with pytest.raises(PonderingError, match="`past_key_values` must be one of transformers' Cache objects"):
         model(input_ids, past_key_values=((torch.zeros(1),),), use_cache=True)
-    with pytest.raises(PonderingError, match="`use_cache` is False"):
-        model(input_ids, past_key_values=cache, use_cache=False)
+
+
+@pytest.mark.parametrize("use_cache", [None, True, False])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_cache_that_is_given_is_used_in_training_too(steps, use_cache):
+    model = tiny.pondering_model("llama", pondering_steps=steps).train()
+    input_ids = tiny.token_ids(2, 7)
+    whole = model(input_ids, use_cache=False)
+    assert whole.past_key_values is None
+    cache = model(input_ids[:, :4], use_cache=True).past_key_values
+    rest = model(input_ids[:, 4:], past_key_values=cache, use_cache=use_cache)
+    torch.testing.assert_close(rest.logits, whole.logits[:, 4:], rtol=1e-4, atol=1e-5)
+    assert cache.get_seq_length() == 7
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral"])

@@ -91,14 +91,15 @@ class _Recorder(TrainerCallback):
 @contextmanager
 def cache_setting_kept(config):
     """Trainer sets `use_cache` to False, and a model that is saved afterwards would say so in its config.json."""
-    before = vars(config).get("use_cache")
+    missing = object()
+    before = getattr(config, "use_cache", missing)
     try:
         yield
     finally:
-        if before is None:
-            vars(config).pop("use_cache", None)
-        else:
+        if before is not missing:
             config.use_cache = before
+        elif hasattr(config, "use_cache"):
+            del config.use_cache
 
 
 def train(model, blocks, label="training", held_out=None, evaluate_every=0, **arguments):
