@@ -30,10 +30,11 @@ from .pondering_backbone import (
     backbone_logits,
     backbone_readout,
     run_backbone,
+    takes_cache,
     verify_backbone,
 )
 from .pondering_base import load_backbone, names_in_memory, read_base_config, split_arguments, understand_config
-from .pondering_cache import CACHE_NAME, given_cache, mark_owner, pass_cache, step_cache
+from .pondering_cache import CACHE_NAME, are_packed, given_cache, mark_owner, pass_cache, step_cache
 
 # transformers 4.57 fetches only the files that this one imports by itself, so it must name all of them.
 from .pondering_call import current_call, keep_settings
@@ -68,7 +69,8 @@ logger = logging.get_logger(__name__)
 # that stay in float32) transformers gathers from the backbone by itself.
 _SAID_BY_CLASSES = (
     "_can_compile_fullgraph _compatible_flash_implementations _is_stateful _supports_attention_backend "
-    "_supports_context_parallel _supports_flash_attn _supports_flex_attn _supports_sdpa"
+    "_supports_context_parallel _supports_flash_attn _supports_flex_attn _supports_sdpa "
+    "supports_gradient_checkpointing"
 ).split()
 _LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")
 
@@ -115,6 +117,11 @@ class PonderingPreTrainedModel(PreTrainedModel):
             nn.init.zeros_(module.weight)
         if isinstance(module, DraftHeads):
             module.reset()
+
+    @classmethod
+    def _can_set_experts_implementation(cls):
+        # transformers looks for the word in this file; the backbone is asked by itself, as about attention.
+        return True
 
     def _set_gradient_checkpointing(self, enable=True, **kwargs):
         # Every layer runs S + 1 times with the same weights: DDP fails on them ("marked as ready twice") where
@@ -345,10 +352,14 @@ class PonderingPreTrainedModel(PreTrainedModel):
         check_steps("pondering_steps", num_steps)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        if use_cache is None:  # training never reads a cache, and recomputed layers cannot fill one
-            use_cache = not self.training and getattr(self.config.base_config, "use_cache", True)
-        # A cache that is given is filled and read, whatever else is said: as plain models have it.
-        use_cache = use_cache or past_key_values is not None
+        if not takes_cache(self.backbone):
+            use_cache, past_key_values = False, None
+        elif past_key_values is not None:  # it is filled and read, whatever else is said: as plain models have it
+            use_cache = True
+        elif use_cache is None:  # training never reads a cache, and recomputed layers cannot fill one
+            # Texts in one row are kept apart only where there is no cache.
+            wanted = not self.training and getattr(self.config.base_config, "use_cache", True)
+            use_cache = wanted and not are_packed(kwargs["position_ids"], kwargs["attention_mask"])
         for switch in ("output_hidden_states", "output_attentions"):
             if kwargs.get(switch) is None:
                 kwargs[switch] = getattr(self.config, switch)
@@ -381,18 +392,11 @@ class PonderingModel(PonderingPreTrainedModel):
             BaseModelOutputWithPast with the last pass's `last_hidden_state` (B, T, d); MoeModelOutputWithPast where
             there are `router_logits`, those of all passes (see `ponder`).
         """
+        inputs = {"attention_mask": attention_mask, "position_ids": position_ids, **kwargs}
         inputs_embeds, num_steps, past_key_values, use_cache = self._prepare(
-            input_ids, inputs_embeds, past_key_values, use_cache, pondering_steps, kwargs
+            input_ids, inputs_embeds, past_key_values, use_cache, pondering_steps, inputs
         )
-        output = self.ponder(
-            inputs_embeds,
-            num_steps,
-            past_key_values,
-            use_cache,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            **kwargs,
-        )
+        output = self.ponder(inputs_embeds, num_steps, past_key_values, use_cache, **inputs)
         router_logits = getattr(output, "router_logits", None)
         output_class = BaseModelOutputWithPast if router_logits is None else MoeModelOutputWithPast
         result = output_class(
@@ -455,14 +459,14 @@ class PonderingForCausalLM(PonderingPreTrainedModel, PonderingGenerationMixin):
             is the last pass's; in training mode with `intermediate_loss_weight` times the mean of the others.
         """
         loss_arguments = {key: kwargs.pop(key) for key in _LOSS_ARGUMENTS if key in kwargs}
+        inputs = {"attention_mask": attention_mask, "position_ids": position_ids, **kwargs}
         inputs_embeds, num_steps, past_key_values, use_cache = self._prepare(
-            input_ids, inputs_embeds, past_key_values, use_cache, pondering_steps, kwargs
+            input_ids, inputs_embeds, past_key_values, use_cache, pondering_steps, inputs
         )
         needs_loss = labels is not None or loss_arguments.get("shift_labels") is not None
         weight = self.config.intermediate_loss_weight
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         step_logits, step_losses = [], []
-        inputs = {"attention_mask": attention_mask, "position_ids": position_ids, **kwargs}
         loss_of = partial(self._loss, labels=labels, loss_arguments=loss_arguments) if needs_loss else None
         if pondering_exit is not None and num_steps:
             if output_pondering:

@@ -14,9 +14,10 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
 
-from .pondering_backbone import backbone_logits, run_backbone, takes_position_ids
-from .pondering_cache import CACHE_NAME, pass_cache, step_cache
+from .pondering_backbone import backbone_logits, changing_rotations, run_backbone, takes_cache, takes_position_ids
+from .pondering_cache import CACHE_NAME, are_packed, pass_cache, step_cache
 from .pondering_embedding import PonderingEmbedding
+from .pondering_errors import PonderingError
 from .pondering_readout import CHUNK_ELEMENTS, chunks
 from .pondering_version import untested_version
 
@@ -43,14 +44,14 @@ class _CompletingCache(Cache):
 
 
 class _Chosen:
-    """The tokens of a pass: some rows of a batch, and in each of them some positions.
+    """The tokens of a pass: some rows of a batch (all with `keeps_rows`), and in each of them some positions.
 
     rows: (b,) indices. active: (b, T) booleans, which tokens of these rows go on. positions: (b, t) indices of the
     tokens that are computed, where a row with fewer names its first one again; None: all T.
     """
 
-    def __init__(self, active, may_shorten):
-        self.rows = active.any(1).nonzero().squeeze(1)
+    def __init__(self, active, may_shorten, keeps_rows=False):
+        self.rows = (active.any(1) | keeps_rows).nonzero().squeeze(1)
         self.active = active[self.rows]
         self.has_all_rows = len(self.rows) == len(active)
         self.is_everything = self.has_all_rows and bool(self.active.all())
@@ -96,9 +97,14 @@ class _Inputs:
         self.config, self.shape = backbone.config, shape
         self.attention_mask, self.position_ids, self.others = attention_mask, position_ids, others
         self.masks = None
+        rotations = changing_rotations(backbone)
+        # Where the largest position says how all are rotated, the token that has it must run with the others.
+        self.keeps_rows = rotations is not None and (position_ids is None or int(position_ids.max()) >= rotations[1])
         self.may_shorten = (
             _MASKS_CAN_BE_MADE
             and untested_version() is None  # rows as they are need no masks of ours
+            and not self.keeps_rows
+            and not hasattr(backbone, "create_masks_for_generate")  # a class that makes masks of its own kind
             and shape[1] > 1
             and position_ids is not None
             and takes_position_ids(backbone)
@@ -155,7 +161,13 @@ class AdaptivePasses:
     def __init__(self, model, num_steps, past_key_values, exit):
         self.model, self.num_steps, self.exit = model, num_steps, exit
         self.num_layers = model.config.num_hidden_layers
-        if past_key_values is None:  # passes hand keys and values on, through a cache of this call
+        if not takes_cache(model.backbone):
+            raise PonderingError(
+                f"early exits need keys and values of earlier passes, but a backbone of model_type "
+                f"{model.backbone.config.model_type!r} keeps none: leave out `pondering_exit_threshold`"
+            )
+        self.has_own_cache = past_key_values is None
+        if self.has_own_cache:  # passes hand keys and values on, through a cache of this call
             past_key_values = step_cache(None, model.config.base_config, num_steps + 1)
         self.past_key_values = past_key_values
         self.memory = [[] for _ in range(self.num_layers)]
@@ -165,13 +177,15 @@ class AdaptivePasses:
     def run(self, hidden_inputs, attention_mask=None, position_ids=None, **others):
         """hidden_inputs: (B, T, d), what pass 0 reads; the rest goes to the backbone. Gives back itself."""
         shape = hidden_inputs.shape[:2]
+        if self.has_own_cache and are_packed(position_ids, attention_mask):
+            attention_mask = _packed_mask(self.model.backbone, hidden_inputs, position_ids)
         inputs = _Inputs(self.model.backbone, shape, attention_mask, position_ids, others)
         active = torch.ones(shape, dtype=torch.bool, device=hidden_inputs.device)
         padding = inputs.padding(active.device)
         self.steps = torch.full(shape, self.num_steps, device=active.device)
         before = (None, None)
         for index in range(self.num_steps + 1):
-            chosen = _Chosen(active, inputs.may_shorten)
+            chosen = _Chosen(active, inputs.may_shorten, inputs.keeps_rows)
             flat = self._run_pass(index, hidden_inputs, chosen, inputs)
             self._keep(flat, active, chosen)
             if index == self.num_steps:
@@ -256,6 +270,23 @@ class AdaptivePasses:
             cache = pass_cache(self.past_key_values, index, self.num_layers)
             for layer_index, (keys, values, args, kwargs) in enumerate(self.memory):
                 cache.update(keys, values, layer_index, *args, **kwargs)
+
+
+def _packed_mask(backbone, hidden_inputs, position_ids):
+    """The mask of rows of several texts, which transformers only makes by itself where there is no cache."""
+    if not _MASKS_CAN_BE_MADE or backbone.config._attn_implementation not in ("eager", "sdpa"):
+        raise PonderingError(
+            "early exits of packed texts need attn_implementation 'sdpa' or 'eager' and a newer transformers: give "
+            "each text a row of its own, padded, with an `attention_mask`"
+        )
+    make = getattr(backbone, "create_masks_for_generate", create_masks_for_generate)
+    return make(
+        config=backbone.config,
+        inputs_embeds=hidden_inputs[..., :0],
+        attention_mask=None,
+        position_ids=position_ids,
+        **{CACHE_NAME: None},
+    )
 
 
 def _going_on(active, stops, padding):

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
+from .pondering_cache import CACHE_NAMES
 from .pondering_errors import PonderingError
 from .pondering_linear import fast_head, fast_layers
 from .pondering_loss import auxiliary_loss, causal_lm_loss
@@ -180,6 +181,32 @@ def num_positions(backbone):
     if getattr(config, "alibi", False) or any("Rotary" in type(module).__name__ for module in backbone.modules()):
         return None
     return getattr(config, "max_position_embeddings", None)
+
+
+def takes_cache(backbone):
+    """Whether its decoder keeps keys and values at all; OpenAI GPT, for one, runs the whole text for every token."""
+    return any(name in _parameters(type(backbone_decoder(backbone))) for name in CACHE_NAMES)
+
+
+def changing_rotations(backbone):
+    """(kind, length): rotary embeddings that turn otherwise in texts longer than `length`. None: always alike.
+
+    kind: "longrope", with one set of frequencies up to there and another beyond, or "dynamic", where each length
+        beyond has its own. Which it is depends on the largest position among all that run together.
+    """
+    config = backbone.config
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    if not isinstance(parameters, dict):
+        return None
+    by_layer = [part for part in parameters.values() if isinstance(part, dict)]
+    for part in by_layer or [parameters]:
+        kind, length = str(part.get("rope_type", part.get("type"))), config.max_position_embeddings
+        if kind == "longrope":
+            name = "original_max_position_embeddings"
+            return kind, part.get(name) or getattr(config, name, None) or length
+        if "dynamic" in kind:
+            return "dynamic", length
+    return None
 
 
 def run_backbone(backbone, inputs_embeds, position_ids=None, past_key_values=None, **kwargs):

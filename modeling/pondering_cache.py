@@ -36,6 +36,16 @@ def given_cache(arguments):
     return given[0] if given else None
 
 
+def are_packed(position_ids, attention_mask=None):
+    """Whether rows hold several texts one behind the other, as positions (B, T) that begin anew say.
+
+    transformers keeps such texts apart where there is neither a mask nor a cache.
+    """
+    if attention_mask is not None or position_ids is None or torch.compiler.is_compiling():
+        return False
+    return position_ids.ndim == 2 and bool((position_ids.diff(dim=-1) != 1).any())
+
+
 def step_cache(past_key_values, base_config, num_passes):
     """Give back `past_key_values` with slots for `num_passes` passes.
 

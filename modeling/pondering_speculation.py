@@ -9,6 +9,7 @@ both choose alike wherever their scores are alike, and the final choice is a sam
 import torch
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from .pondering_backbone import changing_rotations, takes_cache
 from .pondering_cache import CACHE_NAME, given_cache
 from .pondering_errors import PonderingError
 from .pondering_self_check import verify_wave_once
@@ -378,6 +379,7 @@ def speculative_sample(
         PonderingError: something that drafts do not go with.
     """
     _check(generation_config, synced_gpus, model_kwargs)
+    _check_backbone(model.backbone, input_ids.shape[1], stopping_criteria.max_length, model_kwargs)
     mask_kind(model.backbone)  # raises where the wave cannot make one, before the prompt runs
     record = Record(input_ids, stopping_criteria, generation_config, streamer)
     try:
@@ -399,6 +401,28 @@ def speculative_sample(
         **{CACHE_NAME: speculation.wave.cache.give_back(length)},
     )
     return output, speculation
+
+
+def _check_backbone(backbone, prompt_length, max_length, model_kwargs):
+    """Raise where tokens that run ahead would change what the backbone computes for the others."""
+    name = backbone.config.model_type
+    if not takes_cache(backbone):
+        raise PonderingError(f"`num_draft_tokens` needs a cache, but model_type {name!r} keeps none: leave it out")
+    rotations = changing_rotations(backbone)
+    if rotations is None:
+        return
+    kind, length = rotations
+    mask, position_ids = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
+    longest = prompt_length if mask is None else int((mask != 0).sum(-1).max())
+    if position_ids is not None:
+        longest = max(longest, int(position_ids.max()) + 1)
+    # The last token needs no pass. Behind a longer prompt all tokens are rotated alike, if there are but two ways.
+    reached = float("inf") if max_length is None else longest + max_length - prompt_length - 1
+    if reached > length and (kind == "dynamic" or longest <= length):
+        raise PonderingError(
+            f"`num_draft_tokens` cannot follow model_type {name!r} beyond {length} tokens, where its rotary "
+            f"embeddings change ({kind!r}): use max_new_tokens={max(length - longest + 1, 0)} or less, or leave it out"
+        )
 
 
 def _check(generation_config, synced_gpus, model_kwargs):
