@@ -333,10 +333,20 @@ class PonderingPreTrainedModel(PreTrainedModel):
         hidden_inputs = _scaled(inputs_embeds, self.config.input_scale * self.config.embedding_scale)
         return AdaptivePasses(self, num_steps, past_key_values, pondering_exit).run(hidden_inputs, **kwargs)
 
+    def _current_call(self):
+        call = None if torch.compiler.is_compiling() else current_call()
+        return call if call is not None and call.model is self else None
+
+    def _note_autocast(self, device_type):
+        # accelerate puts it around `forward`; drafts, which do not call that, compute in the same.
+        call = self._current_call()
+        if call is not None:
+            call.autocast = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+
     def _default_steps(self):
         # Within `generate` whoever calls the model by itself, as guidance does, means the S of the call.
-        call = None if torch.compiler.is_compiling() else current_call()
-        return call.steps if call is not None and call.model is self else self.config.pondering_steps
+        call = self._current_call()
+        return self.config.pondering_steps if call is None else call.steps
 
     def _prepare(self, input_ids, inputs_embeds, past_key_values, use_cache, pondering_steps, kwargs):
         """Settle what `forward` was called with: (inputs_embeds, S, cache, use_cache, output switches in kwargs)."""
@@ -352,6 +362,7 @@ class PonderingPreTrainedModel(PreTrainedModel):
         check_steps("pondering_steps", num_steps)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        self._note_autocast(inputs_embeds.device.type)
         if not takes_cache(self.backbone):
             use_cache, past_key_values = False, None
         elif past_key_values is not None:  # it is filled and read, whatever else is said: as plain models have it

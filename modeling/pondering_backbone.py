@@ -4,7 +4,9 @@ A backbone is one of transformers' own causal language models, used as it is. To
 logits in a way of its own, extend `finish_logits` and `backbone_readout`; to refuse one, extend `REFUSED`.
 """
 
+import functools
 import inspect
+import types
 from contextlib import contextmanager
 
 import torch
@@ -91,7 +93,12 @@ def finish_logits(logits, base_config):
 
 
 def backbone_logits(backbone, hidden_states):
-    """(..., V), what the backbone itself would put out for its last hidden states (..., d)."""
+    """(..., V), what the backbone itself would put out for its last hidden states (B, T, d) or (n, d).
+
+    The head always sees three dimensions, as hooks on it expect: n tokens are n rows of one token.
+    """
+    if hidden_states.ndim == 2:
+        return backbone_logits(backbone, hidden_states.unsqueeze(1)).squeeze(1)
     with fast_head(hidden_states):
         return finish_logits(backbone.get_output_embeddings()(hidden_states), backbone.config)
 
@@ -100,22 +107,93 @@ def embedding_table(backbone, device=None):
     """(V, d), every token's embedding as the backbone feeds it in, scaled where its embedding module scales (Gemma).
 
     A plain embedding gives its weight itself; any other (scaled, quantised, sharded, wrapped by PEFT) is asked for all
-    rows, by ids on `device`.
+    rows, by ids on `device`. Hooks about tokens, such as NEFTune's noise, act on tokens that are fed in and never on
+    these rows.
     """
     module = backbone.get_input_embeddings()
-    if type(module) is nn.Embedding and _is_bare(module):
+    if type(module) is nn.Embedding and _is_bare_embedding(module):
         return module.weight
     embeddings = [part for part in module.modules() if isinstance(part, nn.Embedding)]
     num_rows = embeddings[-1].num_embeddings if embeddings else len(module.weight)
+    ids = torch.arange(num_rows, device=module.weight.device if device is None else device)
+    return _rows(module, ids.unsqueeze(0)).squeeze(0)
+
+
+def _rows(module, ids):
+    """What an embedding module gives for ids (1, n) without hooks about tokens: (1, n, d)."""
+    module = _without_token_hooks(module)
     # An embedding gives its padding row no gradient; in the pondering sum that row is one like any other.
+    embeddings = [part for part in module.modules() if isinstance(part, nn.Embedding)]
     padding = [(part, part.padding_idx) for part in embeddings if part.padding_idx is not None]
     try:
         for part, _ in padding:
             part.padding_idx = None
-        return module(torch.arange(num_rows, device=module.weight.device if device is None else device))
+        return module(ids)
     finally:
         for part, index in padding:
             part.padding_idx = index
+
+
+# Hooks that these set put a weight in place (sharded, offloaded, normalised) or choose its adapter. All others are
+# about the tokens that pass.
+_OF_WEIGHTS = (
+    "accelerate",
+    "deepspeed",
+    "peft.tuners",
+    "torch",
+    "transformers.distributed",
+    "transformers.integrations.tensor_parallel",
+)
+
+
+def is_about_weights(hook):
+    """Whether a hook was set by a library that holds a module's weights, and not by somebody who looks at tokens."""
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    return f"{getattr(hook, '__module__', None)}.".startswith(tuple(f"{name}." for name in _OF_WEIGHTS))
+
+
+def hooks_of(module):
+    """All hooks before and after the forward pass of a module."""
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+
+
+def _without_token_hooks(module):
+    """The module, or where it has hooks about tokens a copy without them that shares all weights.
+
+    A copy, since other threads may embed tokens meanwhile.
+    """
+    parts = list(module.modules())
+    hooks = [hook for part in parts for hook in hooks_of(part)]
+    if all(is_about_weights(hook) for hook in hooks):
+        return module
+    is_fetched = any(is_about_weights(hook) for hook in hooks) or any(hasattr(part, "_hf_hook") for part in parts)
+    if not is_fetched and not all(_is_whole(weight) for weight in module.parameters()):
+        return module  # by hooks of a library that is not known here
+    return _copy_without_token_hooks(module)
+
+
+def _copy_without_token_hooks(module):
+    copied = object.__new__(type(module))
+
+    def of_copy(value):
+        # Offloading keeps the module in what it puts in the place of its forward pass.
+        if isinstance(value, types.MethodType) and value.__self__ is module:
+            return types.MethodType(value.__func__, copied)
+        if isinstance(value, functools.partial) and any(argument is module for argument in value.args):
+            arguments = (copied if argument is module else argument for argument in value.args)
+            return functools.partial(value.func, *arguments, **value.keywords)
+        return value
+
+    attributes = {name: of_copy(value) for name, value in module.__dict__.items()}
+    for name in ("_forward_pre_hooks", "_forward_hooks"):
+        attributes[name] = {key: hook for key, hook in attributes[name].items() if is_about_weights(hook)}
+    attributes["_modules"] = {
+        name: None if part is None else _copy_without_token_hooks(part) for name, part in module._modules.items()
+    }
+    attributes["_compiled_call_impl"] = None  # would run the module itself, hooks included
+    copied.__dict__.update(attributes)
+    return copied
 
 
 def backbone_readout(backbone):
@@ -124,7 +202,7 @@ def backbone_readout(backbone):
     That is so for a head that is wrapped (PEFT), quantised, sharded, moved by hooks, or of a class of its own.
     """
     head = backbone.get_output_embeddings()
-    if type(head) is not nn.Linear or not _is_bare(head) or head._forward_hooks:
+    if type(head) is not nn.Linear or not _is_bare(head) or hooks_of(head):
         return None
     config = backbone.config
     factor = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
@@ -134,7 +212,7 @@ def backbone_readout(backbone):
 def bare_table(backbone):
     """(weight, scale) of the embedding module, as in `backbone_readout`: rows fed in are scale * weight. Or None."""
     module = backbone.get_input_embeddings()
-    if not _is_bare(module) or getattr(module, "max_norm", None) is not None:
+    if not _is_bare_embedding(module) or getattr(module, "max_norm", None) is not None:
         return None
     if type(module) is nn.Embedding:
         return module.weight, 1.0
@@ -145,13 +223,19 @@ def bare_table(backbone):
 
 
 def _is_bare(module):
-    # Hooks before a module gather what is sharded or offloaded (FSDP, accelerate, DeepSpeed): its weight is not there
-    # yet. Hooks after an embedding, as gradient checkpointing and PEFT set them, are about token ids, not its rows.
-    gathered = module._forward_pre_hooks or hasattr(module, "_hf_hook")
+    # A forward pass that was replaced may do anything; offloading replaces it to fetch the weight.
     weight = getattr(module, "weight", None)
+    return _is_whole(weight) and "forward" not in module.__dict__ and weight.device.type != "meta"
+
+
+def _is_whole(weight):
     # A shard is a DTensor (FSDP2), carries `ds_id` (ZeRO-3) or has no rows outside its unit's forward pass (FSDP1).
-    whole = type(weight) in (nn.Parameter, torch.Tensor) and not hasattr(weight, "ds_id") and weight.numel() > 0
-    return whole and not gathered and weight.device.type != "meta"
+    return type(weight) in (nn.Parameter, torch.Tensor) and not hasattr(weight, "ds_id") and weight.numel() > 0
+
+
+def _is_bare_embedding(module):
+    # Hooks before it may gather what is sharded (FSDP, DeepSpeed): its weight is not there yet.
+    return _is_bare(module) and not any(is_about_weights(hook) for hook in module._forward_pre_hooks.values())
 
 
 def backbone_decoder(backbone):
@@ -251,8 +335,10 @@ def verify_backbone(backbone):
         with torch.no_grad(), evaluating(backbone):
             own = _own_output(backbone, ids)
             expected = own.logits
-            table = embedding_table(backbone)
-            apart = backbone_logits(backbone, run_backbone(backbone, table[ids], use_cache=False).last_hidden_state)
+            table, module = embedding_table(backbone, ids.device), backbone.get_input_embeddings()
+            strangeness = (_rows(module, ids) - table[ids]).abs().max() / table[ids].abs().max()
+            apart = run_backbone(backbone, module(ids), use_cache=False).last_hidden_state
+            apart = backbone_logits(backbone, apart)
             other = backbone(input_ids=other_ids, use_cache=False).logits
     except (RuntimeError, TypeError, AttributeError, ValueError, IndexError) as error:
         first_line = str(error).split("\n")[0]
@@ -261,6 +347,8 @@ def verify_backbone(backbone):
     scale = expected.abs().max()
     if table.shape[0] != expected.shape[-1]:
         raise PonderingError(f"{name}: it embeds {table.shape[0]} tokens but predicts {expected.shape[-1]}")
+    if not strangeness <= tolerance:
+        raise PonderingError(f"{name}: its embedding of a token depends on the tokens around it")
     if apart.shape != expected.shape or not (apart - expected).abs().max() <= tolerance * scale:
         raise PonderingError(f"{name}: it does more between tokens and logits than embedding, decoder and head")
     if not (other - expected)[:, :-1].abs().max() <= tolerance * scale:

@@ -40,6 +40,7 @@ class GenerationCall:
         num_draft_tokens: how far ahead the model may guess; 0: not at all.
         draft_source: where the guesses come from (pondering_drafts.py); None without guesses.
         model: whose call it is.
+        autocast: (whether it was on, its dtype) within the model's forward pass, as the last one saw it.
         acceptance_rate: the share of guesses that proved right, told by whoever drafts.
         steps_used: list of (first slot, (B, T) steps that each position took), one entry a forward pass; filled only
             where tokens may take fewer than S.
@@ -49,7 +50,7 @@ class GenerationCall:
         self.model = model
         self.steps, self.exit = steps, exit
         self.num_draft_tokens, self.draft_source = num_draft_tokens, draft_source
-        self.acceptance_rate = 0.0
+        self.acceptance_rate, self.autocast = 0.0, None
         self.steps_used = []
         self.slot_offset = None  # of the first token of `input_ids`, where the prompt was embeddings or cached before
 

@@ -1,6 +1,6 @@
 """What PonderingForCausalLM returns."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -79,12 +79,13 @@ class PonderingCausalLMOutput(CausalLMOutputWithPast):
 
     def __post_init__(self):
         """As transformers does it, without reading `logits`: the versions up to 5.0 would make them here."""
-        given = {field.name: self.__dict__.get(field.name) for field in fields(self)}
-        if isinstance(given["loss"], dict):  # so accelerate makes an output of the items of another
-            given, self.__dict__["loss"] = given["loss"], None
-        for name, value in given.items():
-            if value is not None:
-                self[name] = value
+        waiting = self.__dict__.get("logits")
+        if not isinstance(waiting, LogitsOnDemand):
+            super().__post_init__()
+            return
+        self.__dict__["logits"] = (waiting,)  # in its place among the items
+        super().__post_init__()
+        self["logits"] = waiting
 
     def _replace_old_cache_name(self, key):
         # transformers 5.24 asks this of each key, and by itself warns of the old name.

@@ -6,10 +6,12 @@ softmax of the scores. The noise of a token's place is drawn once and the same f
 both choose alike wherever their scores are alike, and the final choice is a sample that no draft can bias.
 """
 
+import functools
+
 import torch
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from .pondering_backbone import changing_rotations, takes_cache
+from .pondering_backbone import changing_rotations, hooks_of, is_about_weights, takes_cache
 from .pondering_cache import CACHE_NAME, given_cache
 from .pondering_errors import PonderingError
 from .pondering_self_check import verify_wave_once
@@ -32,6 +34,13 @@ _MODEL_ARGUMENTS = frozenset(
     "attention_mask cache cache_position inputs_embeds logits_to_keep past_key_values pondering_steps position_ids "
     "use_cache".split()
 )
+# What plain generation calls of the model for each token, and drafts do not.
+_PASSED_BY = ("forward", "__call__", "ponder", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
+_PACKAGE = __name__.rpartition(".")[0]
+_OWN = (f"{_PACKAGE}.modeling_pondering", f"{_PACKAGE}.pondering_generation")
+# Whose functions around a method leave its result what it is, but for autocast, which the wave runs under as well.
+_TRANSPARENT = ("torch", "accelerate.hooks", "accelerate.utils.operations")
+_INSTEAD = "do so on the head (`get_output_embeddings()`) or in a logits processor, or set num_draft_tokens=0"
 
 
 class Noise:
@@ -256,6 +265,7 @@ class Speculation:
             model_kwargs.get("position_ids"),
             self.max_length + self.shift,
             self.source,
+            call.autocast,
         )
         self.finished_flights = []
         self._begin(output.logits[:, -1])
@@ -380,6 +390,7 @@ def speculative_sample(
     """
     _check(generation_config, synced_gpus, model_kwargs)
     _check_backbone(model.backbone, input_ids.shape[1], stopping_criteria.max_length, model_kwargs)
+    check_wrapping(model)
     mask_kind(model.backbone)  # raises where the wave cannot make one, before the prompt runs
     record = Record(input_ids, stopping_criteria, generation_config, streamer)
     try:
@@ -437,3 +448,84 @@ def _check(generation_config, synced_gpus, model_kwargs):
     for name, value in model_kwargs.items():
         if name not in _MODEL_ARGUMENTS and value is not None:
             raise PonderingError(f"`{name}` does not reach drafted tokens: leave it out, or `num_draft_tokens`")
+
+
+def check_wrapping(model):
+    """Raise unless what stands around the model, which drafts do not call, leaves its logits as they are.
+
+    Raises:
+        PonderingError: a hook on the model, or on all modules, or a replaced method might change them.
+    """
+    for hook in hooks_of(model):
+        if not is_about_weights(hook):
+            raise PonderingError(
+                f"`num_draft_tokens` does not run the hook {_name(hook)} on the model, which may change what it "
+                f"gives: {_INSTEAD}"
+            )
+    every = torch.nn.modules.module
+    for hooks in (getattr(every, "_global_forward_pre_hooks", {}), getattr(every, "_global_forward_hooks", {})):
+        if hooks:
+            raise PonderingError(
+                f"`num_draft_tokens` does not run the hook {_name(next(iter(hooks.values())))} of all modules on the "
+                "model: remove it, or set num_draft_tokens=0"
+            )
+    for hook in _offloading_hooks(getattr(model, "_hf_hook", None)):
+        if not type(hook).__module__.startswith("accelerate."):
+            raise PonderingError(
+                f"`num_draft_tokens` does not run accelerate's hook {type(hook).__name__} on the model, which may "
+                f"change what it gives: {_INSTEAD}"
+            )
+    for name in _PASSED_BY:
+        method = getattr(model, name, None)
+        if method is not None and not _is_original(method):
+            raise _replaced(name, method)
+
+
+def _replaced(name, method):
+    configuration = getattr(getattr(method, "__self__", None), "active_peft_config", None)
+    if getattr(configuration, "is_prompt_learning", False):
+        kind = getattr(configuration.peft_type, "value", configuration.peft_type)
+        return PonderingError(
+            f"`num_draft_tokens` does not go with PEFT's {kind}, whose virtual tokens drafts do not see: set "
+            "num_draft_tokens=0"
+        )
+    return PonderingError(
+        f"`num_draft_tokens` does not call the model's `{name}`, which was replaced ({_name(method)}) and may change "
+        f"what it gives: {_INSTEAD}"
+    )
+
+
+def _is_original(method):
+    """Whether a method is this code's or transformers', perhaps within autocast, compilation or offloading."""
+    while method is not None:
+        if _is_adapters(method):
+            return True
+        method = getattr(method, "__func__", method)
+        inner = method.func if isinstance(method, functools.partial) else method
+        home = getattr(inner, "__globals__", {}).get("__name__") or type(inner).__module__
+        if home in _OWN or home.startswith("transformers.generation."):
+            return True
+        if home.startswith("torch.nn.modules."):  # __call__
+            return True
+        if not f"{home}.".startswith(tuple(f"{name}." for name in _TRANSPARENT)):
+            return False
+        method = getattr(method, "__wrapped__", None)
+    return False
+
+
+def _is_adapters(method):
+    # PEFT puts its own `prepare_inputs_for_generation` in, also where it only calls the model's.
+    configuration = getattr(getattr(method, "__self__", None), "active_peft_config", None)
+    return configuration is not None and not configuration.is_prompt_learning
+
+
+def _offloading_hooks(hook):
+    if hook is None:
+        return []
+    return [one for part in hook.hooks for one in _offloading_hooks(part)] if hasattr(hook, "hooks") else [hook]
+
+
+def _name(function):
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__qualname__", type(function).__name__)

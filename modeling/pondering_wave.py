@@ -127,14 +127,25 @@ class Wave:
         position_ids: (B, T) of the prompt, or None.
         num_columns: how many columns there will be at most.
         draft_source: see pondering_drafts.py.
+        autocast: (whether it is on, its dtype) in which the model's forward pass computes; None: as here and now.
     """
 
-    def __init__(self, model, past_key_values, num_steps, attention_mask, position_ids, num_columns, draft_source):
+    def __init__(
+        self,
+        model,
+        past_key_values,
+        num_steps,
+        attention_mask,
+        position_ids,
+        num_columns,
+        draft_source,
+        autocast=None,
+    ):
         self.model, self.backbone, self.num_steps = model, model.backbone, num_steps
         config = model.config
         self.cache = WaveCache(past_key_values, config.num_hidden_layers, num_steps + 1, num_columns)
         self.batch_size, self.prompt_length = self.cache.batch_size, self.cache.prompt_length
-        self.draft_source = draft_source
+        self.draft_source, self.autocast = draft_source, autocast
         self.num_ticks = self.num_rows_run = 0
         # Where it computes, which is not where its weights wait while it does not (offloading).
         self.device = past_key_values.layers[0].keys.device
@@ -176,7 +187,11 @@ class Wave:
             pass S. What belongs to no token is meaningless.
         """
         with self.mode():
-            return self._tick(flights, entering)
+            if self.autocast is None:
+                return self._tick(flights, entering)
+            enabled, dtype = self.autocast
+            with torch.autocast(self.device.type, dtype=dtype, enabled=enabled):
+                return self._tick(flights, entering)
 
     def _tick(self, flights, entering):
         self.num_ticks += 1
@@ -186,7 +201,7 @@ class Wave:
         self.num_rows_run += len(columns)
         if first == 0:
             config = self.model.config
-            embedded = self.input_embeddings(entering)
+            embedded = self.input_embeddings(entering.unsqueeze(1)).squeeze(1)
             if self.inputs is None:
                 self.inputs = embedded.new_zeros(len(self.row_ids), embedded.shape[1])
             self.inputs[:size] = _scaled(embedded, config.input_scale * config.embedding_scale)

@@ -338,13 +338,17 @@ def _wrap_head(model):
     model.set_output_embeddings(wrapped)
 
 
+def _replace_forward(module):
+    forward = module.forward
+    module.forward = lambda *arguments: forward(*arguments)
+
+
 OPAQUE = {
     "a head of another class": _wrap_head,
     "a hook before the head": lambda model: model.get_output_embeddings().register_forward_pre_hook(lambda *_: None),
     "a hook after the head": lambda model: model.get_output_embeddings().register_forward_hook(lambda *_: None),
-    "a hook before the embedding": lambda model: model.get_input_embeddings().register_forward_pre_hook(
-        lambda *_: None
-    ),
+    "a head with another forward pass": lambda model: _replace_forward(model.get_output_embeddings()),
+    "an embedding with another forward pass": lambda model: _replace_forward(model.get_input_embeddings()),
 }
 
 

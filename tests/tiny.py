@@ -112,7 +112,11 @@ def plain_pondering(backbone, input_ids, steps, **kwargs):
     """Ten lines of pondering by nothing but the backbone's own forward pass: logits (B, T, V) of the last pass."""
     module = backbone.get_input_embeddings()
     table = module(torch.arange(module.num_embeddings))
-    hidden_inputs = module(input_ids)
+    return plain_pondering_of(backbone, module(input_ids), table, steps, **kwargs)
+
+
+def plain_pondering_of(backbone, hidden_inputs, table, steps, **kwargs):
+    """The same of embeddings (B, T, d) and the table's rows (V, d)."""
     for _ in range(steps):
         logits = backbone(inputs_embeds=hidden_inputs, use_cache=False, **kwargs).logits
         hidden_inputs = hidden_inputs + logits.softmax(-1) @ table
