@@ -117,7 +117,8 @@ def read_headers(folder):
     """
     names = shard_names(folder)
     if names is None:
-        raise PonderingError(_no_weights(folder))
+        names = sorted(path.name for path in folder.iterdir())
+        raise PonderingError(no_weights(str(folder), names, f"F={str(folder)!r}"))
     tensors = {}
     for name in names:
         if not (folder / name).is_file():
@@ -132,16 +133,32 @@ def read_headers(folder):
     return tensors
 
 
-def _no_weights(folder):
-    names = sorted(path.name for path in folder.iterdir())
+# Rewrites pickled weights as safetensors beside them, every tensor, and runs no code of theirs.
+_MAKE_SAFETENSORS = (
+    "import glob, torch, huggingface_hub as h; {place}; h.save_torch_state_dict({{k: v for f in "
+    "glob.glob(F + '/{pickles}') for k, v in torch.load(f, map_location='cpu', weights_only=True).items()}}, F)"
+)
+
+
+def no_weights(source, names, place):
+    """What to say of a checkpoint without safetensors files.
+
+    Args:
+        source: what the message calls it. names: of its files.
+        place: a line of Python that names its folder, with h for huggingface_hub: "F=..."
+    """
     pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+    weights = [name for name in pickles if name.startswith("pytorch_model")]
     others = [name for name in names if name.endswith(".safetensors")]
     if "adapter_config.json" in names:
-        return f"{folder} is a PEFT adapter: merge it into its base model and save that first"
+        return f"{source} is a PEFT adapter: merge it into its base model and save that first"
     if others:
-        return f"{folder} has {others[0]} but neither {WEIGHTS} nor {INDEX}: give the file its own name back"
+        return f"{source} has {others[0]} but neither {WEIGHTS} nor {INDEX}: give the file its own name back"
     if pickles:
+        pattern = "pytorch_model*.bin" if weights else pickles[0]
+        command = _MAKE_SAFETENSORS.format(place=place, pickles=pattern)
         return (
-            f"{folder} has only pickled weights ({pickles[0]}), which are never read: convert it to safetensors first"
+            f"{source} has only pickled weights ({(weights or pickles)[0]}), which are never read: convert it to "
+            f'safetensors first, by python -c "{command}", and give the folder F'
         )
-    return f"{folder} has no weights: {WEIGHTS} or {INDEX} must lie in it"
+    return f"{source} has no weights: {WEIGHTS} or {INDEX} must lie in it"

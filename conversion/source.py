@@ -3,13 +3,13 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import list_repo_files, snapshot_download
 
 from ponder_hf import PonderingConfig, PonderingError
 from ponder_hf.errors import reading
 
 from .checksums import check_files
-from .headers import INDEX, WEIGHTS, read_headers, read_json, shard_names
+from .headers import INDEX, WEIGHTS, no_weights, read_headers, read_json, shard_names
 from .travel import TEMPLATE_PATTERN, TRAVELLING_FILES, TRAVELLING_FOLDERS
 
 
@@ -96,7 +96,22 @@ def _download(name, revision):
     with reading(name):
         snapshot_download(name, revision=folder.name, allow_patterns=names)
     check_files(name, [path for path in missing if path.exists()])
+    if shard_names(folder) is None:
+        raise PonderingError(_nothing_downloaded(name, folder, revision))
     return folder
+
+
+def _nothing_downloaded(name, folder, revision):
+    """What to say of a model on the Hub that has no safetensors files, by the names of the files that it has."""
+    try:
+        with reading(name):
+            names = list_repo_files(name, revision=folder.name)
+    except PonderingError:  # offline: what is in the cache
+        names = [path.name for path in folder.iterdir()]
+    at = "" if revision is None else f", revision={revision!r}"
+    copy = name.replace("/", "-")
+    place = f"F=h.snapshot_download({name!r}{at}, local_dir={copy!r})"
+    return no_weights(name, sorted(name for name in names if "/" not in name), place)
 
 
 def _not_a_model(name, folder):

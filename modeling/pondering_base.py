@@ -237,14 +237,22 @@ def load_backbone(source, base_config, fields=(), **loading):
         PonderingError: the checkpoint lacks a weight, or has one of another shape or one that the model does not know.
     """
     loading.setdefault("dtype", "auto")
-    backbone, report = AutoModelForCausalLM.from_pretrained(
-        source,
-        config=base_config,
-        use_safetensors=True,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # so that they are reported, and raised below
-        **loading,
-    )
+    try:
+        backbone, report = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=base_config,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that they are reported, and raised below
+            **loading,
+        )
+    except OSError as error:
+        if "safetensors" not in str(error):
+            raise
+        raise PonderingError(
+            f"{source} has no safetensors files, and pickled weights are never read: `ponder-hf convert "
+            f"{source} DEST` says by which command to make safetensors of them"
+        ) from error
     for key, stored, expected in sorted(report["mismatched_keys"]):
         raise PonderingError(
             f"{source} has the weight {key} with shape {tuple(stored)}, where its config.json means "

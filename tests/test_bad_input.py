@@ -194,7 +194,7 @@ BROKEN_SOURCES = {
     "swapped shards": (swapped_shards, ["names the weight"]),
     "index out of the folder": (index_out_of_the_folder, ["model.safetensors.index.json"]),
     "pickle under another name": (pickle_under_another_name, ["is not a safetensors file"]),
-    "pickle only": (pickle_only, ["pytorch_model.bin", "convert it to safetensors first"]),
+    "pickle only": (pickle_only, ["pytorch_model.bin", "convert it to safetensors first, by python -c"]),
     "LFS pointer": (lfs_pointer, ["git lfs pull"]),
     "no weights": (no_weights, ["has no weights"]),
     "an adapter": (adapter, ["merge it"]),

@@ -32,7 +32,7 @@ def test_a_model_on_the_hub(tmp_path):
             ("somebody/model", "no", "--revision", "nothing"): "no such revision",
             ("somebody/gated", "no"): "is gated",
             ("nobody/model", "no"): "no such model on the Hub",
-            ("somebody/pickled", "no"): "no weights",
+            ("somebody/pickled", "no"): "somebody/pickled has only pickled weights (pytorch_model.bin)",
         }
         for words, says in refusals.items():
             assert says in client.refused("convert", *words)
