@@ -3,6 +3,8 @@
 import difflib
 import math
 
+import transformers
+
 from .pondering_errors import PonderingError
 from .pondering_version import check_transformers
 
@@ -238,14 +240,13 @@ class PonderingConfig(PretrainedConfig):
     def __setattr__(self, name, value):
         if name in PONDERING_FIELDS:
             PONDERING_FIELDS[name][1](name, value)
-            if name == "pondering_top_k" and value is not None and value > self.vocab_size:
-                raise PonderingError(
-                    f"`pondering_top_k` is {value}, but the vocabulary has {self.vocab_size} entries: "
-                    f"use at most {self.vocab_size}, or null for the whole vocabulary"
-                )
+            if name == "pondering_top_k":
+                check_vocabulary(value, self.vocab_size)
         elif name.startswith("pondering_"):
             raise unknown_field(name)
         elif not _is_own(name) and "base_config" in self.__dict__:
+            if name == "vocab_size":
+                check_vocabulary(self.__dict__.get("pondering_top_k"), value)
             _write(self.base_config, name, value)
             return
         super().__setattr__(name, value)
@@ -301,6 +302,11 @@ class PonderingConfig(PretrainedConfig):
         output = {name: value for name, value in output.items() if _is_own(name)}
         return output if dtype is None else {**output, "dtype": dtype}
 
+    def save_pretrained(self, *args, **kwargs):
+        """As transformers', of a configuration that loads again."""
+        check_vocabulary(self.pondering_top_k, self.vocab_size)
+        return super().save_pretrained(*args, **kwargs)
+
     def get_text_config(self, *args, **kwargs):
         """The configuration of the decoder that runs in every pass: the backbone's."""
         base_config = self.__dict__.get("base_config")
@@ -312,6 +318,15 @@ for _name in dir(PretrainedConfig):
         setattr(PonderingConfig, _name, _OfBackbone(_name))
 
 
+def check_vocabulary(top_k, vocab_size):
+    """Raise where `pondering_top_k` says more entries than the vocabulary has."""
+    if top_k is not None and top_k > vocab_size:
+        raise PonderingError(
+            f"`pondering_top_k` is {top_k}, but the vocabulary has {vocab_size} entries: "
+            f"use at most {vocab_size}, or null for the whole vocabulary"
+        )
+
+
 def unknown_field(name):
     """The error for a pondering field that does not exist, with the nearest one that does."""
     near = difflib.get_close_matches(name, PONDERING_FIELDS, n=1)
@@ -321,7 +336,7 @@ def unknown_field(name):
 
 def _as_config(base_config, changes):
     """The backbone's configuration, and those of the `changes` to it that are not in it yet."""
-    if isinstance(base_config, PonderingConfig):
+    if getattr(base_config, "model_type", None) == PonderingConfig.model_type:  # also of a checkpoint's own code
         raise PonderingError("`base_config` is itself a pondering configuration: give the plain backbone's")
     if isinstance(base_config, PretrainedConfig):
         return base_config, changes
@@ -344,4 +359,24 @@ def _as_config(base_config, changes):
     return config_class(**fields, **now), {name: changes[name] for name in later if name in changes}
 
 
+class NoClassifier:
+    """Stands where transformers looks for a classifier or a reward model that ponders, and says that there is none."""
+
+    config_class = PonderingConfig
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        raise PonderingError(
+            "pondering models only predict tokens: classifiers and reward models of them are not supported; "
+            "`ponder-hf export` or `model.to_base()` gives the plain backbone, which transformers makes one of"
+        )
+
+    _from_config = from_pretrained
+
+
 PonderingConfig.register_for_auto_class()
+# Otherwise transformers would list a hundred configurations that it knows.
+for _name in ("SequenceClassification", "TokenClassification", "QuestionAnswering"):
+    _auto_class = getattr(transformers, f"AutoModelFor{_name}", None)
+    if _auto_class is not None:
+        _auto_class.register(PonderingConfig, NoClassifier, exist_ok=True)

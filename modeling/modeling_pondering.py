@@ -12,6 +12,7 @@ This file holds only that. The backbone is transformers' own model, unchanged; w
 pondering_backbone.py. Positions and masks are the tokens' own, the same in every pass.
 """
 
+import difflib
 from functools import partial
 
 import torch
@@ -21,7 +22,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, MoeModelOutputWithPast
 from transformers.utils import logging
 
-from .configuration_pondering import PonderingConfig, check_steps
+from .configuration_pondering import PonderingConfig, check_steps, check_vocabulary
 from .pondering_adaptive import AdaptivePasses
 from .pondering_attention import vocabulary_attention  # noqa: F401
 from .pondering_backbone import (
@@ -171,6 +172,22 @@ class PonderingPreTrainedModel(PreTrainedModel):
     def set_output_embeddings(self, value):
         self.backbone.set_output_embeddings(value)
 
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, *args, **kwargs):
+        """As transformers', to a vocabulary that has at least `pondering_top_k` entries.
+
+        Raises:
+            PonderingError: it would have fewer; nothing has changed then.
+        """
+        top_k, size = self.config.pondering_top_k, new_num_tokens
+        if size is not None and pad_to_multiple_of:
+            size += -size % pad_to_multiple_of
+        if size is not None and top_k is not None and size < top_k:
+            raise PonderingError(
+                f"`pondering_top_k` is {top_k}, more than the {size} entries that the vocabulary would have: set "
+                f"`model.config.pondering_top_k` to {size} or less first, or to None for the whole vocabulary"
+            )
+        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, *args, **kwargs)
+
     @classmethod
     def from_base(cls, base, **arguments):
         """Make a pondering model from a plain one, keeping every weight and its dtype.
@@ -259,6 +276,7 @@ class PonderingPreTrainedModel(PreTrainedModel):
         FSDP2 makes a subclass within torch for each sharded module; transformers would name that one in config.json
         and write torch's files beside it instead of these.
         """
+        check_vocabulary(self.config.pondering_top_k, self.config.vocab_size)
         current = type(self)
         self.__class__ = next(parent for parent in current.__mro__ if not parent.__module__.startswith("torch."))
         try:
@@ -357,6 +375,7 @@ class PonderingPreTrainedModel(PreTrainedModel):
             past_key_values = given_cache({"cache": cache, "past_key_values": past_key_values})
         if (input_ids is None) == (inputs_embeds is None):
             raise PonderingError("give exactly one of `input_ids` and `inputs_embeds`")
+        _check_names(kwargs)
         self._verify_once()
         num_steps = self._default_steps() if pondering_steps is None else pondering_steps
         check_steps("pondering_steps", num_steps)
@@ -555,6 +574,18 @@ class PonderingForCausalLM(PonderingPreTrainedModel, PonderingGenerationMixin):
         if readout is not None:
             return linear_causal_lm_loss(hidden_states, readout, labels, **loss_arguments)
         return causal_lm_loss(backbone_logits(self.backbone, hidden_states), labels, **loss_arguments)
+
+
+_PONDERING_ARGUMENTS = ("pondering_steps", "output_pondering", "pondering_exit")
+
+
+def _check_names(kwargs):
+    """Raise for a keyword about pondering that does not exist; a backbone would take it and do nothing."""
+    for name in kwargs:
+        if "ponder" in name or name in ("num_steps", "on_hidden_states"):
+            near = difflib.get_close_matches(name, _PONDERING_ARGUMENTS, n=1, cutoff=0.5)
+            hint = f"did you mean `{near[0]}`?" if near else f"there are {', '.join(_PONDERING_ARGUMENTS)}"
+            raise PonderingError(f"the forward pass takes no `{name}`: {hint}")
 
 
 def _check_base_model(base, loading):

@@ -262,9 +262,14 @@ def takes_position_ids(backbone):
 def num_positions(backbone):
     """The length of the backbone's table of positions, or None where positions are computed (rotations, ALiBi)."""
     config = backbone.config
-    if getattr(config, "alibi", False) or any("Rotary" in type(module).__name__ for module in backbone.modules()):
+    if getattr(config, "alibi", False):
         return None
-    return getattr(config, "max_position_embeddings", None)
+    for module in backbone.modules():
+        # Sinusoids that can be computed anew grow with the text (XGLM).
+        if "Rotary" in type(module).__name__ or hasattr(module, "get_embedding"):
+            return None
+    # MPT's ALiBi is a table, of that length.
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
 
 
 def takes_cache(backbone):

@@ -14,6 +14,7 @@ them. So strategies that hand on their arguments (to an assistant, say) do not h
 
 import contextlib
 import contextvars
+import difflib
 
 from .configuration_pondering import check_steps
 from .pondering_drafts import read_source
@@ -28,6 +29,7 @@ SETTINGS = (
     "num_draft_tokens",
     "draft_source",
 )
+_OF_FORWARD = ("output_pondering", "pondering_exit")  # of forward, which transformers hands on
 _CALL = contextvars.ContextVar("pondering_generation_call", default=None)
 
 
@@ -61,6 +63,7 @@ class GenerationCall:
         Raises:
             PonderingError: one of them is wrong, or they do not go together.
         """
+        _check_names(kwargs, generation_config, model.generation_config)
         values, criterion_of_call = {}, kwargs.get("pondering_exit_criterion")
         for name in SETTINGS:
             sources = [kwargs.pop(name, None), getattr(generation_config, name, None)]
@@ -89,6 +92,19 @@ class GenerationCall:
             )
         source = read_source(draft_source, model)
         return cls(steps, exit, num_draft_tokens, source if num_draft_tokens else None, model)
+
+
+def _check_names(kwargs, *generation_configs):
+    """Raise for a setting about pondering or drafts that does not exist, whoever makes it."""
+    names = [*kwargs]
+    for config in generation_configs:
+        names += [] if config is None else [*config.__dict__]
+    for name in names:
+        is_ours = "ponder" in name or "draft" in name or name == "num_steps"
+        if is_ours and name not in (*SETTINGS, *_OF_FORWARD):
+            near = difflib.get_close_matches(name, SETTINGS, n=1, cutoff=0.5)
+            hint = f"did you mean `{near[0]}`?" if near else f"the settings are {', '.join(SETTINGS)}"
+            raise PonderingError(f"`{name}` is no setting of generate: {hint}")
 
 
 def current_call():

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from .configuration_pondering import check_vocabulary
 from .pondering_attention import can_attend
 from .pondering_backbone import backbone_logits, backbone_readout, bare_table, embedding_table, finish_logits
 from .pondering_topk import top_k_embedding, top_k_of_scores
@@ -44,6 +45,7 @@ class PonderingEmbedding:
 
     def __init__(self, backbone, config):
         self.backbone, self.config = backbone, config
+        check_vocabulary(config.pondering_top_k, config.vocab_size)  # which anyone may have changed
         self.readout, self.table = backbone_readout(backbone), bare_table(backbone)
         self.kernel = "plain"
         if self.readout is not None and self.table is not None:

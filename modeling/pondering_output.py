@@ -12,8 +12,8 @@ from .pondering_readout import compute_dtype
 class LogitsOnDemand:
     """Stands in an output for logits that nobody may want. Calling it gives them; they are made at most once.
 
-    What accelerate does to an output in half precision, raising each tensor to float32, works on this, too, and
-    makes nothing.
+    Whoever computes with it gets them as well: attributes, operators and functions of torch are the tensor's. What
+    only hands it on makes nothing: accelerate, which raises each tensor to float32 and moves it to a device, `detach`.
 
     make: called without arguments, gives the logits (B, T, V).
     dtype: theirs.
@@ -29,6 +29,48 @@ class LogitsOnDemand:
 
     def float(self):
         return LogitsOnDemand(lambda: self().float(), torch.float32)
+
+    def to(self, *args, **kwargs):
+        named = [value for value in (*args, kwargs.get("dtype")) if isinstance(value, torch.dtype)]
+        return LogitsOnDemand(lambda: self().to(*args, **kwargs), named[0] if named else self.dtype)
+
+    def detach(self):
+        return LogitsOnDemand(lambda: self().detach(), self.dtype)
+
+    def __getattr__(self, name):
+        if name.startswith("__"):  # asked of any object, by copy and pickle for instance
+            raise AttributeError(name)
+        return getattr(self(), name)
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        def made(value):
+            return value() if isinstance(value, cls) else value
+
+        args = [[*map(made, value)] if isinstance(value, (list, tuple)) else made(value) for value in args]
+        return function(*args, **{name: made(value) for name, value in (kwargs or {}).items()})
+
+    def __reduce__(self):
+        return _itself, (self(),)  # copies and pickles hold the tensor
+
+
+def _itself(value):
+    return value
+
+
+def _operator(name):
+    return lambda self, *args: getattr(self(), name)(
+        *(arg() if isinstance(arg, LogitsOnDemand) else arg for arg in args)
+    )
+
+
+# Python looks these up on the class only.
+for _name in (
+    "add radd sub rsub mul rmul truediv rtruediv floordiv mod pow rpow matmul rmatmul neg abs eq ne lt le gt ge "
+    "getitem len iter bool int float contains array"
+).split():
+    setattr(LogitsOnDemand, f"__{_name}__", _operator(f"__{_name}__"))
+LogitsOnDemand.__hash__ = object.__hash__  # which __eq__ would take away
 
 
 def logits_on_demand(head, hidden_states):
@@ -57,8 +99,8 @@ class PonderingCausalLMOutput(CausalLMOutputWithPast):
     router_logits: tuple of (S + 1) L tensors (B * T, experts): those of layer l in pass i at i * L + l.
 
     In training, where the loss never needs the logits whole, `logits` are made when they are first read: by name, by
-    key, by index or with the tuple. What only walks through an output and hands it on, as accelerate, DDP, FSDP and
-    pytree do by `items()` and `values()`, gets a LogitsOnDemand in their place and makes nothing.
+    key, by index, as a dict or with the tuple. What only walks through an output and hands it on, as accelerate, DDP,
+    FSDP and pytree do by `items()` and `values()`, gets a LogitsOnDemand in their place and makes nothing.
     """
 
     pondering_logits: tuple[torch.FloatTensor, ...] | None = None

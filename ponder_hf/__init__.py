@@ -3,6 +3,9 @@
 Importing it registers the pondering classes with transformers' Auto classes.
 """
 
+import contextlib
+import sys
+
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .modeling import PonderingConfig, PonderingError, PonderingForCausalLM, PonderingModel
@@ -14,6 +17,21 @@ __all__ = ["PonderingConfig", "PonderingError", "PonderingForCausalLM", "Ponderi
 AutoConfig.register(PonderingConfig.model_type, PonderingConfig)
 AutoModel.register(PonderingConfig, PonderingModel)
 AutoModelForCausalLM.register(PonderingConfig, PonderingForCausalLM)
+
+
+def _adopt_errors():
+    """Let `except PonderingError` catch what a checkpoint's own code raises that was loaded before this package.
+
+    Each such code has an error class of its own. It becomes a child of this one.
+    """
+    for name, module in [*sys.modules.items()]:
+        if name.startswith("transformers_modules.") and name.endswith(".pondering_errors"):
+            theirs = getattr(module, "PonderingError", None)
+            with contextlib.suppress(TypeError, AttributeError):  # the code of release 0.1.0: ValueError catches it
+                theirs.__bases__ = (PonderingError,)
+
+
+_adopt_errors()
 
 
 def _push_to_hub(self, repo_id, **arguments):

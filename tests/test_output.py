@@ -88,6 +88,56 @@ def test_other_reads_are_those_of_any_output():
     assert not calls
 
 
+COMPUTED = {
+    "attributes": lambda logits: (*logits.shape, logits.ndim, logits.device.type == "cpu", logits.requires_grad),
+    "methods": lambda logits: logits.argmax(-1),
+    "detach": lambda logits: logits.detach() + 0,
+    "to": lambda logits: logits.to(torch.float64) + 0,
+    "operators": lambda logits: (-(logits * 2 - 1) / logits) ** 2 @ logits.transpose(1, 2),
+    "from the right": lambda logits: 1 - torch.ones(()) * logits,
+    "comparisons": lambda logits: (logits == logits, logits > 0),
+    "indices": lambda logits: logits[..., -1],
+    "length": lambda logits: len(logits),
+    "rows": lambda logits: [*logits],
+    "functions of torch": lambda logits: torch.nn.functional.log_softmax(logits, dim=-1),
+    "functions of lists": lambda logits: torch.stack([logits, logits]),
+    "functions by keyword": lambda logits: torch.softmax(input=logits, dim=-1),
+    "losses": lambda logits: torch.nn.functional.cross_entropy(logits[0], torch.zeros(9, dtype=torch.long)),
+    "numpy": lambda logits: logits.detach().numpy().tolist(),
+}
+
+
+@pytest.mark.parametrize("compute", COMPUTED.values(), ids=COMPUTED)
+def test_whoever_computes_with_an_item_gets_what_the_logits_give(compute):
+    output, calls = training_output(tiny.token_ids(2, 9))
+    (stand_in,) = (value for value in dict(output.items()).values() if not torch.is_tensor(value))
+    found = compute(stand_in)
+    assert len(calls) == 1
+    torch.testing.assert_close(found, compute(output.logits), rtol=0, atol=0)
+
+
+def test_a_dict_of_all_items_works_as_one_of_tensors():
+    output, calls = training_output(tiny.token_ids(2, 9), output_pondering=True)
+    detached = {name: value.detach() for name, value in output.items() if not isinstance(value, tuple)}
+    moved = {name: value.to("cpu") for name, value in detached.items()}
+    assert not calls
+    torch.testing.assert_close(moved["logits"]().detach(), output.logits.detach(), rtol=0, atol=0)
+    for made in (dict(output), {**output}, output | {}, dict(zip(output, output.to_tuple(), strict=True))):
+        assert list(made) == ["loss", "logits", "pondering_logits", "pondering_losses"]
+        assert made["logits"] is output.logits
+    assert len(calls) == 1
+    for copied in (pickle.loads(pickle.dumps(moved)), copy.deepcopy(moved)):
+        assert all(torch.is_tensor(value) for value in copied.values())
+
+
+def test_a_stand_in_is_itself_in_sets_and_has_no_special_attributes():
+    output, calls = training_output(tiny.token_ids(2, 9))
+    stand_in = dict(output.items())["logits"]
+    assert stand_in in {stand_in}
+    assert not hasattr(stand_in, "__cuda_array_interface__")
+    assert not calls
+
+
 def test_copies_and_pickles_hold_the_logits():
     output, _ = training_output(tiny.token_ids(2, 9))
     assert copy.copy(output).logits is output.logits

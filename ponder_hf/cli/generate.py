@@ -2,6 +2,7 @@
 
 import sys
 import time
+from contextlib import contextmanager
 
 from ponder_hf import PonderingError
 from ponder_hf.errors import reading, understanding
@@ -62,23 +63,24 @@ def run(args):
     model = load_pondering(source)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    _check_tokens(inputs["input_ids"], args.max_new_tokens, model.config, source.name)
+    _check_tokens(inputs["input_ids"], model.config, source.name)
     if args.seed is not None:
         set_seed(args.seed)
     sampling = {"do_sample": args.do_sample or args.temperature is not None or args.top_p is not None}
     sampling |= {name: getattr(args, name) for name in ("temperature", "top_p") if getattr(args, name) is not None}
     pondering = {name: getattr(args, name) for name in PONDERING if getattr(args, name) is not None}
     start = time.perf_counter()
-    output = model.generate(
-        **inputs.to(model.device),
-        max_new_tokens=args.max_new_tokens,
-        pad_token_id=_pad_token(model, tokenizer),
-        num_beams=1,  # whatever generation_config.json says: text cannot come as it is made otherwise
-        streamer=None if args.json else TextStreamer(tokenizer, skip_special_tokens=True),
-        return_dict_in_generate=True,
-        **sampling,
-        **pondering,
-    )
+    with _errors_named_by_flags():
+        output = model.generate(
+            **inputs.to(model.device),
+            max_new_tokens=args.max_new_tokens,
+            pad_token_id=_pad_token(model, tokenizer),
+            num_beams=1,  # whatever generation_config.json says: text cannot come as it is made otherwise
+            streamer=None if args.json else TextStreamer(tokenizer, skip_special_tokens=True),
+            return_dict_in_generate=True,
+            **sampling,
+            **pondering,
+        )
     seconds = time.perf_counter() - start
     tokens = output.sequences[0]
     new_tokens = len(tokens) - inputs["input_ids"].shape[1]
@@ -141,23 +143,23 @@ def _read_prompt(prompt):
     return prompt
 
 
-def _check_tokens(ids, max_new_tokens, config, name):
-    """Raise unless the model has an embedding for every token id and a position for every token."""
-    count = ids.shape[1]
-    if count == 0:
+@contextmanager
+def _errors_named_by_flags():
+    """A context in which errors of `model.generate` name the flag; it checks itself whether the text is too long."""
+    try:
+        yield
+    except PonderingError as error:
+        raise type(error)(str(error).replace("max_new_tokens=", "--max-new-tokens ")) from error
+
+
+def _check_tokens(ids, config, name):
+    """Raise unless the model has an embedding for every token id."""
+    if ids.shape[1] == 0:
         raise PonderingError("the prompt is empty to this tokenizer: give a longer text")
     if ids.max() >= config.vocab_size:
         raise PonderingError(
             f"the tokenizer in {name} gives token id {ids.max().item()}, but the model's vocabulary has "
             f"{config.vocab_size} entries: put the model's own tokenizer there"
-        )
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and count + max_new_tokens > positions:
-        raise PonderingError(
-            f"{count} tokens of prompt and {max_new_tokens} new ones are more than the {positions} positions of the "
-            f"model: use --max-new-tokens {positions - count} or less"
-            if count < positions
-            else f"the prompt has {count} tokens, but the model has only {positions} positions: give a shorter text"
         )
 
 

@@ -1,10 +1,40 @@
 """Read sources one after another, with a progress bar on standard error."""
 
+import atexit
+import contextlib
+import functools
 import sys
+import weakref
 
 from tqdm.auto import tqdm
 
 
+_OPEN = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all():
+    for generator in [*_OPEN]:
+        with contextlib.suppress(ValueError):  # a thread still runs it
+            generator.close()
+
+
+def closed_at_exit(function):
+    """Make a generator function whose generators are closed when Python ends, where nobody reads them to their end.
+
+    Otherwise Python closes them, and the files in them, after the modules that this needs are gone.
+    """
+
+    @functools.wraps(function)
+    def make(*args, **kwargs):
+        generator = function(*args, **kwargs)
+        _OPEN.add(generator)
+        return generator
+
+    return make
+
+
+@closed_at_exit
 def read_pieces(sources, text_field, progress=False):
     """Yield the pieces of all these sources in order.
 

@@ -10,7 +10,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from ponder_hf.modeling import PonderingError
 
 from .packing import Blocks, as_example, not_enough, pack, too_little_text
-from .progress import read_pieces
+from .progress import closed_at_exit, read_pieces
 
 
 class StreamError(PonderingError):
@@ -53,6 +53,7 @@ class StreamedBlocks(IterableDataset):
         """Begin with another shuffling. Trainer and accelerate call this; for a stream that repeats, always with 0."""
         self.epoch = epoch
 
+    @closed_at_exit
     def __iter__(self):
         worker = get_worker_info()
         first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from ponder_hf.modeling import PonderingError
 
+from .progress import closed_at_exit
+
 
 PIECE_SIZE = 1 << 16  # bytes of a file that are read at once, characters of a document in one piece
 MAX_JSON_LINE = 1 << 26  # bytes; a line must be held as a whole to be understood
@@ -44,6 +46,7 @@ class Piece:
     starts_document: bool
 
 
+@closed_at_exit
 def read_text(paths, text_field="text", advance=None):
     """Yield the pieces of all documents in these files, in order. A plain text file is one document.
 
