@@ -240,13 +240,13 @@ class PonderingConfig(PretrainedConfig):
     def __setattr__(self, name, value):
         if name in PONDERING_FIELDS:
             PONDERING_FIELDS[name][1](name, value)
-            if name == "pondering_top_k":
-                check_vocabulary(value, self.vocab_size)
+            if name == "pondering_top_k" and value is not None:
+                check_vocabulary(self, top_k=value)
         elif name.startswith("pondering_"):
             raise unknown_field(name)
         elif not _is_own(name) and "base_config" in self.__dict__:
             if name == "vocab_size":
-                check_vocabulary(self.__dict__.get("pondering_top_k"), value)
+                check_vocabulary(self, vocab_size=value)
             _write(self.base_config, name, value)
             return
         super().__setattr__(name, value)
@@ -304,7 +304,7 @@ class PonderingConfig(PretrainedConfig):
 
     def save_pretrained(self, *args, **kwargs):
         """As transformers', of a configuration that loads again."""
-        check_vocabulary(self.pondering_top_k, self.vocab_size)
+        check_vocabulary(self)
         return super().save_pretrained(*args, **kwargs)
 
     def get_text_config(self, *args, **kwargs):
@@ -318,9 +318,13 @@ for _name in dir(PretrainedConfig):
         setattr(PonderingConfig, _name, _OfBackbone(_name))
 
 
-def check_vocabulary(top_k, vocab_size):
-    """Raise where `pondering_top_k` says more entries than the vocabulary has."""
-    if top_k is not None and top_k > vocab_size:
+def check_vocabulary(config, top_k=None, vocab_size=None):
+    """Raise where `top_k` is more than `vocab_size`; each is the configuration's own where it is not given."""
+    top_k = config.pondering_top_k if top_k is None else top_k
+    if top_k is None:
+        return
+    vocab_size = config.vocab_size if vocab_size is None else vocab_size
+    if top_k > vocab_size:
         raise PonderingError(
             f"`pondering_top_k` is {top_k}, but the vocabulary has {vocab_size} entries: "
             f"use at most {vocab_size}, or null for the whole vocabulary"

@@ -276,7 +276,7 @@ class PonderingPreTrainedModel(PreTrainedModel):
         FSDP2 makes a subclass within torch for each sharded module; transformers would name that one in config.json
         and write torch's files beside it instead of these.
         """
-        check_vocabulary(self.config.pondering_top_k, self.config.vocab_size)
+        check_vocabulary(self.config)
         current = type(self)
         self.__class__ = next(parent for parent in current.__mro__ if not parent.__module__.startswith("torch."))
         try:

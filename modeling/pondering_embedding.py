@@ -45,7 +45,7 @@ class PonderingEmbedding:
 
     def __init__(self, backbone, config):
         self.backbone, self.config = backbone, config
-        check_vocabulary(config.pondering_top_k, config.vocab_size)  # which anyone may have changed
+        check_vocabulary(config)  # which anyone may have changed
         self.readout, self.table = backbone_readout(backbone), bare_table(backbone)
         self.kernel = "plain"
         if self.readout is not None and self.table is not None:
