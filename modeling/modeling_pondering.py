@@ -34,7 +34,14 @@ from .pondering_backbone import (
     takes_cache,
     verify_backbone,
 )
-from .pondering_base import load_backbone, names_in_memory, read_base_config, split_arguments, understand_config
+from .pondering_base import (
+    NeverSaved,
+    load_backbone,
+    names_in_memory,
+    read_base_config,
+    split_arguments,
+    understand_config,
+)
 from .pondering_cache import CACHE_NAME, are_packed, given_cache, mark_owner, pass_cache, step_cache
 
 # transformers 4.57 fetches only the files that this one imports by itself, so it must name all of them.
@@ -227,6 +234,7 @@ class PonderingPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def _around(cls, backbone, config):
+        config._name_or_path = NeverSaved()
         # Built without memory first: the backbone's random weights would be thrown away.
         with torch.device("meta"):
             model = cls(config)

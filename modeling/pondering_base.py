@@ -76,6 +76,27 @@ _LEGACY_FIELDS = frozenset(
 )
 
 
+class NeverSaved(str):
+    """The name of a model that was made in memory: empty, and as text it says why nothing can be loaded by it.
+
+    TRL's trainers load a reference model by the name of the model that they train, and transformers makes text of it.
+    """
+
+    __slots__ = ()
+
+    def __str__(self):
+        return (
+            "(a pondering model made in memory, so there is no checkpoint to load it from again: save_pretrained it "
+            "and load that folder, or give the trainer its ref_model)"
+        )
+
+    def __format__(self, specification):  # as part of a longer text, such as a tag of a model card, it stays empty
+        return ""
+
+    def __reduce_ex__(self, protocol):  # so does a copy, pickled or in YAML
+        return str, ()
+
+
 def _hidden_size(raw):
     return raw["n_embd"] if "n_embd" in raw else raw["hidden_size"]
 

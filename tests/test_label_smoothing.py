@@ -8,7 +8,8 @@ from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 from transformers import Trainer, TrainingArguments
 
-from ponder_hf import PonderingForCausalLM
+from ponder_hf import PonderingError, PonderingForCausalLM
+from ponder_hf.training.trainer import PonderingTrainer
 
 
 FACTOR = 0.1
@@ -31,12 +32,12 @@ def smoothed(logits, labels):
     return functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), label_smoothing=FACTOR)
 
 
-def trainer(folder, model, rows):
+def trainer(folder, model, rows, trainer_class=Trainer):
     arguments = TrainingArguments(
         str(folder), report_to=[], use_cpu=True, label_smoothing_factor=FACTOR, disable_tqdm=True, max_steps=1
     )
     rows = [{"input_ids": row, "labels": row} for row in rows]
-    return Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
+    return trainer_class(model=model, args=arguments, train_dataset=rows, eval_dataset=rows)
 
 
 class FSDPPonderingForCausalLM(PonderingForCausalLM):
@@ -58,6 +59,19 @@ def test_the_loss_is_that_of_the_next_tokens(tmp_path, change):
     loss = made.compute_loss(model, {"input_ids": rows, "labels": rows})
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     assert loss.requires_grad
+
+
+def test_the_losses_of_the_passes_stand_beside_it(tmp_path):
+    rows = tiny.token_ids(4, 11)
+    model = tiny.pondering_model("llama", pondering_steps=2)
+    passes = model(rows, labels=rows, output_pondering=True).pondering_losses
+    found = trainer(tmp_path, model, rows, PonderingTrainer).evaluate()
+    assert abs(found["eval_loss"] - smoothed(model(rows).logits, rows).item()) < 1e-4
+    for index, loss in enumerate(passes):
+        assert abs(found[f"eval_pass_{index}_loss"] - loss.item()) < 1e-4
+    model.config.intermediate_loss_weight = 0.5
+    with pytest.raises(PonderingError, match="label_smoothing_factor goes with the logits of the last pass alone"):
+        trainer(tmp_path, model, rows, PonderingTrainer)
 
 
 def test_where_ponder_hf_is_not(tmp_path):

@@ -61,7 +61,10 @@ def refused(folder, capsys, assert_refused):
         ([*RUN, "--optim", "adamm"], ["adamm"]),
         ([*RUN, "--eval-strategy", "steps"], ["--validation", "--held-out"]),
         ([*RUN, "--bf16", "--fp16", "--use-cpu"], ["fp16 and bf16"]),
-        ([*RUN, "--label-smoothing-factor", "0.1"], ["--label-smoothing-factor"]),
+        (
+            [*RUN, "--label-smoothing-factor", "0.1", "--intermediate-loss-weight", "0.3"],
+            ["label_smoothing_factor", "intermediate_loss_weight is 0.3"],
+        ),
         ([*RUN, "--report-to", "nobody"], ["nobody"]),
         ([*RUN, "--lora-r", "0", "--lora"], ["--lora-r"]),
         ([*RUN, "--lora", "--lora-target-modules", "query_key_valu"], ["did you mean query_key_value"]),

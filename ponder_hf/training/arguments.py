@@ -20,7 +20,6 @@ NOT_ARGUMENTS = {
     "do_predict": "there is nothing to predict",
     "parallelism_config": "it takes an object, not text: use a script with Trainer",
     "use_cache": "training never keeps a cache",
-    "label_smoothing_factor": "Trainer smooths labels for its own model classes only, and would not shift them here",
     "use_liger_kernel": "its kernels replace the backbone's loss, which a pondering model does not use",
 }
 # Where a later release of transformers renamed an argument: the old name means the new one.

@@ -28,7 +28,7 @@ from .material import Material, block_size_of, load_material
 from .options import TrainOptions
 from .record import check_fields, make_record, resumed_options
 from .source import Start, find_start, pondering_start
-from .trainer import PonderingTrainer
+from .trainer import PonderingTrainer, check_smoothing
 from .watch import Progress, ResumeProgress
 
 
@@ -110,6 +110,7 @@ def make_plan(options):
     block_size_of(options, start.config)
     settings = make_arguments(options.folder, arguments)
     _check_settings(options, settings)
+    check_smoothing(settings, start.config)
     material = load_material(options, start.tokenizer, start.config, settings.data_seed or settings.seed)
     if record is not None and record["fingerprint"] != material.fingerprint:
         raise PonderingError(
@@ -142,6 +143,10 @@ def _check_settings(options, settings):
         raise PonderingError("--per-device-train-batch-size and --gradient-accumulation-steps must be at least 1")
     if options.draft_heads and settings.world_size > 1:
         raise PonderingError("--draft-heads trains in one process: start it without a launcher")
+    if options.draft_heads and settings.label_smoothing_factor:
+        raise PonderingError(
+            "--label-smoothing-factor does nothing with --draft-heads, which learn no labels: leave it out"
+        )
     if settings.learning_rate <= 0:
         raise PonderingError(f"--learning-rate must be > 0, got {settings.learning_rate}")
     if settings.max_steps < 1 and settings.num_train_epochs <= 0:

@@ -13,6 +13,7 @@ from transformers.utils.hub import PushInProgress
 
 from ponder_hf.errors import TrainingStopped
 from ponder_hf.hub.training import push_in_background, push_result, write_card
+from ponder_hf.modeling import PonderingError
 
 from .checkpoints import PARTIAL, final_model, last_checkpoint, publish, remove_oldest
 from .simple import cache_setting_kept
@@ -22,10 +23,35 @@ RECORD = "ponder_training.json"  # in every checkpoint: what it was made with
 _PROGRESS = "loss_since_log"
 
 
+def check_smoothing(settings, config):
+    """Raise where Trainer would smooth labels and leave a part of the loss out without a word.
+
+    Args:
+        settings: TrainingArguments.
+        config: a PonderingConfig.
+
+    Raises:
+        PonderingError: the loss of the model has a part that a smoothed loss has not.
+    """
+    if not settings.label_smoothing_factor:
+        return
+    parts = {
+        "intermediate_loss_weight": config.intermediate_loss_weight,
+        "output_router_logits": getattr(config.base_config, "output_router_logits", False),
+    }
+    for name, value in parts.items():
+        if value:
+            raise PonderingError(
+                f"label_smoothing_factor goes with the logits of the last pass alone, and {name} is {value}: "
+                "set one of them to 0"
+            )
+
+
 class PonderingTrainer(Trainer):
     """A Trainer for pondering models.
 
     - Evaluation gives the loss of each pass: `eval_pass_0_loss` .. `eval_pass_{S}_loss`, in nats per token.
+      `eval_loss` is the last one, whatever `intermediate_loss_weight` is.
     - A loss that is no finite number ends the training, and weights that are none are never saved.
     - A checkpoint appears whole or not at all, with the code of the model in it; so does the model at the end.
     - Resuming goes on with the loss that was summed since the last log, so that it logs what an unbroken run does.
@@ -44,6 +70,7 @@ class PonderingTrainer(Trainer):
         model = kwargs.get("model", args[0] if args else None)
         with cache_setting_kept(model.config):
             super().__init__(*args, **kwargs)
+        check_smoothing(self.args, model.config)
 
     @property
     def pondering_model(self):
@@ -74,8 +101,12 @@ class PonderingTrainer(Trainer):
         kwargs.pop("num_items_in_batch", None)
         rows = len(inputs["labels"])
         # One position's logits: only the losses are wanted, and those never need all of them at once.
-        inputs = {**inputs, "output_pondering": True, "logits_to_keep": 1, "use_cache": False}
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        of_passes = {**inputs, "output_pondering": True, "logits_to_keep": 1, "use_cache": False}
+        if self.label_smoother is None and self.compute_loss_func is None:
+            loss, outputs = super().compute_loss(model, of_passes, return_outputs=True, **kwargs)
+        else:  # a loss of all logits, for which the model gets no labels
+            loss, _ = super().compute_loss(model, {**inputs, "use_cache": False}, return_outputs=True, **kwargs)
+            outputs = model(**of_passes)
         losses = torch.stack([each.detach().float() for each in outputs.pondering_losses])
         # One line a row, so that rows which a last batch was filled up with are cut as they are for `eval_loss`.
         self._pass_losses.append(self.accelerator.gather_for_metrics(losses.repeat(rows, 1)).cpu())
