@@ -1,5 +1,6 @@
 """Make a pondering checkpoint from a plain one, or from one that the method's authors wrote."""
 
+import json
 import re
 
 import torch
@@ -74,11 +75,14 @@ def convert(
     names = travelling_files(found.folder)
     check_space(path, found.num_bytes)
     model = load_converted(found, empty_model, {**pondering_fields, **reading_arguments})
-    if any(name.name in TOKENIZER_FILES for name in names):
-        _name_tokenizer(model.config, found)
+    tokenizer_class = _unnamed_tokenizer(found) if any(name.name in TOKENIZER_FILES for name in names) else None
+    if tokenizer_class is not None:
+        model.config.tokenizer_class = tokenizer_class
     with whole_folder(destination, overwrite) as folder:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         copy_files(names, found.folder, folder)
+        if tokenizer_class is not None:
+            _name_tokenizer(folder / TOKENIZER_CONFIG, tokenizer_class)
     return {
         "source": found.name,
         "revision": found.revision,
@@ -146,14 +150,19 @@ def _unused(names, empty_model):
     }
 
 
-def _name_tokenizer(config, found):
-    """Say in config.json which tokenizer the files need, where only the backbone's model_type said so until now."""
+def _unnamed_tokenizer(found):
+    """The class of the tokenizer where its own files do not name it, but config.json or the model_type; or None."""
     tokenizer_config = found.folder / TOKENIZER_CONFIG
-    named = read_json(tokenizer_config).get("tokenizer_class") if tokenizer_config.is_file() else None
-    if named is None:
-        named = found.config.get("tokenizer_class") or TOKENIZER_MAPPING_NAMES.get(found.config.get("model_type"))
-        if named is not None:
-            config.tokenizer_class = named
+    if tokenizer_config.is_file() and read_json(tokenizer_config).get("tokenizer_class") is not None:
+        return None
+    named = found.config.get("tokenizer_class") or TOKENIZER_MAPPING_NAMES.get(found.config.get("model_type"))
+    return "PreTrainedTokenizerFast" if named == "TokenizersBackend" else named  # as transformers 4.57 calls it, too
+
+
+def _name_tokenizer(path, tokenizer_class):
+    """Name the class in tokenizer_config.json, where every transformers finds it without the model's configuration."""
+    settings = read_json(path) if path.is_file() else {}
+    path.write_text(json.dumps({**settings, "tokenizer_class": tokenizer_class}, indent=2) + "\n", encoding="utf-8")
 
 
 def check_shard_size(size):

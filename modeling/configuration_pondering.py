@@ -320,7 +320,7 @@ for _name in dir(PretrainedConfig):
 
 def check_vocabulary(config, top_k=None, vocab_size=None):
     """Raise where `top_k` is more than `vocab_size`; each is the configuration's own where it is not given."""
-    top_k = config.pondering_top_k if top_k is None else top_k
+    top_k = config.__dict__.get("pondering_top_k") if top_k is None else top_k  # not there while it is made
     if top_k is None:
         return
     vocab_size = config.vocab_size if vocab_size is None else vocab_size

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import checkpoints
+import elsewhere
 import pytest
 import tiny
 import torch
@@ -125,6 +126,15 @@ def test_a_tokenizer_whose_class_its_own_files_do_not_tell(tmp_path, shared, tol
     before, after = (AutoTokenizer.from_pretrained(folder) for folder in (base, tmp_path / "pondering"))
     assert type(after) is type(before)
     assert after.eos_token == before.eos_token == "<|endoftext|>"
+    settings = json.loads((tmp_path / "pondering/tokenizer_config.json").read_text())
+    assert settings == {"model_max_length": 1024, "tokenizer_class": "GPT2Tokenizer"}
+    (base / "tokenizer_config.json").unlink()
+    convert(base, tmp_path / "pondering", overwrite=True)
+    program = """
+from transformers import AutoTokenizer
+print(AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=False).eos_token)
+"""
+    assert elsewhere.run(program, tmp_path / "home", tmp_path / "pondering") == "<|endoftext|>\n"
 
 
 def authors_checkpoint(folder, **flags):

@@ -15,7 +15,7 @@ from transformers import (
     LlamaModel,
 )
 
-from ponder_hf import PonderingError, PonderingForCausalLM
+from ponder_hf import PonderingConfig, PonderingError, PonderingForCausalLM
 from ponder_hf.conversion import convert
 from ponder_hf.modeling.pondering_backbone import num_positions
 
@@ -65,6 +65,13 @@ def test_a_vocabulary_that_is_set_by_hand(tmp_path):
     assert not (tmp_path / "made").exists()
     model.config.pondering_top_k = 50
     assert model(torch.tensor([[3, 4]])).logits.shape == (1, 2, 50)
+
+
+def test_a_configuration_with_another_vocabulary():
+    base = tiny.base_config("llama")
+    assert PonderingConfig(base, vocab_size=50, pondering_top_k=50).vocab_size == 50
+    with pytest.raises(PonderingError, match="vocabulary has 50 entries"):
+        PonderingConfig(base, vocab_size=50, pondering_top_k=51)
 
 
 # from_base
