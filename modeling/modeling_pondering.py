@@ -33,6 +33,7 @@ from .pondering_backbone import (
     run_backbone,
     takes_cache,
     verify_backbone,
+    warn_of_what_never_runs,
 )
 from .pondering_base import (
     NeverSaved,
@@ -194,6 +195,14 @@ class PonderingPreTrainedModel(PreTrainedModel):
                 f"`model.config.pondering_top_k` to {size} or less first, or to None for the whole vocabulary"
             )
         return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, *args, **kwargs)
+
+    def get_decoder(self):
+        """The model without its head: all passes."""
+        return self
+
+    def get_encoder(self, modality=None):
+        """There is none: the model itself then, as transformers and PEFT have it."""
+        return self
 
     @classmethod
     def from_base(cls, base, **arguments):
@@ -390,6 +399,8 @@ class PonderingPreTrainedModel(PreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         self._note_autocast(inputs_embeds.device.type)
+        if not torch.compiler.is_compiling():
+            warn_of_what_never_runs(self.backbone)
         if not takes_cache(self.backbone):
             use_cache, past_key_values = False, None
         elif past_key_values is not None:  # it is filled and read, whatever else is said: as plain models have it
@@ -461,6 +472,10 @@ class PonderingForCausalLM(PonderingPreTrainedModel, PonderingGenerationMixin):
         passes.config, passes.backbone, passes.pondering_gate = self.config, self.backbone, self.pondering_gate
         passes.training, passes._verify_once = self.training, self._verify_once
         return passes
+
+    def get_decoder(self):
+        """As `base_model`: with the head it gives the logits. One pass alone is `backbone.get_decoder()`."""
+        return self.base_model
 
     def forward(
         self,

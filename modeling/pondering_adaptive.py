@@ -14,7 +14,14 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
 
-from .pondering_backbone import backbone_logits, changing_rotations, run_backbone, takes_cache, takes_position_ids
+from .pondering_backbone import (
+    AdapterRows,
+    backbone_logits,
+    changing_rotations,
+    run_backbone,
+    takes_cache,
+    takes_position_ids,
+)
 from .pondering_cache import CACHE_NAME, are_packed, pass_cache, step_cache
 from .pondering_embedding import PonderingEmbedding
 from .pondering_errors import PonderingError
@@ -173,9 +180,14 @@ class AdaptivePasses:
         self.memory = [[] for _ in range(self.num_layers)]
         self.embedding = PonderingEmbedding(model.backbone, model.config)
         self.hidden_states = self.logits = self.steps = None
+        self.adapters, self.row_of_tokens = AdapterRows(model), None
 
-    def run(self, hidden_inputs, attention_mask=None, position_ids=None, **others):
+    def run(self, hidden_inputs, **inputs):
         """hidden_inputs: (B, T, d), what pass 0 reads; the rest goes to the backbone. Gives back itself."""
+        with self.adapters:
+            return self._run(hidden_inputs, **inputs)
+
+    def _run(self, hidden_inputs, attention_mask=None, position_ids=None, **others):
         shape = hidden_inputs.shape[:2]
         if self.has_own_cache and are_packed(position_ids, attention_mask):
             attention_mask = _packed_mask(self.model.backbone, hidden_inputs, position_ids)
@@ -191,6 +203,8 @@ class AdaptivePasses:
             if index == self.num_steps:
                 self.logits = None
                 break
+            if self.adapters.exist:
+                self.row_of_tokens = active.nonzero()[:, 0].tolist()
             embedding, logits, stops = self._evaluate(flat, *before)
             embedding = self.model.finish_embedding(embedding)
             if chosen.is_everything:
@@ -221,6 +235,8 @@ class AdaptivePasses:
         cache = pass_cache(self.past_key_values, index, self.num_layers, _CompletingCache)
         cache.chosen, cache.memory = chosen, self.memory
         arguments = inputs.of(chosen, hidden_inputs, cache)
+        if self.adapters.exist:
+            self.adapters.rows = chosen.rows.tolist()
         output = run_backbone(
             self.model.backbone, chosen.take(hidden_inputs), past_key_values=cache, use_cache=True, **arguments
         )
@@ -238,6 +254,8 @@ class AdaptivePasses:
         if at_once:
             embeddings.append(self.embedding(flat.unsqueeze(0))[0])
         for part in parts:
+            if self.adapters.exist:
+                self.adapters.rows = self.row_of_tokens[part]
             if at_once:
                 logits = self.embedding.wide_logits(flat[part])
             else:
@@ -247,6 +265,7 @@ class AdaptivePasses:
             if previous is None and flat_before is not None:
                 previous = self.embedding.wide_logits(flat_before[part])
             stops.append(self.exit.converged(logits, previous))
+        self.adapters.rows = self.row_of_tokens
         return torch.cat(embeddings), logits if len(parts) == 1 else None, torch.cat(stops)
 
     def _keep(self, flat, active, chosen):

@@ -115,6 +115,13 @@ def embedding_table(backbone, device=None):
         return module.weight
     embeddings = [part for part in module.modules() if isinstance(part, nn.Embedding)]
     num_rows = embeddings[-1].num_embeddings if embeddings else len(module.weight)
+    for part in module.modules():
+        for hook in part._forward_pre_hooks.values():
+            if len(getattr(hook, "keywords", {}).get("adapter_names", ())) > 1:
+                raise PonderingError(
+                    "`adapter_names` for several rows does not work with adapters of the embedding, which all rows "
+                    "ponder over: call the model once for each adapter"
+                )
     ids = torch.arange(num_rows, device=module.weight.device if device is None else device)
     return _rows(module, ids.unsqueeze(0)).squeeze(0)
 
@@ -148,9 +155,14 @@ _OF_WEIGHTS = (
 
 def is_about_weights(hook):
     """Whether a hook was set by a library that holds a module's weights, and not by somebody who looks at tokens."""
+    return hook_origin(hook).startswith(tuple(f"{name}." for name in _OF_WEIGHTS))
+
+
+def hook_origin(hook):
+    """The module that a hook is defined in, and a dot."""
     while isinstance(hook, functools.partial):
         hook = hook.func
-    return f"{getattr(hook, '__module__', None)}.".startswith(tuple(f"{name}." for name in _OF_WEIGHTS))
+    return f"{getattr(hook, '__module__', None)}."
 
 
 def hooks_of(module):
@@ -194,6 +206,75 @@ def _copy_without_token_hooks(module):
     attributes["_compiled_call_impl"] = None  # would run the module itself, hooks included
     copied.__dict__.update(attributes)
     return copied
+
+
+# Whose functions around a method leave its result what it is, but for autocast.
+_TRANSPARENT = ("torch.", "accelerate.hooks.", "accelerate.utils.operations.")
+
+
+def is_original(method, homes):
+    """Whether a method is defined in one of these modules, perhaps within autocast, compilation or offloading."""
+    while method is not None:
+        method = getattr(method, "__func__", method)
+        inner = method.func if isinstance(method, functools.partial) else method
+        home = f"{getattr(inner, '__globals__', {}).get('__name__') or type(inner).__module__}."
+        if home.startswith(tuple(f"{name}." for name in homes)):
+            return True
+        method = getattr(method, "__wrapped__", None) if home.startswith(_TRANSPARENT) else None
+    return False
+
+
+def warn_of_what_never_runs(backbone):
+    """Say once that the backbone's own forward pass, and so what was put around it, is not part of pondering."""
+    has_hooks = not all(is_about_weights(hook) for hook in hooks_of(backbone))
+    if has_hooks or not is_original(backbone.forward, ("transformers",)):
+        what = "a hook on" if has_hooks else "another forward pass of"
+        logger.warning_once(
+            f"{what} `model.backbone` never runs, since pondering calls its decoder and its head: put it on `model` "
+            "(logits), on `model.backbone.base_model` (hidden states, in every pass) or on "
+            "`model.get_output_embeddings()`"
+        )
+
+
+class AdapterRows:
+    """PEFT's `adapter_names`, an adapter for each prompt, where rows are not the prompts.
+
+    As a context: within it each adapter is given the name of each row that comes.
+
+    exist: whether any adapter has such names.
+    rows: the prompt of each row, a list; None: all prompts in turn, however often.
+    """
+
+    def __init__(self, model):
+        self.rows, self._handles, self._modules = None, [], []
+        if hasattr(model, "peft_config"):
+            self._modules = [module for module in model.modules() if self._has_names(module)]
+        self.exist = bool(self._modules)
+
+    @staticmethod
+    def _has_names(module):
+        hooks = [hook for hook in hooks_of(module) if hook_origin(hook).startswith("peft.tuners.")]
+        for hook in hooks:
+            if "adapter_names" not in getattr(hook, "keywords", ()):
+                raise PonderingError(
+                    f"{type(module).__name__} is given something of its own for each row by PEFT, which drafts and "
+                    "exits do not follow: leave out `num_draft_tokens` and `pondering_exit_threshold`"
+                )
+        return bool(hooks)
+
+    def __enter__(self):
+        for module in self._modules:
+            self._handles.append(module.register_forward_pre_hook(self._choose, with_kwargs=True))
+        return self
+
+    def __exit__(self, *_):
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _choose(self, module, arguments, kwargs):
+        names = kwargs["adapter_names"]
+        rows = (index % len(names) for index in range(len(arguments[0]))) if self.rows is None else self.rows
+        return arguments, {**kwargs, "adapter_names": [names[row] for row in rows]}
 
 
 def backbone_readout(backbone):

@@ -11,7 +11,15 @@ import functools
 import torch
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from .pondering_backbone import changing_rotations, hooks_of, is_about_weights, takes_cache
+from .pondering_backbone import (
+    AdapterRows,
+    changing_rotations,
+    hook_origin,
+    hooks_of,
+    is_about_weights,
+    is_original,
+    takes_cache,
+)
 from .pondering_cache import CACHE_NAME, given_cache
 from .pondering_errors import PonderingError
 from .pondering_self_check import verify_wave_once
@@ -37,9 +45,12 @@ _MODEL_ARGUMENTS = frozenset(
 # What plain generation calls of the model for each token, and drafts do not.
 _PASSED_BY = ("forward", "__call__", "ponder", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
 _PACKAGE = __name__.rpartition(".")[0]
-_OWN = (f"{_PACKAGE}.modeling_pondering", f"{_PACKAGE}.pondering_generation")
-# Whose functions around a method leave its result what it is, but for autocast, which the wave runs under as well.
-_TRANSPARENT = ("torch", "accelerate.hooks", "accelerate.utils.operations")
+_HOMES = (
+    f"{_PACKAGE}.modeling_pondering",
+    f"{_PACKAGE}.pondering_generation",
+    "transformers.generation",
+    "torch.nn.modules",
+)
 _INSTEAD = "do so on the head (`get_output_embeddings()`) or in a logits processor, or set num_draft_tokens=0"
 
 
@@ -395,8 +406,11 @@ def speculative_sample(
     record = Record(input_ids, stopping_criteria, generation_config, streamer)
     try:
         verify_wave_once(model)
-        speculation = Speculation(model, input_ids, logits_processor, generation_config, call, record, model_kwargs)
-        speculation.run()
+        with AdapterRows(model):
+            speculation = Speculation(
+                model, input_ids, logits_processor, generation_config, call, record, model_kwargs
+            )
+            speculation.run()
     finally:
         without_inference_tensors(model)
     if streamer is not None:
@@ -457,7 +471,7 @@ def check_wrapping(model):
         PonderingError: a hook on the model, or on all modules, or a replaced method might change them.
     """
     for hook in hooks_of(model):
-        if not is_about_weights(hook):
+        if not is_about_weights(hook) or hook_origin(hook).startswith("peft."):
             raise PonderingError(
                 f"`num_draft_tokens` does not run the hook {_name(hook)} on the model, which may change what it "
                 f"gives: {_INSTEAD}"
@@ -477,7 +491,7 @@ def check_wrapping(model):
             )
     for name in _PASSED_BY:
         method = getattr(model, name, None)
-        if method is not None and not _is_original(method):
+        if method is not None and not _is_adapters(method) and not is_original(method, _HOMES):
             raise _replaced(name, method)
 
 
@@ -493,24 +507,6 @@ def _replaced(name, method):
         f"`num_draft_tokens` does not call the model's `{name}`, which was replaced ({_name(method)}) and may change "
         f"what it gives: {_INSTEAD}"
     )
-
-
-def _is_original(method):
-    """Whether a method is this code's or transformers', perhaps within autocast, compilation or offloading."""
-    while method is not None:
-        if _is_adapters(method):
-            return True
-        method = getattr(method, "__func__", method)
-        inner = method.func if isinstance(method, functools.partial) else method
-        home = getattr(inner, "__globals__", {}).get("__name__") or type(inner).__module__
-        if home in _OWN or home.startswith("transformers.generation."):
-            return True
-        if home.startswith("torch.nn.modules."):  # __call__
-            return True
-        if not f"{home}.".startswith(tuple(f"{name}." for name in _TRANSPARENT)):
-            return False
-        method = getattr(method, "__wrapped__", None)
-    return False
 
 
 def _is_adapters(method):

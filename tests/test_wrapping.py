@@ -14,7 +14,8 @@ from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuni
 from torch.nn.utils import spectral_norm
 
 from ponder_hf import PonderingError
-from ponder_hf.modeling.pondering_backbone import bare_table, embedding_table
+from ponder_hf.modeling import pondering_backbone
+from ponder_hf.modeling.pondering_backbone import backbone_logits, bare_table, embedding_table
 from ponder_hf.modeling.pondering_exit import CRITERIA, PonderingExit
 
 
@@ -440,3 +441,128 @@ def test_what_leaves_the_model_what_it_is_goes_on_with_drafts(wrap):
     model = wrap(small())
     check_drafts(model)
     check_drafts(model)  # PEFT leaves things behind
+
+
+# An adapter for each row
+
+
+def two_adapters(model, **settings):
+    """Adapters "a" and "b" of the same places, with weights of their own."""
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, **settings)
+    adapted = get_peft_model(model, config, adapter_name="a")
+    adapted.add_adapter("b", config)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return adapted.eval()
+
+
+MIXED = {
+    "layers": {"target_modules": ["q_proj", "v_proj"]},
+    "head": {"target_modules": ["q_proj", "lm_head"]},
+}
+WAYS = {
+    "plain": {},
+    "drafts": {"num_draft_tokens": 2},
+    "exits that stop nothing": {"pondering_exit_criterion": "kl", "pondering_exit_threshold": 0.0},
+    "exits": {"pondering_exit_criterion": "kl", "pondering_exit_threshold": 1e-3},
+    "beams": {"num_beams": 3},
+}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("settings", MIXED.values(), ids=MIXED)
+def test_each_row_has_its_own_adapter_in_every_way_to_generate(settings, way):
+    model = small(pondering_gate="zero_init", base_changes={"tie_word_embeddings": False}).double()
+    torch.nn.init.constant_(model.pondering_gate.weight, 0.8)
+    model = two_adapters(model, **settings).double()
+    lengths, names = (6, 4, 7, 5), ["a", "b", "__base__", "b"]
+    rows = [tiny.token_ids(length, seed=length) for length in lengths]
+    prompts, mask = tiny.left_padded(rows)
+    kept = {"max_new_tokens": 7, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, **way}
+    kept |= {"return_dict_in_generate": True, "output_logits": True}
+    mixed = model.generate(input_ids=prompts, attention_mask=mask, adapter_names=names, **kept)
+    for index, name in enumerate(names):
+        if name == "__base__":
+            with model.disable_adapter():
+                alone = model.generate(input_ids=rows[index][None], **kept)
+        else:
+            model.set_adapter(name)
+            alone = model.generate(input_ids=rows[index][None], **kept)
+        assert mixed.sequences[index, 7:].tolist() == alone.sequences[0, lengths[index] :].tolist()
+        assert mixed.pondering_steps_used[index].tolist() == alone.pondering_steps_used[0].tolist()
+        if "num_beams" not in way:
+            for column in range(7):
+                torch.testing.assert_close(mixed.logits[column][index], alone.logits[column][0])
+    assert not [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
+    if way.get("pondering_exit_threshold"):
+        assert len(mixed.pondering_steps_used.unique()) > 1
+
+
+def test_adapters_of_the_embedding_for_several_rows_are_refused_by_name():
+    model = two_adapters(small(), target_modules=["embed_tokens"])
+    ids = tiny.token_ids(2, 5)
+    with pytest.raises(PonderingError, match="`adapter_names` for several rows does not work with adapters of the"):
+        model.generate(input_ids=ids, adapter_names=["a", "b"], max_new_tokens=2)
+    model = two_adapters(small(), target_modules=["embed_tokens"])  # PEFT leaves its hooks behind after an error
+    mixed = model.generate(input_ids=ids[:1], adapter_names=["b"], max_new_tokens=5, do_sample=False)
+    model.set_adapter("b")
+    assert mixed.tolist() == model.generate(input_ids=ids[:1], max_new_tokens=5, do_sample=False).tolist()
+
+
+def test_what_else_peft_gives_each_row_is_refused_by_drafts_and_exits():
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[5])
+    model = get_peft_model(small(), config).eval()
+    ids = tiny.token_ids(2, 5)
+    ids[:, 3] = 5
+    for way in ("drafts", "exits"):
+        with pytest.raises(PonderingError, match="something of its own for each row by PEFT"):
+            model.generate(input_ids=ids, max_new_tokens=2, **WAYS[way])
+
+
+# Accessors, and what never runs
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "opt", "gemma2"])
+def test_the_decoder_with_the_head_gives_the_logits(model_type):
+    model = tiny.pondering_model(model_type, torch.float64, pondering_steps=2)
+    ids = tiny.token_ids(2, 6)
+    with torch.no_grad():
+        states = model.get_decoder()(input_ids=ids).last_hidden_state
+        expected = model(ids).logits
+        torch.testing.assert_close(backbone_logits(model.backbone, states), expected)
+        assert (backbone_logits(model.backbone, model.backbone.get_decoder()(ids)[0]) - expected).abs().max() > 1e-3
+    passes = model.get_decoder()
+    assert passes.get_decoder() is passes
+    assert model.get_encoder() is model  # which says that there is none
+
+
+PUT_ON_THE_BACKBONE = {
+    "a hook on": lambda backbone: backbone.register_forward_hook(biased),
+    "a hook on ": lambda backbone: backbone.register_forward_pre_hook(lambda *_: None),
+    "another forward pass of": replace("forward"),
+}
+
+
+@pytest.mark.parametrize("what", PUT_ON_THE_BACKBONE)
+def test_what_is_put_around_the_backbone_never_runs_and_a_warning_says_so(what, monkeypatch):
+    said = []
+    monkeypatch.setattr(pondering_backbone.logger, "warning_once", said.append)
+    model = small()
+    ids = tiny.token_ids(1, 6)
+    expected = model(ids).logits
+    assert not said
+    PUT_ON_THE_BACKBONE[what](model.backbone)
+    assert torch.equal(model(ids).logits, expected)
+    check_drafts(model)
+    assert said[0].startswith(f"{what.strip()} `model.backbone` never runs")
+
+
+@pytest.mark.parametrize("wrap", [dispatched, compiled, as_if_sharded, autocast_around])
+def test_what_is_harmless_around_the_backbone_is_not_warned_of(wrap, monkeypatch):
+    said = []
+    monkeypatch.setattr(pondering_backbone.logger, "warning_once", said.append)
+    model = small()
+    wrap(model.backbone)
+    model(tiny.token_ids(1, 6))
+    assert not said
