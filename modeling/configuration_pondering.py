@@ -203,7 +203,14 @@ class PonderingConfig(PretrainedConfig):
     model_type = "pondering"
     sub_configs = {"base_config": AutoConfig}
     has_no_defaults_at_init = True
-    keys_to_ignore_at_inference = ["past_key_values", "cache", "pondering_logits", "pondering_losses"]
+    keys_to_ignore_at_inference = [
+        "past_key_values",
+        "cache",
+        "pondering_logits",
+        "pondering_losses",
+        "aux_loss",
+        "router_logits",
+    ]
 
     def __init__(self, base_config=None, **kwargs):
         check_transformers()

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import BaseModelOutputWithPast, MoeModelOutputWithPast
 from transformers.utils import logging
 
@@ -328,6 +329,10 @@ class PonderingPreTrainedModel(PreTrainedModel):
             i * L + l.
         """
         config, router_logits = self.config, []
+        if kwargs.get("output_router_logits") is None:
+            kwargs.pop("output_router_logits", None)
+            if getattr(config.base_config, "output_router_logits", False):
+                kwargs["output_router_logits"] = True  # before transformers 5 not every decoder asks its configuration
         recording = {key: kwargs.pop(key) for key in ("output_hidden_states", "output_attentions") if key in kwargs}
         only_last = dict.fromkeys(recording, False)  # where the configuration asks for them, each pass would record
         paged_cache = kwargs.pop("paged_cache", None)
@@ -412,8 +417,6 @@ class PonderingPreTrainedModel(PreTrainedModel):
         for switch in ("output_hidden_states", "output_attentions"):
             if kwargs.get(switch) is None:
                 kwargs[switch] = getattr(self.config, switch)
-        if kwargs.get("output_router_logits", True) is None:
-            kwargs.pop("output_router_logits")  # a mixture of experts does as its own configuration says
         if use_cache:
             past_key_values = step_cache(past_key_values, self.config.base_config, num_steps + 1)
             mark_owner(past_key_values, self.backbone)
@@ -593,6 +596,11 @@ class PonderingForCausalLM(PonderingPreTrainedModel, PonderingGenerationMixin):
         return (None if losses[0] is None else sum(losses)), weights[0]
 
     def _loss(self, hidden_states, labels, loss_arguments):
+        if self.loss_function is not ForCausalLMLoss:  # the user put another one in, as in any model of transformers
+            logits = backbone_logits(self.backbone, hidden_states)
+            return self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_arguments
+            )
         readout = backbone_readout(self.backbone)
         if readout is not None:
             return linear_causal_lm_loss(hidden_states, readout, labels, **loss_arguments)

@@ -145,7 +145,7 @@ def linear_causal_lm_loss(
     return total / (count.to(total.device) if torch.is_tensor(count) else count)
 
 
-_BALANCING_ARGUMENTS = ["gate_logits", "num_experts", "top_k", "attention_mask"]
+_BALANCING_ARGUMENTS = ["num_experts", "top_k", "attention_mask"]  # after the router logits
 
 
 def auxiliary_loss(backbone, router_logits, attention_mask=None):
@@ -178,7 +178,7 @@ def auxiliary_loss(backbone, router_logits, attention_mask=None):
     ]
     weight = next((value for value in weights if value is not None), None)
     experts = [getattr(backbone, name, None) for name in ("num_experts", "num_experts_per_tok")]
-    if list(inspect.signature(balance).parameters) != _BALANCING_ARGUMENTS or None in (*experts, weight):
+    if list(inspect.signature(balance).parameters)[1:] != _BALANCING_ARGUMENTS or None in (*experts, weight):
         raise PonderingError(
             f"a backbone of model_type {config.model_type!r} balances its experts in a way of its own, which "
             "pondering does not know: set output_router_logits=False"

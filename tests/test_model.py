@@ -112,6 +112,24 @@ def test_the_intermediate_loss(input_ids, weight, training):
     assert by_default.pondering_losses == (output.pondering_losses if weight else None)
 
 
+def test_another_loss_that_the_user_puts_in(input_ids):
+    """`loss_function` of a model of transformers may be set; every pass is then measured by it."""
+
+    def squared(logits, labels, vocab_size, num_items_in_batch=None, **kwargs):
+        assert logits.shape == (*labels.shape, vocab_size)
+        return logits.square().mean() / (num_items_in_batch or 1)
+
+    base = tiny.base_model()
+    base.loss_function = squared
+    expected = base(input_ids, labels=input_ids, num_items_in_batch=7).loss
+    model = PonderingForCausalLM.from_base(base, pondering_steps=0)
+    model.loss_function = squared
+    torch.testing.assert_close(model(input_ids, labels=input_ids, num_items_in_batch=7).loss, expected)
+    output = model(input_ids, labels=input_ids, pondering_steps=2, output_pondering=True)
+    for loss, logits in zip(output.pondering_losses, (*output.pondering_logits, output.logits), strict=True):
+        torch.testing.assert_close(loss, logits.square().mean())
+
+
 def test_frozen_parts_keep_their_modes(input_ids, monkeypatch):
     """Whoever evaluates gives each part its own mode back."""
     base = tiny.base_model("llama").train()
