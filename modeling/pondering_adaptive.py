@@ -25,7 +25,7 @@ from .pondering_backbone import (
 from .pondering_cache import CACHE_NAME, are_packed, pass_cache, step_cache
 from .pondering_embedding import PonderingEmbedding
 from .pondering_errors import PonderingError
-from .pondering_readout import CHUNK_ELEMENTS, chunks
+from .pondering_readout import chunk_elements, chunks
 from .pondering_version import untested_version
 
 
@@ -277,7 +277,7 @@ class AdaptivePasses:
     def _keep_logits(self, logits, active, going_on):
         stopping = active & ~going_on
         vocab_size = self.model.config.vocab_size
-        limit = CHUNK_ELEMENTS.get(active.device.type, CHUNK_ELEMENTS["cpu"])
+        limit = chunk_elements(active.device)
         if logits is None or active.numel() * vocab_size > limit or not stopping.any():
             return
         if self.logits is None:

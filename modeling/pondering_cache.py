@@ -78,24 +78,43 @@ def step_cache(past_key_values, base_config, num_passes):
 
 
 def mark_owner(past_key_values, backbone):
-    """Note on an empty cache which backbone fills it."""
-    if getattr(past_key_values, "pondering_owner", None) is None and past_key_values.get_seq_length() == 0:
-        past_key_values.pondering_owner = _fingerprint(backbone)
+    """Note on an empty cache which backbone fills it. Waits for no device."""
+    owner, weight = getattr(past_key_values, "pondering_owner", None), _own_weight(backbone)
+    if owner is not None and (torch.compiler.is_compiling() or owner[0] == _version(weight)):
+        return
+    # A static cache is filled again and again, by weights that may have been trained since.
+    if weight is not None and past_key_values.get_seq_length() == 0:
+        past_key_values.pondering_owner = _version(weight), _sample(weight)
 
 
 def check_owner(past_key_values, backbone):
     """Raise a PonderingError if the cache is known to have been filled by a backbone with other weights."""
-    owner, own = getattr(past_key_values, "pondering_owner", None), _fingerprint(backbone)
-    if owner is not None and own is not None and owner != own:
+    owner, weight = getattr(past_key_values, "pondering_owner", None), _own_weight(backbone)
+    if owner is None or weight is None:
+        return
+    theirs, own = owner[1].cpu(), _sample(weight).cpu()
+    if theirs.dtype != own.dtype or not torch.equal(theirs, own):
         raise PonderingError("`past_key_values` was filled by another model: give the model's own cache, or none")
 
 
-def _fingerprint(backbone):
-    # One number that tells weights apart. None where weights are not at hand (sharded, offloaded).
+def _own_weight(backbone):
+    # Of which a part tells models apart. None where weights are not at hand (sharded, offloaded).
     weight = backbone.get_input_embeddings().weight
     if type(weight) not in (torch.nn.Parameter, torch.Tensor) or weight.device.type == "meta" or weight.ndim != 2:
         return None
-    return weight.detach()[:: max(1, len(weight) // 64)].double().sum().item()
+    return weight
+
+
+def _version(weight):
+    # Changes with every change in place, and is known without a look at the numbers.
+    if weight is None or torch.compiler.is_compiling() or weight.is_inference():
+        return None
+    return id(weight), weight._version
+
+
+def _sample(weight):
+    # A copy, so it is what the weight was; on its device, so making it does not wait.
+    return weight.detach()[:: max(1, len(weight) // 64), :16].clone()
 
 
 def pass_cache(past_key_values, pass_index, num_layers, cache_class=Cache):

@@ -224,6 +224,41 @@ class _ChosenScores(torch.autograd.Function):
         return hidden_gradient, weight_gradient, bias_gradient, None, None
 
 
+class _Bags(torch.autograd.Function):
+    """functional.embedding_bag with weights that need gradients; for half precision torch has no kernel on GPUs.
+
+    token_ids, weights: (n, K). table: (V, d). Gives (n, d).
+    """
+
+    @staticmethod
+    def forward(ctx, token_ids, table, weights):
+        ctx.save_for_backward(token_ids, table, weights)
+        return functional.embedding_bag(token_ids, table, per_sample_weights=weights, mode="sum")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        token_ids, table, weights = ctx.saved_tensors
+        table_gradient = weight_gradient = None
+        if ctx.needs_input_grad[1]:
+            with torch.enable_grad():
+                rows = table.detach().requires_grad_()
+                bags = functional.embedding_bag(token_ids, rows, per_sample_weights=weights.detach(), mode="sum")
+            (table_gradient,) = torch.autograd.grad(bags, rows, gradient)
+        if ctx.needs_input_grad[2]:
+            weight_gradient = torch.empty_like(weights)
+            for part in chunks(gradient, weights.shape[1] * table.shape[1]):
+                weight_gradient[part] = (table[token_ids[part]] @ gradient[part].unsqueeze(-1)).squeeze(-1)
+        return None, table_gradient, weight_gradient
+
+
+def _weighted_bags(token_ids, table, weights):
+    """(n, d), the weighted sums of rows of `table` (V, d). token_ids, weights: (n, K)."""
+    if weights.requires_grad and weights.device.type != "cpu" and weights.dtype in (torch.float16, torch.bfloat16):
+        return _Bags.apply(token_ids, table, weights)
+    return functional.embedding_bag(token_ids, table, per_sample_weights=weights, mode="sum")
+
+
 def _plain(hidden_states, weight, bias, table, token_ids, cap, factor, temperature, dtype):
     """The embedding of chosen tokens (n, K) by operations that torch differentiates: (n, K, d) tensors are kept."""
     with torch.autocast(hidden_states.device.type, enabled=False):
@@ -257,7 +292,7 @@ def top_k_embedding(hidden_states, readout, table, temperature, top_k):
         scores, token_ids = _largest_of_head(hidden_states, readout, top_k)
     scores = _ChosenScores.apply(*inputs[:3], token_ids, scores)
     weights = torch.softmax(readout.finish(scores) / temperature, dim=-1).to(table.dtype)
-    embedding = functional.embedding_bag(token_ids, table, per_sample_weights=weights, mode="sum")
+    embedding = _weighted_bags(token_ids, table, weights)
     return often_differentiable(partial(plain, token_ids=token_ids), embedding, *inputs)
 
 

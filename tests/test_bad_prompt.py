@@ -1,5 +1,7 @@
 """generate, however it is called: bad input ends in one clear error before any work."""
 
+import copy
+
 import checkpoints
 import pytest
 import tiny
@@ -240,3 +242,30 @@ def test_prompts_in_a_pipeline(generator, folder):
         PonderingError, match="has token id 19, but the vocabulary goes from 0 to 8: use the model's own"
     ):
         small("by the sea", max_new_tokens=2)
+
+
+def test_whose_cache_it_is_survives_copies_and_training(model, tmp_path):
+    """What tells the owner of a cache: the weights, not the object; of now, where a cache is filled again."""
+    prompt = tiny.token_ids(1, 5)
+    settings = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    returned = {**settings, "return_dict_in_generate": True}
+    first = model.generate(prompt, **returned)
+    torch.save(first.past_key_values, tmp_path / "cache.pt")
+    kept = torch.load(tmp_path / "cache.pt", weights_only=False)
+    twin = copy.deepcopy(model)
+    expected = model.generate(prompt, **{**settings, "max_new_tokens": 6})
+    for cache in (copy.deepcopy(first.past_key_values), kept):
+        assert torch.equal(twin.generate(first.sequences, past_key_values=cache, **settings), expected)
+    static = StaticCache(model.config.get_text_config(), max_cache_len=16)
+    with torch.no_grad():
+        model(prompt, past_key_values=static, use_cache=True)
+    weight = twin.get_input_embeddings().weight
+    with torch.no_grad():
+        weight.mul_(0.9)
+    longer = torch.cat([prompt, prompt], dim=1)
+    with pytest.raises(PonderingError, match="filled by another model"):
+        twin.generate(longer, past_key_values=copy.deepcopy(static), **settings)
+    static.reset()
+    with torch.no_grad():
+        twin(prompt, past_key_values=static, use_cache=True)
+    assert torch.equal(twin.generate(longer, past_key_values=static, **settings), twin.generate(longer, **settings))

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -655,3 +656,31 @@ def test_linear_layers_stay_as_they_are(case, context):
     states = torch.randn(4, 3 if case == "whole texts" else 1, 24 if case == "narrow layers" else 1024)
     with torch.set_grad_enabled(case == "gradients"), torch.autocast("cpu", torch.bfloat16, case == "autocast"):
         assert isinstance(context(states), nullcontext)
+
+
+@pytest.mark.parametrize("elements", [2**24, 3 * VOCAB_SIZE], ids=["one chunk", "chunks"])
+def test_bags_whose_weights_need_gradients_in_half_precision(elements, monkeypatch):
+    """What GPUs take there, as torch has no kernel for them, gives what torch gives elsewhere."""
+    monkeypatch.setitem(pondering_readout.CHUNK_ELEMENTS, "cpu", elements)
+    token_ids = torch.randint(VOCAB_SIZE, (7, 5))
+    leaves = [torch.randn(VOCAB_SIZE, WIDTH), torch.rand(7, 5)]
+    direction, found = torch.randn(7, WIDTH).double(), []
+    for bags in (
+        pondering_topk._Bags.apply,
+        lambda ids, table, weights: functional.embedding_bag(ids, table, per_sample_weights=weights, mode="sum"),
+    ):
+        table, weights = (leaf.double().requires_grad_() for leaf in leaves)
+        result = bags(token_ids, table, weights)
+        (result * direction).sum().backward()
+        found.append((result, table.grad, weights.grad))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_chunks_are_larger_on_every_device_that_is_no_cpu():
+    sizes = {}
+    for device in ("cpu", "meta"):
+        parts = list(pondering_readout.chunks(torch.empty(10_000, 1, device=device), 50_304))
+        assert parts[-1].stop >= 10_000
+        sizes[device] = parts[0].stop
+    assert sizes == {"cpu": 6 * 2**20 // 50_304, "meta": 2**26 // 50_304}

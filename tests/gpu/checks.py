@@ -208,23 +208,32 @@ def training_steps(place):
 
 @check(torch.float32)
 def a_compiled_training_step(place):
+    """Gradients of compiled steps: without pondering, over the K largest, over the whole vocabulary."""
     ids = tiny.token_ids(2, 16).to(place.device)
-    for fields in [{"pondering_top_k": 20}, {}][: 1 if place.is_tiny else 2]:
-        model = tiny.pondering_model("llama", pondering_steps=1, **fields).to(place.device).train()
-        twin = copy.deepcopy(model)
-        torch._dynamo.reset()
+    cases = {"S = 0": {"pondering_steps": 0}, "top 20": {"pondering_steps": 1, "pondering_top_k": 20}}
+    cases["whole vocabulary"] = {"pondering_steps": 1}
+    wrong = []
+    for backend in ("aot_eager",) if place.is_tiny else ("aot_eager", "inductor"):
+        for name, fields in some(place, cases):
+            model = tiny.pondering_model("llama", **fields).to(place.device).train()
+            twin = copy.deepcopy(model)
+            torch._dynamo.reset()
 
-        def step(ids, labels, twin=twin):
-            return twin(ids, labels=labels).loss
+            def step(ids, labels, twin=twin):
+                return twin(ids, labels=labels).loss
 
-        compiled = torch.compile(step, backend="aot_eager" if place.is_tiny else "inductor")
-        model(ids, labels=ids).loss.backward()
-        compiled(ids, ids).backward()
-        for (name, one), other in zip(model.named_parameters(), twin.parameters(), strict=True):
-            try:
-                place.close(other.grad, one.grad, 10.0)
-            except AssertionError as error:
-                raise AssertionError(f"{name}: {error}") from error
+            loss, found = model(ids, labels=ids).loss, torch.compile(step, backend=backend)(ids, ids)
+            loss.backward()
+            found.backward()
+            pairs = {"loss": (found, loss)}
+            parameters = zip(model.named_parameters(), twin.parameters(), strict=True)
+            pairs |= {parameter: (other.grad, one.grad) for (parameter, one), other in parameters}
+            for part, pair in pairs.items():
+                try:
+                    place.close(*pair, 10.0)
+                except AssertionError as error:
+                    wrong.append(f"{backend}, {name}, {part}: {error}")
+    assert not wrong, f"{len(wrong)} wrong: {'; '.join(wrong)}"
 
 
 @check()

@@ -71,7 +71,7 @@ def run_check(name, device, is_tiny):
         lines = str(error).strip().splitlines() or [""]
         frame = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{frame.filename.rpartition('/')[2]}:{frame.lineno}"
-        row |= {"outcome": "FAILED", "detail": f"{type(error).__name__} at {where}: {lines[0]}"[:300]}
+        row |= {"outcome": "FAILED", "detail": f"{type(error).__name__} at {where}: {lines[0]}"[:600]}
         row["traceback"] = traceback.format_exc()
     row["seconds"] = round(time.perf_counter() - start, 2)
     return row, _still_works(device)
