@@ -4,6 +4,7 @@ import copy
 import functools
 
 import accelerate.state
+import elsewhere
 import pytest
 import strategies
 import tiny
@@ -566,3 +567,74 @@ def test_what_is_harmless_around_the_backbone_is_not_warned_of(wrap, monkeypatch
     wrap(model.backbone)
     model(tiny.token_ids(1, 6))
     assert not said
+
+
+# Arguments: the checkpoint. Where ponder_hf is not: the same rules by the checkpoint's own code.
+BY_ITS_OWN_CODE = """
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+ids = torch.tensor([[5, 9, 14, 31, 7], [8, 3, 22, 40, 11]])
+KEPT = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+def load():
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+    assert type(model).__module__.startswith("transformers_modules."), type(model)
+    return model
+
+def check_drafts(model, **more):
+    plain = model.generate(input_ids=ids, **KEPT, **more).tolist()
+    assert model.generate(input_ids=ids, num_draft_tokens=2, **KEPT, **more).tolist() == plain
+    return plain
+
+def check_refused(model, words):
+    try:
+        model.generate(input_ids=ids, num_draft_tokens=2, **KEPT)
+    except Exception as error:
+        assert type(error).__name__ == "PonderingError" and words in str(error), error
+    else:
+        raise AssertionError("not refused: " + words)
+
+model = load()
+check_drafts(model)
+model.register_forward_hook(lambda *_: None)
+check_refused(model, "on the model, which may change")
+model = load()
+forward = model.forward
+model.forward = lambda *arguments, **kwargs: forward(*arguments, **kwargs)
+check_refused(model, "`forward`, which was replaced")
+
+model, dtypes = Accelerator(mixed_precision="bf16", cpu=True).prepare(load()), set()
+for module in model.modules():
+    if isinstance(module, torch.nn.Linear):
+        module.register_forward_hook(lambda module, arguments, output: dtypes.add(output.dtype))
+model.generate(input_ids=ids, num_draft_tokens=2, **KEPT)
+assert dtypes == {torch.bfloat16}, dtypes
+
+bare, wrapped = load(), get_peft_model(load(), LoraConfig(task_type="CAUSAL_LM", target_modules=["embed_tokens"]))
+for model in (bare, wrapped.eval()):
+    model.get_input_embeddings().register_forward_hook(lambda module, arguments, output: output + output.size(2) / 64)
+torch.testing.assert_close(bare(input_ids=ids).logits, wrapped(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+
+config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+model = get_peft_model(load(), config, adapter_name="one")
+model.add_adapter("two", config)
+for name, parameter in model.named_parameters():
+    if "lora_" in name:
+        torch.nn.init.normal_(parameter, std=0.3)
+mixed = check_drafts(model.eval(), adapter_names=["one", "two"])
+model.set_adapter("two")
+assert model.generate(input_ids=ids, **KEPT).tolist()[1] == mixed[1]
+
+model = load()
+states = model.get_decoder()(input_ids=ids).last_hidden_state
+torch.testing.assert_close(model.get_output_embeddings()(states), model(ids).logits)
+"""
+
+
+@pytest.mark.slow
+def test_the_same_rules_hold_by_the_code_of_a_checkpoint(tmp_path):
+    small().save_pretrained(tmp_path / "model")
+    elsewhere.run(BY_ITS_OWN_CODE, tmp_path / "home", tmp_path / "model")
