@@ -76,7 +76,8 @@ def main():
     merged.save_pretrained(arguments.output / "merged")  # stands alone, with the code that loads it anywhere
     tokenizer.save_pretrained(arguments.output / "merged")
 
-    prompt = tokenizer(tokenizer.decode(held_out[0]["input_ids"][:16], skip_special_tokens=True), return_tensors="pt")
+    text = tokenizer.decode(held_out[0]["input_ids"][:16], skip_special_tokens=True)
+    prompt = tokenizer(text, return_tensors="pt").to(merged.device)
     print(tokenizer.decode(merged.generate(**prompt, max_new_tokens=40)[0], skip_special_tokens=True))
 
 

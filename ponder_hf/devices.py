@@ -39,6 +39,28 @@ def read_device(name=None):
     return device
 
 
+def training_device(name=None):
+    """As read_device, of the devices that Trainer trains on: the CPU and the first accelerator.
+
+    Raises:
+        PonderingError: it is none of these.
+    """
+    device = read_device(name)
+    if device.index or device.type not in ("cpu", default_device().type):
+        variable = {"cuda": "CUDA_VISIBLE_DEVICES", "xpu": "ZE_AFFINITY_MASK"}.get(device.type)
+        hint = f"set {variable}={device.index}" if device.index and variable else "leave out --device"
+        raise PonderingError(f"Trainer does not train on {name!r} but on the CPU or the first accelerator: {hint}")
+    return device
+
+
+def name_of(device):
+    """The device's name as its maker gives it, where torch tells; otherwise its type."""
+    module = getattr(torch, device.type, None)
+    if device.type != "cpu" and hasattr(module, "get_device_name"):
+        return module.get_device_name(device)
+    return device.type
+
+
 def _found():
     device = default_device()
     if device.type == "cpu":

@@ -2,7 +2,7 @@
 
 import sys
 
-from .fields import errors_named_by_flags
+from .fields import add_device_flag, errors_named_by_flags
 
 
 def add_parser(subparsers):
@@ -35,6 +35,7 @@ def add_parser(subparsers):
         help="a plain checkpoint with a tokenizer, a folder or a Hub id. Default: a GPT-NeoX trained here.",
     )
     how = parser.add_argument_group("training")
+    add_device_flag(how)
     how.add_argument("--pondering-steps", type=int, default=3, metavar="S", help="Default: 3.")
     how.add_argument(
         "--pondering-gate",

@@ -69,6 +69,7 @@ def find_devices():
         "cpu_threads": torch.get_num_threads(),
         "cuda": gpus if torch.cuda.is_available() else [],
         "mps": torch.backends.mps.is_available(),
+        "xpu": torch.xpu.is_available() if hasattr(torch, "xpu") else False,
     }
 
 
@@ -192,6 +193,7 @@ def as_table(report):
         ("CPU", f"{devices['cpu_threads']} threads"),
         ("CUDA", ", ".join(devices["cuda"]) or "none"),
         ("MPS", "yes" if devices["mps"] else "none"),
+        ("XPU", "yes" if devices["xpu"] else "none"),
         ("checkpoints", f"load with transformers {transformers['checkpoints_need']}"),
         ("library", f"needs transformers {transformers['library_needs'] or 'unknown: ponder-hf is not installed'}"),
         ("Hub cache", f"{hub['cache']} ({'writable' if hub['cache_is_writable'] else 'not writable'})"),

@@ -7,7 +7,7 @@ import time
 from ponder_hf import PonderingError
 
 from .data_flags import add_text_flags
-from .fields import errors_named_by_flags
+from .fields import add_device_flag, errors_named_by_flags
 from .outcome import warn
 
 
@@ -25,6 +25,7 @@ def add_parser(subparsers):
     parser.add_argument("--max-blocks", type=int, metavar="N", help="no more than the first N blocks")
     parser.add_argument("--pondering-steps", type=int, metavar="S", help="in place of the checkpoint's own")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="Default: as stored.")
+    add_device_flag(parser)
     parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
     return parser
 
@@ -44,6 +45,7 @@ def evaluate(args):
     from ponder_hf.conversion import open_source
     from ponder_hf.data import check_tokenizer, load_blocks
     from ponder_hf.data.sources import find_sources
+    from ponder_hf.devices import read_device
     from ponder_hf.modeling.configuration_pondering import check_steps
     from ponder_hf.training.evaluation import evaluate_passes
     from ponder_hf.training.material import block_size_of, usual_split
@@ -52,6 +54,7 @@ def evaluate(args):
 
     if args.pondering_steps is not None:
         check_steps("pondering_steps", args.pondering_steps)
+    device = read_device(args.device)
     split = args.split or usual_split(args.data)
     find_sources(args.data, args.data_name, split, streaming=True)  # a wrong name, before a model is loaded
     source = open_source(args.source, args.revision)
@@ -68,7 +71,7 @@ def evaluate(args):
         max_blocks=args.max_blocks,
         vocab_size=model.config.vocab_size,
     )
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model = model.to(device)
     start = time.perf_counter()
     losses = evaluate_passes(model, blocks, args.pondering_steps, progress=True)
     seconds = time.perf_counter() - start

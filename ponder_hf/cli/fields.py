@@ -84,3 +84,10 @@ def _meanings():
         if separator and name in PONDERING_FIELDS:
             meanings[name] = meaning
     return meanings
+
+
+def add_device_flag(parser):
+    """`--device`, of the commands that run a model; read by ponder_hf.devices."""
+    parser.add_argument(
+        "--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps, xpu. Default: the accelerator, where there is one."
+    )

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from ponder_hf import PonderingError
 from ponder_hf.errors import reading, understanding
 
+from .fields import add_device_flag
+
 
 # Flags that `model.generate` takes as they are.
 PONDERING = (
@@ -45,6 +47,7 @@ def add_parser(subparsers):
         help="stop pondering a token that has converged; needs the threshold",
     )
     parser.add_argument("--pondering-exit-threshold", type=float, metavar="X", help="below which it has; 0: never")
+    add_device_flag(parser)
     parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
     return parser
 
@@ -53,15 +56,16 @@ def run(args):
     _check(args)
     prompt = _read_prompt(args.prompt)
 
-    import torch
     from transformers import TextStreamer, set_seed
 
     from ponder_hf.conversion import load_pondering, open_source
+    from ponder_hf.devices import read_device
 
+    device = read_device(args.device)
     source = open_source(args.source, args.revision)
     tokenizer = load_tokenizer(source)
     model = load_pondering(source)
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model = model.to(device)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     _check_tokens(inputs["input_ids"], model.config, source.name)
     if args.seed is not None:

@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from .data_flags import add_text_flags
-from .fields import add_field_flags, errors_named_by_flags, given_fields
+from .fields import add_device_flag, add_field_flags, errors_named_by_flags, given_fields
 from .outcome import is_first_process
 from .training_flags import add_training_flags, read_arguments_file
 
@@ -49,6 +49,7 @@ def _add_run_flags(parser):
         help="leave SOURCE, a pondering model, as it is and train draft heads for it, which speed up `generate` with "
         "num_draft_tokens",
     )
+    add_device_flag(group)
     group.add_argument("--revision", help="branch, tag or commit of SOURCE on the Hub")
     group.add_argument(
         "--dtype", metavar="DTYPE", help="of the weights: float32, bfloat16, or auto, as stored. Default: float32."
@@ -97,9 +98,14 @@ def _add_adapter_flags(parser):
 
 
 def run(args):
-    given = vars(args)
+    given = dict(vars(args))
     if "arguments" in given:
         given = {**_said(read_arguments_file(args.arguments, args.parser)), **_said(args)}
+    if "device" in given:
+        from ponder_hf.devices import training_device
+
+        if training_device(given["device"]).type == "cpu":
+            given["use_cpu"] = True
     options = make_options(given)
     from ponder_hf.training.arguments import argument_names
     from ponder_hf.training.run import train

@@ -1,5 +1,6 @@
 """The demo's experiment: a base, the base trained on plainly (the control), and the base trained on pondering."""
 
+import contextvars
 import copy
 import math
 import statistics
@@ -12,6 +13,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, set_seed
 
 from ponder_hf import PonderingForCausalLM
 from ponder_hf.data.packing import Blocks
+from ponder_hf.devices import default_device
 from ponder_hf.training.simple import train
 
 
@@ -159,9 +161,22 @@ def _step_seconds(model, size, repeats):
     return statistics.median(timings[1:])
 
 
+_DEVICE = contextvars.ContextVar("device of the demo", default=None)
+
+
 def device():
-    """Where the demo trains, as Trainer decides it: a CUDA GPU if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Where the demo trains: what `on_device` says, or else what Trainer would choose."""
+    return default_device() if _DEVICE.get() is None else _DEVICE.get()
+
+
+@contextmanager
+def on_device(chosen):
+    """A context in which the demo trains on this device."""
+    token = _DEVICE.set(chosen)
+    try:
+        yield
+    finally:
+        _DEVICE.reset(token)
 
 
 @contextmanager

@@ -35,7 +35,7 @@ def continuations(model, tokenizer, prompts, seed, **generation):
     texts = []
     for prompt in prompts:
         set_seed(seed)
-        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
         ids = model.generate(**inputs, **generation)[0, inputs["input_ids"].shape[1] :]
         texts.append(tokenizer.decode(ids, skip_special_tokens=True))
     return texts

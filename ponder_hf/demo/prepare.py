@@ -42,6 +42,7 @@ class Options:
     base_steps: int | None = None
     learning_rate: float | None = None
     quick: bool = False
+    device: str | None = None
 
     @property
     def pondering_fields(self):

@@ -12,6 +12,9 @@ import torch
 import transformers
 
 from ponder_hf import __version__
+from ponder_hf.devices import name_of
+
+from .experiment import device
 
 
 def gather(setup, plan, outcome, checked, samples, seconds):
@@ -78,7 +81,7 @@ def gather(setup, plan, outcome, checked, samples, seconds):
         "machine": {
             "system": f"{platform.system()} {platform.machine()}",
             "cores": _cores(),
-            "device": _device_name(),
+            "device": name_of(device()),
         },
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "seconds": seconds,
@@ -125,10 +128,6 @@ def _cores():
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not on every system
         return os.cpu_count()
-
-
-def _device_name():
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def _without_nan(value):

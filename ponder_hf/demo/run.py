@@ -7,8 +7,9 @@ from contextlib import contextmanager
 import torch
 
 from ponder_hf.conversion.writer import whole_folder
+from ponder_hf.devices import training_device
 
-from .experiment import make_plan, run_experiment, torch_threads
+from .experiment import make_plan, on_device, run_experiment, torch_threads
 from .figure import draw_curves
 from .load_and_run import continuations
 from .prepare import prepare
@@ -49,7 +50,7 @@ def run_demo(options):
     """
     clock = Clock()
     most_threads = torch.get_num_threads() if options.base else min(_SMALL_THREADS, torch.get_num_threads())
-    with torch_threads(most_threads):
+    with on_device(training_device(options.device)), torch_threads(most_threads):
         with clock.phase("prepare", "Reading the text and making tokens of it."):
             setup = prepare(options)
         with whole_folder(options.output, options.overwrite) as folder:

@@ -8,6 +8,8 @@ import warnings
 import torch
 import transformers
 
+from ponder_hf.devices import name_of
+
 
 def described(device):
     """One cell of a table: the device, versions, the date."""
@@ -16,14 +18,6 @@ def described(device):
 
 def today():
     return str(datetime.date.today())
-
-
-def name_of(device):
-    """The name of the device as its maker gives it, where torch tells."""
-    module = getattr(torch, device.type, None)
-    if device.type != "cpu" and hasattr(module, "get_device_name"):
-        return module.get_device_name(device)
-    return device.type
 
 
 def synchronise(device):
