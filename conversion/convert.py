@@ -99,8 +99,15 @@ def convert(
 
 def plain_warnings(found, authors_fields):
     """What may be another model than it is taken for: lines about the plain checkpoint `found`, a Source."""
-    warning = unflagged_weight(found.tensors, authors_fields)
-    return [] if warning is None else [warning]
+    warnings = [unflagged_weight(found.tensors, authors_fields)]
+    tokenizer_config = found.folder / TOKENIZER_CONFIG
+    code = read_json(tokenizer_config).get("auto_map") if tokenizer_config.is_file() else None
+    if code:
+        warnings.append(
+            f"the tokenizer of {found.name} has code of its own (`auto_map` in {TOKENIZER_CONFIG}), which is never run "
+            "and stays behind: where transformers has no class for it, use the tokenizer of the source"
+        )
+    return [warning for warning in warnings if warning is not None]
 
 
 def load_converted(found, empty_model, arguments, dtype=None):

@@ -16,6 +16,8 @@ import contextlib
 import contextvars
 import difflib
 
+from transformers import GenerationConfig
+
 from .configuration_pondering import check_steps
 from .pondering_drafts import read_source
 from .pondering_errors import PonderingError
@@ -100,11 +102,13 @@ def _check_names(kwargs, *generation_configs):
     for config in generation_configs:
         names += [] if config is None else [*config.__dict__]
     for name in names:
-        is_ours = "ponder" in name or "draft" in name or name == "num_steps"
-        if is_ours and name not in (*SETTINGS, *_OF_FORWARD):
-            near = difflib.get_close_matches(name, SETTINGS, n=1, cutoff=0.5)
-            hint = f"did you mean `{near[0]}`?" if near else f"the settings are {', '.join(SETTINGS)}"
-            raise PonderingError(f"`{name}` is no setting of generate: {hint}")
+        is_ours = "ponder" in name or name == "num_steps"
+        is_near = "draft" in name and difflib.get_close_matches(name, SETTINGS, n=1, cutoff=0.8)
+        if not (is_ours or is_near) or name in (*SETTINGS, *_OF_FORWARD) or hasattr(GenerationConfig(), name):
+            continue
+        near = difflib.get_close_matches(name, SETTINGS, n=1, cutoff=0.5)
+        hint = f"did you mean `{near[0]}`?" if near else f"the settings are {', '.join(SETTINGS)}"
+        raise PonderingError(f"`{name}` is no setting of generate: {hint}")
 
 
 def current_call():

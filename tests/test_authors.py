@@ -180,6 +180,15 @@ def test_the_second_generation_is_another_method(tmp_path, capsys, field):
         PonderingForCausalLM.from_base(AutoModelForCausalLM.from_pretrained(base))
 
 
+def test_a_tokenizer_with_code_of_its_own_is_said(tmp_path):
+    base = checkpoints.save_base(tmp_path / "base", tokenizer=True)
+    assert convert(base, tmp_path / "made")["warnings"] == []
+    path = base / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": {"AutoTokenizer": [None, "own.Tokens"]}}))
+    (warning,) = convert(base, tmp_path / "again")["warnings"]
+    assert "has code of its own (`auto_map` in tokenizer_config.json)" in warning
+
+
 def test_a_checkpoint_with_code_of_its_own(tmp_path, capsys):
     base = checkpoints.save_base(tmp_path / "base")
     checkpoints.change_config(base, **CODE)
