@@ -104,8 +104,8 @@ def plain_warnings(found, authors_fields):
     code = read_json(tokenizer_config).get("auto_map") if tokenizer_config.is_file() else None
     if code:
         warnings.append(
-            f"the tokenizer of {found.name} has code of its own (`auto_map` in {TOKENIZER_CONFIG}), which is never run "
-            "and stays behind: where transformers has no class for it, use the tokenizer of the source"
+            f"the tokenizer of {found.name} has code of its own (`auto_map` in {TOKENIZER_CONFIG}), which is never "
+            "run and stays behind: where transformers has no class for it, use the tokenizer of the source"
         )
     return [warning for warning in warnings if warning is not None]
 

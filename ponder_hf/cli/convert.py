@@ -75,7 +75,8 @@ def run(args):
     )
     for warning in result["warnings"]:
         warn(warning)
-    if steps and gate == "none" and not result["authors_checkpoint"] and not result["warnings"]:
+    may_be_theirs = result["authors_checkpoint"] or any("--authors" in warning for warning in result["warnings"])
+    if steps and gate == "none" and not may_be_theirs:
         print(
             "its base never learned to ponder: train it before use, or convert with --pondering-gate zero_init, which "
             "predicts as its base does until it is trained",
