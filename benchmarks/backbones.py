@@ -125,7 +125,9 @@ def try_backbone(model_type):
 def main(argv=None):
     """Print the table for the named model types, or for all."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model_types", nargs="*", default=sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+    parser.add_argument(
+        "model_types", nargs="*", default=sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES} - {PonderingConfig.model_type})
+    )
     arguments = parser.parse_args(argv)
     transformers.logging.set_verbosity_error()
     print(f"transformers {transformers.__version__}, torch {torch.__version__}\n")
