@@ -7,11 +7,20 @@ import elsewhere
 import pytest
 import tiny
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from peft import (
+    AutoPeftModelForCausalLM,
+    LoraConfig,
+    MultitaskPromptTuningConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from ponder_hf import PonderingForCausalLM
+from ponder_hf import PonderingError, PonderingForCausalLM
 from ponder_hf.training.lora import default_target_modules
 
 
@@ -241,3 +250,94 @@ def test_a_quantised_base_ponders_and_trains_through_its_modules():
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])).train()
     adapted(input_ids=input_ids, labels=input_ids).loss.backward()
     assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
+
+
+PROMPTS = {
+    "prompt tuning": PromptTuningConfig,
+    "p-tuning": PromptEncoderConfig,
+    "multitask": MultitaskPromptTuningConfig,
+}
+
+
+def with_virtual_tokens(model, kind, **settings):
+    """A model with four virtual tokens, the same for every call, and the arguments that its kind needs."""
+    extra = {"num_tasks": 2} if kind is MultitaskPromptTuningConfig else {}
+    torch.manual_seed(3)
+    adapted = get_peft_model(model, kind(task_type="CAUSAL_LM", num_virtual_tokens=4, **extra, **settings))
+    return adapted, {"task_ids": torch.tensor([0, 1])} if extra else {}
+
+
+def greedily(adapted, ids, count, **arguments):
+    """Tokens one by one, each from a pass over the whole text without a cache."""
+    for _ in range(count):
+        with torch.no_grad():
+            logits = adapted(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **arguments).logits
+        ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
+    return ids
+
+
+@pytest.mark.parametrize("kind", PROMPTS.values(), ids=PROMPTS)
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_virtual_tokens_are_pondered_over_like_any_others(model_type, kind, steps):
+    model = tiny.pondering_model(model_type, pondering_steps=steps)
+    backbone, ids = model.to_base(), tiny.token_ids(2, 6)
+    mask = torch.ones_like(ids)
+    adapted, arguments = with_virtual_tokens(model, kind)
+    adapted.eval()
+    with torch.no_grad():
+        prompts = adapted.get_prompt(batch_size=2, **arguments)
+        table = backbone.get_input_embeddings().weight
+        inputs = torch.cat([prompts, table[ids]], dim=1)
+        for _ in range(steps):
+            inputs = inputs + backbone(inputs_embeds=inputs, use_cache=False).logits.softmax(-1) @ table
+        expected = backbone(inputs_embeds=inputs, use_cache=False).logits
+    output = adapted(input_ids=ids, attention_mask=mask, labels=ids, **arguments)
+    torch.testing.assert_close(output.logits, expected, rtol=1e-4, atol=1e-4)
+    trained = adapted.train()(input_ids=ids, attention_mask=mask, labels=ids, **arguments)
+    torch.testing.assert_close(trained.loss, output.loss, rtol=1e-4, atol=1e-5)
+    trained.loss.backward()
+    assert all(p.grad.abs().max() > 0 for p in adapted.parameters() if p.requires_grad and p.grad is not None)
+    adapted.eval()
+    generated = adapted.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=5, do_sample=False, eos_token_id=None, **arguments
+    )
+    assert torch.equal(generated[:, -5:], greedily(adapted, ids, 5, **arguments)[:, -5:])
+
+
+def test_a_prefix_for_too_few_slots_says_how_many_it_needs():
+    adapted, _ = with_virtual_tokens(tiny.pondering_model("llama", pondering_steps=2), PrefixTuningConfig)
+    ids = tiny.token_ids(2, 6)
+    with pytest.raises(PonderingError, match="by PEFT's prefix tuning, which needs num_layers=6"):
+        adapted(input_ids=ids, attention_mask=torch.ones_like(ids))
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "mistral", "gemma2"])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_prefix_has_keys_and_values_for_every_pass(model_type, steps, use_cache):
+    model = tiny.pondering_model(model_type, pondering_steps=steps)
+    model.config.use_cache = use_cache  # False is what Trainer sets
+    plain = copy.deepcopy(model.to_base())
+    ids = tiny.token_ids(2, 6)
+    mask = torch.ones_like(ids)
+    adapted, _ = with_virtual_tokens(model, PrefixTuningConfig, num_layers=2 * (steps + 1))
+    adapted.eval()
+    with torch.no_grad():
+        output = adapted(input_ids=ids, attention_mask=mask, labels=ids)
+        if steps == 0:
+            prefix, _ = with_virtual_tokens(plain, PrefixTuningConfig)
+            prefix.prompt_encoder.load_state_dict(adapted.prompt_encoder.state_dict())
+            expected = prefix.eval()(input_ids=ids, attention_mask=mask).logits
+            torch.testing.assert_close(output.logits, expected, rtol=1e-4, atol=1e-5)
+        assert (output.logits - model(ids).logits).abs().max() > 1e-3
+    trained = adapted.train()(input_ids=ids, attention_mask=mask, labels=ids)
+    torch.testing.assert_close(trained.loss, output.loss, rtol=1e-4, atol=1e-5)
+    trained.loss.backward()
+    (gradient,) = [p.grad for p in adapted.parameters() if p.requires_grad]
+    assert (gradient.view(4, 2 * (steps + 1), -1).abs().amax((0, 2)) > 0).all()  # of each slot
+    adapted.eval()
+    generated = adapted.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=5, do_sample=False, eos_token_id=None
+    )
+    assert torch.equal(generated[:, -5:], greedily(adapted, ids, 5)[:, -5:])
