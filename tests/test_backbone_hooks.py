@@ -165,27 +165,37 @@ def test_early_exits_of_a_prompt_are_those_of_its_tokens_one_by_one(model_type):
     assert len(taken[0].unique()) > 1
 
 
+@pytest.mark.parametrize("going_on", ["first tokens", "short text"])
 @pytest.mark.parametrize("length", [12, 24], ids=["prompt below", "prompt beyond"])
-def test_early_exits_rotate_as_the_longest_text_of_the_batch_says(length):
-    """With one set of frequencies for all lengths nothing can switch; that is the reference for long prompts."""
-    switching = PonderingForCausalLM.from_base(backbone("phi3"), pondering_steps=3)
-    always = {**LONGROPE, "short_factor": LONGROPE["long_factor"]} if length > LIMIT else LONGROPE
-    if length <= LIMIT:
-        always = {**LONGROPE, "long_factor": LONGROPE["short_factor"]}
-    fixed = backbone("phi3", rope_parameters=always)
-    fixed.load_state_dict(switching.backbone.state_dict())
-    fixed = PonderingForCausalLM.from_base(fixed, pondering_steps=3)
+def test_early_exits_rotate_as_the_longest_text_of_the_batch_says(length, going_on):
+    """With one set of frequencies for all lengths nothing can switch: that is the reference."""
+    switching = backbone("phi3")
+    alike = "long_factor" if length > LIMIT else "short_factor"
+    fixed = backbone(
+        "phi3", rope_parameters={**LONGROPE, "short_factor": LONGROPE[alike], "long_factor": LONGROPE[alike]}
+    )
+    fixed.load_state_dict(switching.state_dict())
     ids, mask = tiny.left_padded([tiny.token_ids(length, seed=1), tiny.token_ids(5, seed=2)])
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    threshold, results = telling_threshold(fixed, ids, attention_mask=mask, position_ids=positions), []
-    for model in (switching, fixed):
+    goes_on = torch.zeros_like(mask, dtype=torch.bool)
+    goes_on[0, :4] = going_on == "first tokens"
+    goes_on[1, -5:] = going_on == "short text"
+
+    def criterion(logits, previous):
+        if previous is None:  # all tokens, after pass 0
+            return torch.ones(len(logits)).where(goes_on.flatten(), 0)
+        return torch.ones(len(logits))
+
+    results = []
+    for base in (switching, fixed):
         taken = []
-        exit = PonderingExit.read("kl", threshold).recording(taken.append)
+        exit = PonderingExit.read(criterion, 0.5).recording(taken.append)
+        model = PonderingForCausalLM.from_base(base, pondering_steps=3)
         with torch.no_grad():
             logits = model(ids, attention_mask=mask, position_ids=positions, pondering_exit=exit).logits
-        results.append((logits[mask.bool()], taken[0][mask.bool()]))
-    torch.testing.assert_close(results[0], results[1])
-    assert len(results[0][1].unique()) > 1
+        results.append(logits[mask.bool()])
+        assert torch.equal((taken[0] == 3) & mask.bool(), goes_on)
+    torch.testing.assert_close(*results)
 
 
 def test_drafts_follow_where_rotations_stay_as_they_are():
