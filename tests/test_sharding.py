@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 from torch import distributed
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from transformers import AutoModelForCausalLM
 
@@ -82,6 +83,29 @@ def test_weights_that_are_there_only_within_their_modules(model_type, top_k):
         output = model(ids, labels=ids, output_pondering=True)
     torch.testing.assert_close(output.logits, expected.logits)
     torch.testing.assert_close(output.pondering_losses, expected.pondering_losses)
+
+
+@pytest.mark.parametrize("apart", [True, False], ids=["embedding apart", "embedding with the model"])
+def test_fsdp2_with_a_hook_about_tokens_on_the_embedding(mesh, apart):
+    """Its own hooks run when the table is asked for, and drafts allow them: their module tells them apart."""
+    torch.manual_seed(0)
+    model = tiny.pondering_model("llama", pondering_steps=2)
+    ids = tiny.token_ids(2, 7)
+    plain = copy.deepcopy(model)
+    for layer in model.backbone.model.layers:
+        fully_shard(layer, mesh=mesh)
+    if apart:
+        fully_shard(model.get_input_embeddings(), mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    for one in (plain, model):
+        one.get_input_embeddings().register_forward_hook(lambda module, _, output: output + output.size(2) / 64)
+        one.train()(ids, labels=ids).loss.backward()
+    for (name, parameter), sharded in zip(plain.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(sharded.grad.full_tensor(), parameter.grad, msg=name, rtol=1e-4, atol=1e-5)
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = plain.eval().generate(ids, **settings).tolist()
+    for drafts in (0, 2):
+        assert model.eval().generate(ids, num_draft_tokens=drafts, **settings).tolist() == expected
 
 
 @pytest.mark.parametrize("weight", [torch.empty(0), torch.empty(131, 32, device="meta")], ids=["empty", "meta"])
