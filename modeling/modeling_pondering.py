@@ -75,12 +75,12 @@ except ImportError:
 
 logger = logging.get_logger(__name__)
 
-# What a class of transformers says about itself. The rest (layers that must not be split, plans of parallelism, parts
-# that stay in float32) transformers gathers from the backbone by itself.
+# What a class of transformers says about itself. The rest (layers that must not be split, plans of parallelism)
+# transformers gathers from the backbone by itself, since 5.0 all of it.
 _SAID_BY_CLASSES = (
-    "_can_compile_fullgraph _compatible_flash_implementations _is_stateful _supports_attention_backend "
-    "_supports_context_parallel _supports_flash_attn _supports_flex_attn _supports_sdpa "
-    "supports_gradient_checkpointing"
+    "_can_compile_fullgraph _compatible_flash_implementations _is_stateful _keep_in_fp32_modules "
+    "_keep_in_fp32_modules_strict _skip_keys_device_placement _supports_attention_backend _supports_context_parallel "
+    "_supports_flash_attn _supports_flex_attn _supports_sdpa supports_gradient_checkpointing"
 ).split()
 _LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")
 
