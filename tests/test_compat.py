@@ -23,7 +23,7 @@ def minor(version):
 
 
 def test_the_ends_of_the_range_and_a_version_below_are_pinned():
-    versions = list(environments.read_pins())
+    versions = [pins["transformers"] for pins in environments.read_pins().values() if "torch" not in pins]
     supported = [version for version in versions if is_supported(version)]
     assert (minor(supported[0]), minor(supported[-1])) == (OLDEST, NEWEST)
     assert minor(versions[0]) < OLDEST
@@ -32,18 +32,31 @@ def test_the_ends_of_the_range_and_a_version_below_are_pinned():
 
 def test_the_newest_is_what_the_other_tests_run_with():
     constraints = (REPOSITORY / "constraints.txt").read_text(encoding="utf-8")
-    *_, newest = environments.read_pins().values()
+    newest = environments.chosen_versions(["newest"]).popitem()[1]
     for name, version in newest.items():
         pinned = re.search(rf"^{name}==(\S+)", constraints, re.MULTILINE)
         assert pinned.group(1) == version
 
 
 def test_which_versions_are_chosen():
-    known = list(environments.read_pins())
-    assert environments.chosen_versions([]) == known
-    assert environments.chosen_versions(["newest", "oldest", known[0]]) == [known[-1], known[1], known[0]]
+    pins = environments.read_pins()
+    known = [name for name in pins if not name.startswith("torch-")]
+    assert environments.chosen_versions([]) == pins
+    assert list(environments.chosen_versions(["newest", "oldest", known[0]])) == [known[-1], known[1], known[0]]
+    assert [pins[name]["torch"] for name in pins if name not in known] == ["2.6.0", "2.15.0"]
     with pytest.raises(environments.EnvironmentFailed, match=r"no transformers 3\.0"):
         environments.chosen_versions(["3.0"])
+
+
+def test_the_latest_is_what_the_index_has(monkeypatch):
+    answers = [json.dumps({"name": "transformers", "versions": ["6.1.0", "6.0.0"]})]
+    monkeypatch.setattr(environments, "_run", lambda command: answers[0])
+    assert environments.chosen_versions(["latest"]) == {"latest": {"transformers": "6.1.0"}}
+
+
+def test_the_oldest_torch_is_the_one_that_the_package_asks_for():
+    requirement = re.search(r'"torch>=([\d.]+)"', (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
+    assert f"torch-{requirement.group(1)}.0" in environments.read_pins()
 
 
 def test_a_spoiled_checkpoint_is_seen(tmp_path):
@@ -67,12 +80,19 @@ def test_a_spoiled_checkpoint_is_seen(tmp_path):
 
 
 FINE = {"loading": {"llama": None}}
-VERSIONS = {"transformers": "5.0.0", "huggingface-hub": "1.3.7", "tokenizers": "0.22.2"}
+VERSIONS = {"transformers": "5.0.0", "huggingface-hub": "1.3.7", "tokenizers": "0.22.2", "torch": "2.13.0"}
 REPORTS = {
     "another version": ({"versions": {**VERSIONS, "tokenizers": "9"}, "outcomes": FINE}, "it imports"),
     "an ability": ({"versions": VERSIONS, "outcomes": {"loading": {"llama": "KeyError: x"}}}, "NO: llama"),
     "a deprecation": ({"versions": VERSIONS, "outcomes": FINE, "deprecations": ["old"]}, "NO: all"),
 }
+
+
+def test_what_a_version_lacks_and_says_so_is_no_failure():
+    found = {"loading": {"llama": None}, "batching": {"llama": abilities.REFUSED, "gpt2": abilities.REFUSED}}
+    texts, problems = compat.cells("5.0.0", found)
+    assert not problems
+    assert [texts[compat.COLUMNS.index(column)] for column in found] == ["yes", "refused in words"]
 
 
 @pytest.mark.parametrize("case", REPORTS)
@@ -93,4 +113,4 @@ def test_an_environment_that_cannot_be_made_fails(monkeypatch, capsys, tmp_path)
     monkeypatch.setattr(compat, "write", lambda folder, name: None)
     monkeypatch.setattr(environments.sys, "executable", shutil.which("false"))
     assert compat.main(["--environments", str(tmp_path / "none"), "5.0.0"]) == 1
-    assert "| 5.0.0 | 1.3.7 | 0.22.2 | NO |" in capsys.readouterr().out
+    assert "| 5.0.0 | 1.3.7 | 0.22.2 |  | NO |" in capsys.readouterr().out

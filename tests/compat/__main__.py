@@ -20,12 +20,13 @@ from ponder_hf import PonderingForCausalLM, __version__
 from ponder_hf.modeling.pondering_version import TRANSFORMERS_RANGE, is_supported
 
 from . import abilities
-from .environments import EnvironmentFailed, build, chosen_versions, read_pins
+from .environments import EnvironmentFailed, build, chosen_versions
 from .written import CHECKPOINTS, write
 
 
 COLUMNS = (*abilities.ABILITIES, "back here", "no deprecations")
-REFUSED = "refused in words"
+REFUSED = abilities.REFUSED
+LIBRARIES = ("transformers", "huggingface-hub", "tokenizers", "torch")
 
 
 def read_back(copies):
@@ -41,23 +42,27 @@ def read_back(copies):
     return problems
 
 
-def try_version(version, environments, written, place):
-    """Map each column to {checkpoint: problem or None} for one version of transformers."""
-    pins = read_pins()[version]
-    python = build(pins, environments / version)
+def try_version(pins, python, written, place):
+    """For one environment: {column: {checkpoint: problem or None}}, and the versions that it imports.
+
+    Args:
+        pins: {package: version} that it must import.
+        python: its interpreter.
+    """
+    version = pins["transformers"]
     copies = place / "copies"
     copies.mkdir(parents=True)
     expectation = "supported" if is_supported(version) else "refused"
     program = Path(abilities.__file__).read_text(encoding="utf-8")
     report = json.loads(elsewhere.run(program, place / "home", written, copies, expectation, python=python))
-    imported = {name: pins[name] for name in report["versions"]}
-    if report["versions"] != imported:
-        raise EnvironmentFailed(f"it imports {report['versions']} where {imported} were installed")
+    installed = {name: version for name, version in pins.items() if name in LIBRARIES}
+    if not installed.items() <= report["versions"].items():
+        raise EnvironmentFailed(f"it imports {report['versions']} where {installed} were installed")
     outcomes = report["outcomes"]
     if expectation == "supported":
         outcomes["back here"] = read_back(copies)
         outcomes["no deprecations"] = {"all": "; ".join(report["deprecations"]) or None}
-    return outcomes
+    return outcomes, report["versions"]
 
 
 def cells(version, outcomes):
@@ -68,9 +73,9 @@ def cells(version, outcomes):
         if not found:
             texts.append("")
             continue
-        failed = [name for name, problem in found.items() if problem]
+        failed = [name for name, problem in found.items() if problem not in (None, REFUSED)]
         problems += [f"{version}: {column}: {name}: {found[name]}" for name in failed]
-        good = "yes" if is_supported(version) else REFUSED
+        good = "yes" if is_supported(version) and REFUSED not in found.values() else REFUSED
         texts.append(f"NO: {', '.join(failed)}" if failed else good)
     return texts, problems
 
@@ -82,7 +87,7 @@ def row(texts):
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="make compat", description="Try checkpoints under versions of transformers.")
     parser.add_argument("--environments", type=Path, default=Path(".compat"), metavar="FOLDER", help="where they lie")
-    parser.add_argument("versions", nargs="*", metavar="VERSION", help="by default all; also: oldest, newest")
+    parser.add_argument("versions", nargs="*", metavar="VERSION", help="by default all; also: oldest, newest, latest")
     args = parser.parse_args(argv)
     try:
         versions = chosen_versions(args.versions)
@@ -93,24 +98,25 @@ def main(argv=None):
         f"transformers {transformers.__version__}, torch {torch.__version__}, Python {platform.python_version()}; "
         f"{datetime.date.today()}\n"
     )
-    print(row(["transformers", "huggingface_hub", "tokenizers", *COLUMNS]))
-    print(row(["---"] * (3 + len(COLUMNS))))
+    print(row([*LIBRARIES, *COLUMNS]))
+    print(row(["---"] * (len(LIBRARIES) + len(COLUMNS))))
     transformers.logging.disable_progress_bar()
     problems = []
     with tempfile.TemporaryDirectory() as place:
         written = Path(place) / "written"
         for name in CHECKPOINTS:
             write(written, name)
-        for version in versions:
-            pins = read_pins()[version]
+        for name, pins in versions.items():
+            imported = pins
             try:
-                outcomes = try_version(version, args.environments.absolute(), written, Path(place) / version)
-                texts, found = cells(version, outcomes)
+                python = build(pins, args.environments.absolute() / name)
+                outcomes, imported = try_version(pins, python, written, Path(place) / name)
+                texts, found = cells(pins["transformers"], outcomes)
             except (EnvironmentFailed, AssertionError) as error:  # the latter: the program there ended with an error
                 texts = ["NO"] + [""] * (len(COLUMNS) - 1)
-                found = [f"{version}: {error}"]
+                found = [f"{name}: {error}"]
             problems += found
-            print(row([version, pins["huggingface-hub"], pins["tokenizers"], *texts]), flush=True)
+            print(row([*(imported.get(library, "") for library in LIBRARIES), *texts]), flush=True)
     for problem in problems:
         print(problem, file=sys.stderr)
     return 1 if problems else 0

@@ -16,11 +16,16 @@ import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig
 
 
+REFUSED = "refused in words"
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}  # float32; logits are of the order of 10
+
+
+class Refused(Exception):
+    """An ability that this version of transformers lacks was refused in words."""
 
 
 def prompt():
@@ -80,6 +85,32 @@ def exits(model):
     return {"tokens": results[0].sequences, "steps": results[0].pondering_steps_used}
 
 
+def batching(model):
+    """Continuous batching gives each request what `generate` gives it alone."""
+    requests = [list(range(3, 13)), list(range(15, 21))]
+    alone = [model.generate(torch.tensor([each]), **GREEDY)[0, len(each) :].tolist() for each in requests]
+    settings = GenerationConfig(**{**GREEDY, "eos_token_id": -1})
+    try:
+        results = model.generate_batch(requests, settings)
+    except ValueError as error:
+        if "continuous batching of pondering models needs a newer transformers" in str(error):
+            raise Refused from error
+        raise
+    assert [result.generated_tokens for result in results.values()] == alone, "batched and alone differ"
+    return {"tokens": torch.tensor(alone)}
+
+
+def memory(model):
+    """A training step must keep no logits whole: in its output stands what makes them when they are read."""
+    ids, mask = prompt()
+    model.train()
+    output = model(ids, attention_mask=mask, labels=ids)
+    kept = dict(zip(output.keys(), output.values(), strict=True))
+    model.eval()
+    assert not torch.is_tensor(kept["logits"]), "a training step makes the logits, which nobody has read"
+    return {"logits": output.logits.detach()[mask.bool()]}
+
+
 def training(model):
     """The loss before and after one step of AdamW on the prompt, and the norm of the gradient. Changes the model."""
     ids, mask = prompt()
@@ -97,7 +128,15 @@ def training(model):
 
 
 # What is measured on a model, by the name of its column. Training comes last, since it changes the weights.
-MEASURED = {"logits": logits, "cached": cached, "drafts": drafts, "exits": exits, "training": training}
+MEASURED = {
+    "logits": logits,
+    "cached": cached,
+    "drafts": drafts,
+    "exits": exits,
+    "batching": batching,
+    "memory": memory,
+    "training": training,
+}
 ABILITIES = ("loading", *MEASURED, "saving")
 
 
@@ -143,7 +182,7 @@ def save(model, folder, code):
 
 
 def try_checkpoint(folder, copy):
-    """Map each ability to None, or to the first line of what went wrong, for one checkpoint.
+    """Map each ability to None, to REFUSED, or to the first line of what went wrong, for one checkpoint.
 
     One that does not load has no other abilities.
     """
@@ -154,9 +193,11 @@ def try_checkpoint(folder, copy):
         outcomes[ability] = None
         try:
             return action()
+        except Refused:
+            outcomes[ability] = REFUSED
         except Exception as error:
             outcomes[ability] = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
-            return None
+        return None
 
     model = attempt("loading", lambda: load(folder))
     if model is None:
@@ -215,6 +256,7 @@ def main(source, copies, expectation):
         "transformers": transformers.__version__,
         "huggingface-hub": huggingface_hub.__version__,
         "tokenizers": tokenizers.__version__,
+        "torch": torch.__version__.partition("+")[0],
     }
     assert "ponder_hf" not in sys.modules
     print(json.dumps({"versions": versions, "deprecations": sorted(set(deprecations.messages)), "outcomes": outcomes}))
