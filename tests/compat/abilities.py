@@ -5,6 +5,7 @@ that written.py filled, a folder to save in, and "supported" or "refused", which
 object: "versions", "deprecations", and "outcomes", {ability: {checkpoint: null or what went wrong}}.
 """
 
+import dataclasses
 import json
 import logging
 import sys
@@ -85,13 +86,23 @@ def exits(model):
     return {"tokens": results[0].sequences, "steps": results[0].pondering_steps_used}
 
 
+def small_paged_cache():
+    """Keyword arguments of `generate_batch` for few pages; by default it takes most of the memory."""
+    config_class = getattr(transformers, "ContinuousBatchingConfig", None)
+    if config_class is None:
+        return {}
+    names = {field.name for field in dataclasses.fields(config_class)}
+    page = "page_size" if "page_size" in names else "block_size"
+    return {"continuous_batching_config": config_class(num_blocks=16, max_batch_tokens=32, **{page: 16})}
+
+
 def batching(model):
     """Continuous batching gives each request what `generate` gives it alone."""
     requests = [list(range(3, 13)), list(range(15, 21))]
     alone = [model.generate(torch.tensor([each]), **GREEDY)[0, len(each) :].tolist() for each in requests]
     settings = GenerationConfig(**{**GREEDY, "eos_token_id": -1})
     try:
-        results = model.generate_batch(requests, settings)
+        results = model.generate_batch(requests, settings, **small_paged_cache())
     except ValueError as error:
         if "continuous batching of pondering models needs a newer transformers" in str(error):
             raise Refused from error
