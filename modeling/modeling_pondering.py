@@ -105,6 +105,10 @@ class PonderingPreTrainedModel(PreTrainedModel):
         self.backbone = backbone_class(config.base_config)(config.base_config)
         # Masks that `generate` prepares must be of the kind that the backbone's layers expect.
         self.config._attn_implementation_internal = self.backbone.config._attn_implementation
+        # What computes experts, which `generate` of transformers 5.0 changes for a time, where there are any.
+        experts = getattr(self.backbone.config, "_experts_implementation", None)
+        if experts is not None:
+            self.config._experts_implementation_internal = experts
         for name in _SAID_BY_CLASSES:
             if hasattr(self.backbone, name):
                 setattr(self, name, getattr(self.backbone, name))
