@@ -356,7 +356,9 @@ class PonderingPreTrainedModel(PreTrainedModel):
             hidden_states = run_pass(step, **only_last).last_hidden_state
             if on_hidden_states is not None:
                 on_hidden_states(hidden_states)
-            hidden_inputs = hidden_inputs + self.finish_embedding(pondering_embedding(hidden_states))
+            embedding = self.finish_embedding(pondering_embedding(hidden_states))
+            # With a device_map head, gate and embedding may lie on different devices.
+            hidden_inputs = hidden_inputs + embedding.to(hidden_inputs.device)
         output = run_pass(num_steps, **recording)
         if router_logits:
             output["router_logits"] = tuple(router_logits)

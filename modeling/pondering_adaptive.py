@@ -8,6 +8,7 @@ those. Where a backbone cannot be told which of its tokens a row has left, whole
 stopped keeps what it had; the result is the same.
 """
 
+import copy
 import inspect
 
 import torch
@@ -42,7 +43,7 @@ class _CompletingCache(Cache):
     chosen = memory = None
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        chosen, memory = self.chosen, self.memory[layer_idx]
+        chosen, memory = self.chosen.on(key_states.device), self.memory[layer_idx]
         if not chosen.is_everything:
             key_states, value_states = chosen.put(memory[0], key_states), chosen.put(memory[1], value_states)
         memory[:] = key_states, value_states, args, kwargs
@@ -64,9 +65,24 @@ class _Chosen:
         self.is_everything = self.has_all_rows and bool(self.active.all())
         self.positions = None
         count = int(self.active.sum(1).max())
+        kept = self.active
         if may_shorten and count < active.shape[1]:
             order = torch.argsort(~self.active, dim=1, stable=True)[:, :count]
             self.positions = order.where(self.active.gather(1, order), order[:, :1])
+            kept = torch.arange(count) < self.active.sum(1, keepdim=True)
+        self.places = _places(kept)
+        self.copies = {self.rows.device: self}
+
+    def on(self, device):
+        """The same on a device, which then need not wait for what was decided here."""
+        if self.is_everything:  # then none of the indices is read
+            return self
+        if device not in self.copies:
+            self.copies[device] = there = copy.copy(self)
+            for name in ("rows", "active", "positions", "places"):
+                tensor = getattr(self, name)
+                setattr(there, name, None if tensor is None else tensor.to(device, non_blocking=True))
+        return self.copies[device]
 
     def take(self, tensor, dim=1):
         """The part of (B or 1, ..., T, ...) that the pass computes on, with T at `dim`; `dim` None: whole rows."""
@@ -89,12 +105,13 @@ class _Chosen:
 
     def results(self, hidden_states):
         """(b, t, d) of the pass to (n, d): the tokens that go on, row by row."""
-        if self.is_everything:
-            return hidden_states.reshape(-1, hidden_states.shape[-1])
-        if self.positions is None:
-            return hidden_states[self.active]
-        counts = self.active.sum(1, keepdim=True)
-        return hidden_states[torch.arange(hidden_states.shape[1], device=counts.device) < counts]
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        return flat if self.is_everything else flat[self.places]
+
+
+def _places(mask):
+    """The indices of what is true in a mask, as if it were flat."""
+    return mask.flatten().nonzero().flatten()
 
 
 class _Inputs:
@@ -124,11 +141,11 @@ class _Inputs:
         mask = self.attention_mask
         if not torch.is_tensor(mask) or mask.ndim != 2:
             return torch.zeros(self.shape, dtype=torch.bool, device=device)
-        return mask[:, -self.shape[1] :] == 0
+        return mask[:, -self.shape[1] :].to(device) == 0
 
     def of(self, chosen, inputs_embeds, cache):
         """Keyword arguments of the backbone for a pass over `chosen` tokens; `cache` is the pass's own, as it was."""
-        others = {name: chosen.take(v, None) if torch.is_tensor(v) else v for name, v in self.others.items()}
+        others = {name: _taken(chosen, v, None) if torch.is_tensor(v) else v for name, v in self.others.items()}
         mask, position_ids = self.attention_mask, self.position_ids
         if chosen.positions is not None:
             if self.masks is None:  # the same in every pass
@@ -148,7 +165,7 @@ class _Inputs:
 
 
 def _taken(chosen, tensor, dim):
-    return None if tensor is None else chosen.take(tensor, dim)
+    return None if tensor is None else chosen.on(tensor.device).take(tensor, dim)
 
 
 def _always(batch_index, head_index, query_index, key_index):
@@ -192,34 +209,38 @@ class AdaptivePasses:
         if self.has_own_cache and are_packed(position_ids, attention_mask):
             attention_mask = _packed_mask(self.model.backbone, hidden_inputs, position_ids)
         inputs = _Inputs(self.model.backbone, shape, attention_mask, position_ids, others)
-        active = torch.ones(shape, dtype=torch.bool, device=hidden_inputs.device)
-        padding = inputs.padding(active.device)
-        self.steps = torch.full(shape, self.num_steps, device=active.device)
+        # Who goes on is decided on the device and handed to the host once a pass, where all indices are made of it.
+        device = hidden_inputs.device
+        active, active_here = torch.ones(shape, dtype=torch.bool, device=device), torch.ones(shape, dtype=torch.bool)
+        padding = inputs.padding(device)
+        self.steps = torch.full(shape, self.num_steps, device=device)
         before = (None, None)
         for index in range(self.num_steps + 1):
-            chosen = _Chosen(active, inputs.may_shorten, inputs.keeps_rows)
+            chosen = _Chosen(active_here, inputs.may_shorten, inputs.keeps_rows)
             flat = self._run_pass(index, hidden_inputs, chosen, inputs)
-            self._keep(flat, active, chosen)
+            places = None if chosen.is_everything else _places(active_here).to(device, non_blocking=True)
+            self.hidden_states = _replaced(self.hidden_states, places, flat, shape)
             if index == self.num_steps:
                 self.logits = None
                 break
             if self.adapters.exist:
-                self.row_of_tokens = active.nonzero()[:, 0].tolist()
+                self.row_of_tokens = active_here.nonzero()[:, 0].tolist()
             embedding, logits, stops = self._evaluate(flat, *before)
-            embedding = self.model.finish_embedding(embedding)
-            if chosen.is_everything:
-                hidden_inputs = hidden_inputs + embedding.view(*shape, -1)
-            else:
-                hidden_inputs = hidden_inputs.masked_scatter(active[..., None], hidden_inputs[active] + embedding)
+            embedding = self.model.finish_embedding(embedding).to(device)
+            old = hidden_inputs.flatten(0, 1)
+            hidden_inputs = _replaced(
+                hidden_inputs, places, (old if places is None else old[places]) + embedding, shape
+            )
             going_on = _going_on(active, stops, padding)
+            going_on_here = going_on.cpu()
             self.steps = self.steps.masked_fill(active & ~going_on, index)
-            self._keep_logits(logits, active, going_on)
-            if not going_on.any():
+            self._keep_logits(logits, active_here, going_on_here)
+            if not going_on_here.any():
                 self._fill(index + 1)
                 break
-            still = going_on[active]
-            before = (flat[still], None if logits is None else logits[still])
-            active = going_on
+            still = _places(going_on_here[active_here])
+            before = (_rows(flat, still), None if logits is None else _rows(logits, still))
+            active, active_here = going_on, going_on_here
         if self.exit.record is not None:
             self.exit.record(self.steps)
         return self
@@ -238,9 +259,14 @@ class AdaptivePasses:
         if self.adapters.exist:
             self.adapters.rows = chosen.rows.tolist()
         output = run_backbone(
-            self.model.backbone, chosen.take(hidden_inputs), past_key_values=cache, use_cache=True, **arguments
+            self.model.backbone,
+            chosen.on(hidden_inputs.device).take(hidden_inputs),
+            past_key_values=cache,
+            use_cache=True,
+            **arguments,
         )
-        return chosen.results(output.last_hidden_state)
+        # With a device_map the last layer may lie elsewhere.
+        return chosen.on(hidden_inputs.device).results(output.last_hidden_state.to(hidden_inputs.device))
 
     def _evaluate(self, flat, flat_before, logits_before):
         """Pondering embeddings (n, d), logits (n, V) where they fit one chunk, and who has converged (n,).
@@ -264,31 +290,36 @@ class AdaptivePasses:
             previous = None if logits_before is None else logits_before[part]
             if previous is None and flat_before is not None:
                 previous = self.embedding.wide_logits(flat_before[part])
-            stops.append(self.exit.converged(logits, previous))
+            stops.append(self.exit.converged(logits, previous).to(flat.device))
         self.adapters.rows = self.row_of_tokens
         return torch.cat(embeddings), logits if len(parts) == 1 else None, torch.cat(stops)
-
-    def _keep(self, flat, active, chosen):
-        if chosen.is_everything:
-            self.hidden_states = flat.view(*active.shape, -1)
-        else:
-            self.hidden_states = self.hidden_states.masked_scatter(active[..., None], flat)
 
     def _keep_logits(self, logits, active, going_on):
         stopping = active & ~going_on
         vocab_size = self.model.config.vocab_size
-        limit = chunk_elements(active.device)
-        if logits is None or active.numel() * vocab_size > limit or not stopping.any():
+        if logits is None or active.numel() * vocab_size > chunk_elements(logits.device) or not stopping.any():
             return
         if self.logits is None:
             self.logits = logits.new_empty(*active.shape, vocab_size)
-        self.logits[stopping] = logits[stopping[active]]
+        places = _places(stopping).to(logits.device, non_blocking=True)
+        self.logits.view(-1, vocab_size)[places] = _rows(logits, _places(stopping[active]))
 
     def _fill(self, first):
         for index in range(first, self.num_steps + 1):
             cache = pass_cache(self.past_key_values, index, self.num_layers)
             for layer_index, (keys, values, args, kwargs) in enumerate(self.memory):
                 cache.update(keys, values, layer_index, *args, **kwargs)
+
+
+def _rows(tensor, indices):
+    return tensor if len(indices) == len(tensor) else tensor[indices.to(tensor.device, non_blocking=True)]
+
+
+def _replaced(tensor, places, rows, shape):
+    """(B, T, d) with `rows` (n, d) at some places of its flattened (B T, d); places None: at all."""
+    if places is None:
+        return rows.view(*shape, -1)
+    return tensor.flatten(0, 1).index_copy(0, places, rows.to(tensor.dtype)).view(*shape, -1)
 
 
 def _packed_mask(backbone, hidden_inputs, position_ids):

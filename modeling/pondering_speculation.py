@@ -202,12 +202,14 @@ class Record:
                     column = kept.setdefault(self.lengths[row], values.new_zeros(self.batch_size, values.shape[-1]))
                     column[row] = values[row]
             self.lengths[row] += 1
-        for length in {self.lengths[row] for row in rows}:
+        lengths, stops = sorted({self.lengths[row] for row in rows}), []
+        for length in lengths:
             kept = None if self.scores is None else self.columns_of(self.scores, length)
-            stops = self.stopping_criteria(self.token_ids[:, :length], kept).tolist()
-            for row in rows:
-                if self.lengths[row] == length and self.finished_at[row] is None and stops[row]:
-                    self.finished_at[row] = length
+            stops.append(self.stopping_criteria(self.token_ids[:, :length], kept))
+        stops = torch.stack(stops).tolist()  # at once, as each look waits for the device
+        for row in rows:
+            if self.finished_at[row] is None and stops[lengths.index(self.lengths[row])][row]:
+                self.finished_at[row] = self.lengths[row]
         if self.streamer is not None:
             self._stream()
 
@@ -259,6 +261,8 @@ class Speculation:
         self.record, self.num_steps = record, call.steps
         self.num_drafts = min(call.num_draft_tokens, call.steps)
         self.source, self.chooses_drafts = call.draft_source, hasattr(call.draft_source, "token")
+        # For such sources, which look at the text each tick: reading it off the device would wait.
+        self.known_tokens = input_ids.tolist() if self.chooses_drafts else None
         self.chooser = TokenChooser(logits_processor, generation_config.do_sample, record.token_ids)
         self.max_length = record.stopping_criteria.max_length
         if self.max_length is None:
@@ -282,7 +286,8 @@ class Speculation:
         self._begin(output.logits[:, -1])
 
     def _begin(self, logits):
-        logits = logits.to(torch.float32, copy=True)
+        # As transformers does: with a device_map the head may lie elsewhere than the text.
+        logits = logits.to(self.record.token_ids.device, torch.float32, copy=True)
         places = [(row, self.record.prompt_length) for row in range(self.record.batch_size)]
         tokens, scores = self.chooser(logits, places, [True] * len(places))
         self._write([(row, self.record.prompt_length, token) for row, token in enumerate(tokens)])
@@ -297,6 +302,8 @@ class Speculation:
             self.chooser.token_ids = self.record.token_ids
         for row, column, token in entries:
             self.record.token_ids[row, column] = token
+            if self.known_tokens is not None:
+                self.known_tokens[row][column:] = [token]
 
     def _retire(self):
         for row, flight in enumerate(self.flights):
@@ -324,7 +331,7 @@ class Speculation:
         )
         first, logits = self.wave.tick(self.flights, entering)
         _, size, vocab_size = logits.shape
-        logits = logits.reshape(-1, vocab_size).to(torch.float32)
+        logits = logits.reshape(-1, vocab_size).to(self.record.token_ids.device, torch.float32)
         places = [None] * len(logits)
         for row, flight in enumerate(self.flights):
             if flight is not None:
@@ -362,7 +369,7 @@ class Speculation:
     def _ask_source(self, row, flight, predicted):
         """The source's token in place of pass 0's, or None. Those in place of later passes' go into `predicted`."""
         column = flight.column - self.shift
-        known = self.record.token_ids[row, :column].tolist()
+        known = self.known_tokens[row][:column]
         drafted = None
         for index, stage in enumerate(flight.stages):
             if stage < self.num_steps:

@@ -160,7 +160,7 @@ class Wave:
         self.offsets = self._position_offsets(attention_mask, position_ids)
         self.is_padding = None
         if attention_mask is not None and not bool(attention_mask.all()):
-            self.is_padding = ~attention_mask.bool().repeat(num_steps + 1, 1)
+            self.is_padding = ~attention_mask.to(self.device).bool().repeat(num_steps + 1, 1)
         self.mask_kind = mask_kind(self.backbone)
         self.window = getattr(self.backbone.config, "sliding_window", None)
 
@@ -218,7 +218,8 @@ class Wave:
         # The passes' own predictions are drafts where the source gives none, and what is pondered over, which goes
         # without their logits where it can.
         without_logits = not self.embedding.makes_use_of_logits(pondering_states)
-        states = [pondering_states if drafted is None else drafted.flatten(0, 1), last_states]
+        drafted_states = pondering_states if drafted is None else drafted.flatten(0, 1).to(hidden_states.device)
+        states = [drafted_states, last_states]
         if drafted is not None and not without_logits:
             states.insert(0, pondering_states)
         logits = self.embedding.logits(torch.cat(states))
@@ -281,7 +282,7 @@ class Wave:
     def _ponder(self, start, embedding):
         """Make the inputs of the following passes. embedding: (n, d), of the rows from `start` on."""
         stop = start + len(embedding)
-        embedding = self.model.finish_embedding(embedding)
+        embedding = self.model.finish_embedding(embedding).to(self.inputs.device)
         self.inputs[start + self.batch_size : stop + self.batch_size] = self.inputs[start:stop] + embedding
 
     def give_back(self, length):

@@ -29,6 +29,8 @@ torch.inference_mode = torch.no_grad  # in which such tensors have no views
 torch.autograd.set_multithreading_enabled(False)  # torch has no threads for devices that are not there
 
 _COPIES = {"aten::_to_copy", "aten::copy_", "aten::to"}
+# What GPUs have no kernel for in bfloat16.
+_NOT_IN_BFLOAT16 = {"aten::_embedding_bag_per_sample_weights_backward"}
 # Every one of them waits until the device has caught up.
 _WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::equal"}
 
@@ -95,6 +97,8 @@ def _run(function, args, kwargs, watch):
     name = function._schema.name
     tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
     pretended = [tensor for tensor in tensors if isinstance(tensor, Pretended)]
+    if name in _NOT_IN_BFLOAT16 and pretended and pretended[0].dtype == torch.bfloat16:
+        raise NotImplementedError(f"{name} is not implemented for bfloat16 on GPUs")
     asked = kwargs.get("device")
     is_copy = name in _COPIES
     if not is_copy:

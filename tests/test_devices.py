@@ -1,6 +1,9 @@
 """Devices: which one a command runs on, and examples that work wherever Trainer has moved the model."""
 
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import checkpoints
@@ -109,3 +112,40 @@ def test_every_example_moves_its_prompt_to_the_model():
             seen += 1
             assert re.search(r"\.to\(\w+\.device\)", text[found.end() : found.end() + 900]), path
     assert seen >= 4
+
+
+@pytest.fixture(scope="module")
+def pretended():
+    """What happened on two GPUs that are not there: see pretended_runs.py."""
+    pytest.importorskip("accelerate", reason="needs ponder-hf[train]")
+    registration = pytest.importorskip("torch.utils.backend_registration")
+    if not hasattr(registration, "_setup_privateuseone_for_python_backend"):
+        pytest.skip("this torch takes no devices that are written in Python")
+    tests = Path(__file__).resolve().parent
+    done = subprocess.run(
+        [sys.executable, str(tests / "pretended_runs.py")], capture_output=True, text=True, timeout=1200
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_layers_head_and_gate_on_several_devices(pretended):
+    """As a device_map spreads them: generation in every way, and training, mix no devices and give the same."""
+    found = pretended["two devices"]
+    assert len(found) == 18
+    assert {name: outcome for name, outcome in found.items() if outcome != "ok"} == {}
+
+
+@pytest.mark.slow
+def test_a_tick_waits_for_the_device_once_more_than_a_plain_token_at_most(pretended):
+    """What moves a number to the host waits for the device; exits ask once a pass who goes on."""
+    waits = pretended["waits"]
+    passes_that_may_exit = 2
+    assert waits["plain"] == waits["cached"] == 1
+    for name in ("drafts", "drafts by heads", "drafts by prompt lookup"):
+        assert waits[name] <= waits["plain"] + 1, waits
+    for name in ("exits", "exits by argmax"):
+        assert waits[name] <= waits["plain"] + passes_that_may_exit, waits
+    # transformers looks once a pass whether the positions are those of packed texts, as it does for the plain model.
+    assert waits["training step"] <= passes_that_may_exit + 1
