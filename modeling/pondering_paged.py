@@ -14,6 +14,7 @@ from transformers import GenerationMixin
 
 from .pondering_errors import PonderingError
 from .pondering_prompt import check_prompt
+from .pondering_version import is_older_than
 
 
 class PassesAsLayers:
@@ -90,6 +91,12 @@ def start_manager(model, call, generation_config, *args, **kwargs):
         raise PonderingError(
             "continuous batching of pondering models needs a newer transformers (5.20 is known to do): use `generate` "
             "with a left-padded batch, and `transformers serve` without `--continuous-batching`"
+        )
+    config = model.backbone.config
+    if is_older_than(5, 17) and getattr(config, "sliding_window", None) is not None:
+        raise PonderingError(
+            "continuous batching with a sliding window gives other tokens in older releases of transformers, plain "
+            "models included: it needs a newer transformers (5.17 is known to do); use `generate`"
         )
     for name, is_set in (("num_draft_tokens", call.num_draft_tokens), ("pondering_exit_threshold", call.exit)):
         if is_set:

@@ -30,6 +30,14 @@ def is_tested(version):
     return found is not None and OLDEST <= found <= NEWEST
 
 
+def is_older_than(*minor):
+    """Whether the transformers that is imported is older than such a minor version, as in is_older_than(5, 17)."""
+    from transformers import __version__ as version
+
+    found = _minor_version(version)
+    return found is not None and found < minor
+
+
 def untested_version():
     """The version of the transformers that is imported, if it is newer than what was tested, else None."""
     from transformers import __version__ as version

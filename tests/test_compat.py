@@ -89,10 +89,15 @@ REPORTS = {
 
 
 def test_what_a_version_lacks_and_says_so_is_no_failure():
-    found = {"loading": {"llama": None}, "batching": {"llama": abilities.REFUSED, "gpt2": abilities.REFUSED}}
+    found = {
+        "loading": {"llama": None},
+        "drafts": {"llama": None, "gpt2": abilities.REFUSED},
+        "batching": {"llama": abilities.REFUSED, "gpt2": abilities.REFUSED},
+    }
     texts, problems = compat.cells("5.0.0", found)
     assert not problems
-    assert [texts[compat.COLUMNS.index(column)] for column in found] == ["yes", "refused in words"]
+    words = [texts[compat.COLUMNS.index(column)] for column in found]
+    assert words == ["yes", "yes; gpt2 refused in words", "refused in words"]
 
 
 @pytest.mark.parametrize("case", REPORTS)

@@ -102,3 +102,10 @@ def test_bad_input(settings, message, monkeypatch):
     monkeypatch.setattr(model.backbone.base_model, "forward", None)
     with pytest.raises(PonderingError, match=message):
         together(model, **settings)
+
+
+def test_windows_of_older_releases_are_refused(monkeypatch):
+    model = tiny.pondering_model("mistral")
+    monkeypatch.setattr("transformers.__version__", "5.11.0")
+    with pytest.raises(PonderingError, match=r"with a sliding window .* needs a newer transformers \(5\.17"):
+        together(model)

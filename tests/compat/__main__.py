@@ -75,7 +75,10 @@ def cells(version, outcomes):
             continue
         failed = [name for name, problem in found.items() if problem not in (None, REFUSED)]
         problems += [f"{version}: {column}: {name}: {found[name]}" for name in failed]
-        good = "yes" if is_supported(version) and REFUSED not in found.values() else REFUSED
+        refused = [name for name, problem in found.items() if problem == REFUSED]
+        good = REFUSED if refused or not is_supported(version) else "yes"
+        if 0 < len(refused) < len(found):
+            good = f"yes; {', '.join(refused)} {REFUSED}"
         texts.append(f"NO: {', '.join(failed)}" if failed else good)
     return texts, problems
 
