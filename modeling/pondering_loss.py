@@ -1,7 +1,6 @@
 """Next-token cross-entropy, as transformers' Trainer and data collators expect it."""
 
 import inspect
-import sys
 from functools import partial
 
 import torch
@@ -165,7 +164,7 @@ def auxiliary_loss(backbone, router_logits, attention_mask=None):
         PonderingError: the class computes it from something else.
     """
     found = (
-        getattr(sys.modules[each.__module__], "load_balancing_loss_func", None) for each in type(backbone).__mro__
+        getattr(inspect.getmodule(each), "load_balancing_loss_func", None) for each in type(backbone).__mro__
     )
     balance = next((function for function in found if function is not None), None)
     if balance is None:
