@@ -10,7 +10,7 @@ PYTHON ?= python3
 VENV ?= .venv
 # Test processes; each computes on one thread.
 WORKERS ?= 2
-# Where `make compat` keeps its environments (0.1 GB each), and which versions it tries; none: all of them.
+# Where `make compat` keeps its environments (0.1 GB each; 5 GB with a torch of its own), and which versions it tries.
 COMPAT ?= .compat
 VERSIONS ?=
 # Further options: make test PYTEST_ARGS="-k gate", make demo DEMO_ARGS="--base FOLDER", make bench BENCH=NAME,
@@ -47,7 +47,7 @@ style: setup ## Check style and formatting with ruff
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-compat: setup ## Try checkpoints under other versions of transformers, or only VERSIONS="4.57.6 newest" (two minutes)
+compat: setup ## Try checkpoints under other versions of transformers and torch (15 minutes, 10 GB), or only VERSIONS="oldest newest" (3 minutes); latest: whatever the index has
 	PYTHONPATH=tests $(VENV_PYTHON) -m compat --environments $(COMPAT) $(VERSIONS)
 
 gpu: setup ## Check and measure pondering on this machine's GPU (five minutes; GPU_ARGS=--quick: three)
