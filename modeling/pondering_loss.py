@@ -64,7 +64,8 @@ def _loss_and_gradients(hidden_states, weight, bias, labels, cap, factor, ignore
         targets = labels[part].unsqueeze(-1)
         counts = targets != ignore_index
         targets = targets.where(counts, 0)
-        total += (normaliser - logits.gather(-1, targets)).where(counts, 0).sum()
+        # Not in place: compiled by torch 2.11, a result that was changed in place loses its gradient without a word.
+        total = total + (normaliser - logits.gather(-1, targets)).where(counts, 0).sum()
         if not any(needs):
             continue
         gradient = (logits - normaliser).exp_()
@@ -163,9 +164,7 @@ def auxiliary_loss(backbone, router_logits, attention_mask=None):
     Raises:
         PonderingError: the class computes it from something else.
     """
-    found = (
-        getattr(inspect.getmodule(each), "load_balancing_loss_func", None) for each in type(backbone).__mro__
-    )
+    found = (getattr(inspect.getmodule(each), "load_balancing_loss_func", None) for each in type(backbone).__mro__)
     balance = next((function for function in found if function is not None), None)
     if balance is None:
         return None, None
