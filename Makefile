@@ -47,7 +47,7 @@ style: setup ## Check style and formatting with ruff
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-compat: setup ## Try checkpoints under other versions of transformers and torch (15 minutes, 10 GB), or only VERSIONS="oldest newest" (3 minutes); latest: whatever the index has
+compat: setup ## Try checkpoints under other transformers and torch (15 minutes, 10 GB; VERSIONS="oldest newest": 3, small; or latest)
 	PYTHONPATH=tests $(VENV_PYTHON) -m compat --environments $(COMPAT) $(VERSIONS)
 
 gpu: setup ## Check and measure pondering on this machine's GPU (five minutes; GPU_ARGS=--quick: three)
