@@ -28,11 +28,14 @@ def given_cache(arguments):
     """The cache among keyword arguments, under whichever name, or None.
 
     Raises:
-        PonderingError: both names are used.
+        PonderingError: both names are used, for two caches that are filled or empty alike.
     """
     given = [arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None]
-    if len(given) > 1:
-        raise PonderingError("`cache` and `past_key_values` are two names of one argument: give one of them")
+    if len(given) > 1 and given[0] is not given[1]:
+        # PEFT puts its learned prefix under one name beside the empty cache of `generate` under the other.
+        given = [cache for cache in given if not (isinstance(cache, Cache) and cache.get_seq_length() == 0)]
+        if len(given) != 1:
+            raise PonderingError("`cache` and `past_key_values` are two names of one argument: give one of them")
     return given[0] if given else None
 
 

@@ -88,6 +88,9 @@ class PonderingGenerationMixin(GenerationMixin):
         # grows past the length from which other rotations hold, BLOOM makes masks of its own for static caches.
         prepare = getattr(self.backbone, "prepare_inputs_for_generation", super().prepare_inputs_for_generation)
         model_inputs = prepare(input_ids, *args, **kwargs)
+        if _is_called_for_virtual_tokens(self):
+            # PEFT looks under one of the names. Where it finds none it would put its tokens in again and again.
+            model_inputs.update(dict.fromkeys(CACHE_NAMES, given_cache(model_inputs)))
         call = current_call()
         if call is None:
             return model_inputs
@@ -105,6 +108,14 @@ class PonderingGenerationMixin(GenerationMixin):
                 lambda steps: call.steps_used.append((new[0], steps[:, new[1]]))
             )
         return model_inputs
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        if model_kwargs.get("use_cache") is False and _is_called_for_virtual_tokens(self):
+            # PEFT gives its prefix, a filled cache, to each forward pass by itself.
+            for name in CACHE_NAMES:
+                model_kwargs.pop(name, None)
+        return model_kwargs
 
     def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, *args, **model_kwargs):
         call = current_call()
@@ -165,6 +176,12 @@ def _take_cache(arguments):
         arguments.pop(name, None)
     if cache is not None:
         arguments[CACHE_NAME] = cache
+
+
+def _is_called_for_virtual_tokens(model):
+    """Whether PEFT's prompt learning has put itself around the model's `prepare_inputs_for_generation`."""
+    wrapper = getattr(model.__dict__.get("prepare_inputs_for_generation"), "__self__", None)
+    return bool(getattr(getattr(wrapper, "active_peft_config", None), "is_prompt_learning", False))
 
 
 def _check_drafts(generation_mode, generation_config):

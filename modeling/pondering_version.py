@@ -3,6 +3,8 @@
 import logging
 import re
 
+import transformers
+
 from .pondering_errors import PonderingError
 
 
@@ -16,6 +18,15 @@ INSTALL_TESTED = f'pip install "transformers{TRANSFORMERS_RANGE}"'
 def _minor_version(version):
     found = re.match(r"(\d+)\.(\d+)", version)
     return None if found is None else tuple(map(int, found.groups()))
+
+
+def _imported_version():
+    # transformers imports itself a second time where it first looks at processors, often while a model is loaded.
+    # What was said of the first (a version that somebody pretends) is not known to the second.
+    from transformers import __version__ as latest
+
+    versions = (latest, getattr(transformers, "__version__", latest))
+    return next((version for version in versions if not is_tested(version)), latest)
 
 
 def is_supported(version):
@@ -32,16 +43,13 @@ def is_tested(version):
 
 def is_older_than(*minor):
     """Whether the transformers that is imported is older than such a minor version, as in is_older_than(5, 17)."""
-    from transformers import __version__ as version
-
-    found = _minor_version(version)
+    found = _minor_version(_imported_version())
     return found is not None and found < minor
 
 
 def untested_version():
     """The version of the transformers that is imported, if it is newer than what was tested, else None."""
-    from transformers import __version__ as version
-
+    version = _imported_version()
     return version if is_supported(version) and not is_tested(version) else None
 
 
@@ -54,8 +62,7 @@ def check_transformers(error=None):
     Raises:
         PonderingError: it is too old, or newer and lacks something.
     """
-    from transformers import __version__ as version
-
+    version = _imported_version()
     if not is_supported(version):
         raise PonderingError(
             f"transformers {version} is outside {TRANSFORMERS_RANGE}, the range that this code is tested with, and "

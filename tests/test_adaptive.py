@@ -7,6 +7,7 @@ from transformers import DynamicCache
 
 from ponder_hf import PonderingError, PonderingForCausalLM
 from ponder_hf.modeling import pondering_readout
+from ponder_hf.modeling.pondering_cache import CACHE_NAME
 from ponder_hf.modeling.pondering_exit import CRITERIA, PonderingExit
 
 
@@ -45,7 +46,7 @@ def plain_adaptive(backbone, row, steps, distance, threshold):
     for token in row:
         inputs, before, distances = table[token].view(1, 1, -1), None, []
         for index in range(steps + 1):
-            logits = backbone(inputs_embeds=inputs, past_key_values=caches[index], use_cache=True).logits[0, 0]
+            logits = backbone(inputs_embeds=inputs, use_cache=True, **{CACHE_NAME: caches[index]}).logits[0, 0]
             if index == steps:
                 break
             distances.append(distance(logits, before))
@@ -191,9 +192,7 @@ def test_the_prompt_may_come_in_chunks_and_from_a_cache(float64_throughout):
         whole = model.generate(row.unsqueeze(0), max_new_tokens=6, **exit, **GREEDY)
         chunks = model.generate(row.unsqueeze(0), max_new_tokens=6, prefill_chunk_size=4, **exit, **GREEDY)
         first = model.generate(row.unsqueeze(0), max_new_tokens=3, **exit, **GREEDY)
-        rest = model.generate(
-            first.sequences, past_key_values=first.past_key_values, max_new_tokens=3, **exit, **GREEDY
-        )
+        rest = model.generate(first.sequences, past_key_values=first[CACHE_NAME], max_new_tokens=3, **exit, **GREEDY)
     used = whole.pondering_steps_used
     assert len(used.unique()) > 1
     assert chunks.sequences.tolist() == rest.sequences.tolist() == whole.sequences.tolist()

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoTokenizer, DynamicCache, GenerationConfig, StaticCache, pipeline
 
 from ponder_hf import PonderingError, PonderingForCausalLM, conversion
+from ponder_hf.modeling.pondering_cache import CACHE_NAME
 
 
 MODEL = {"model_type": "gpt2", "pondering_steps": 2}  # gpt2 has a table of 64 positions
@@ -174,7 +175,7 @@ def test_caches(check_refused, model):
     prompt = tiny.token_ids(1, 5)
     longer = {"input_ids": torch.cat([prompt, prompt], dim=1)}
     plain, other, other_steps = (DynamicCache(config=model.config.base_config) for _ in range(3))
-    model.to_base()(prompt, past_key_values=plain, use_cache=True)
+    model.to_base()(prompt, use_cache=True, **{CACHE_NAME: plain})
     PonderingForCausalLM(model.config)(prompt, past_key_values=other, use_cache=True)
     model(prompt, past_key_values=other_steps, pondering_steps=1, use_cache=True)
     check_refused("holds 2 slots, but 3 passes of 2 layers need 6", past_key_values=plain, **longer)
@@ -250,11 +251,11 @@ def test_whose_cache_it_is_survives_copies_and_training(model, tmp_path):
     settings = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     returned = {**settings, "return_dict_in_generate": True}
     first = model.generate(prompt, **returned)
-    torch.save(first.past_key_values, tmp_path / "cache.pt")
+    torch.save(first[CACHE_NAME], tmp_path / "cache.pt")
     kept = torch.load(tmp_path / "cache.pt", weights_only=False)
     twin = copy.deepcopy(model)
     expected = model.generate(prompt, **{**settings, "max_new_tokens": 6})
-    for cache in (copy.deepcopy(first.past_key_values), kept):
+    for cache in (copy.deepcopy(first[CACHE_NAME]), kept):
         assert torch.equal(twin.generate(first.sequences, past_key_values=cache, **settings), expected)
     static = StaticCache(model.config.get_text_config(), max_cache_len=16)
     with torch.no_grad():

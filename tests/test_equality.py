@@ -11,6 +11,7 @@ import tiny
 import torch
 from drafting import HalfWrong
 
+from ponder_hf.modeling.pondering_cache import CACHE_NAME
 from ponder_hf.modeling.pondering_speculation import Noise
 
 
@@ -91,7 +92,7 @@ def embeddings(model, chance, **settings):
 def conversation(model, chance, **settings):
     first, ids, mask = plain(model, chance, **settings)
     ids, mask = longer(ids, mask, first.sequences[:, -COUNT:], tiny.token_ids(len(ids), chance.randint(1, 5)))
-    return model.generate(ids, attention_mask=mask, past_key_values=first.past_key_values, **settings), ids, mask
+    return model.generate(ids, attention_mask=mask, past_key_values=first[CACHE_NAME], **settings), ids, mask
 
 
 def cropped(model, chance, **settings):
@@ -99,7 +100,7 @@ def cropped(model, chance, **settings):
     windows = model.config.base_config.model_type in WINDOWS
     ids, mask = random_rows(chance, chance.randint(1, 4), longest=1 if windows else 13)
     first = model.generate(ids, attention_mask=mask, **settings)
-    cache, number = first.past_key_values, chance.randint(1, COUNT - 1)
+    cache, number = first[CACHE_NAME], chance.randint(1, COUNT - 1)
     cache.crop(-number)
     kept = first.sequences[:, ids.shape[1] : cache.get_seq_length()]
     ids, mask = longer(ids, mask, kept, tiny.token_ids(len(ids), chance.randint(1, 5)))

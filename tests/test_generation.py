@@ -6,7 +6,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig
 
 from ponder_hf import PonderingError, PonderingForCausalLM
-from ponder_hf.modeling.pondering_cache import pass_cache, step_cache
+from ponder_hf.modeling.pondering_cache import CACHE_NAME, pass_cache, step_cache
 
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -73,7 +73,7 @@ def test_where_settings_are_said(where, tmp_path):
     output = model.generate(tiny.token_ids(1, 5), **settings)
     assert output.pondering_steps_used.tolist() == [[1] * 8]  # all converge after pass 1
     assert len(passes) == 2 * 8
-    assert output.past_key_values.layers[3 * 2].get_seq_length() == 12  # S = 3 has slots for pass 3
+    assert output[CACHE_NAME].layers[3 * 2].get_seq_length() == 12  # S = 3 has slots for pass 3
 
 
 def test_guidance_ponders_as_often_as_the_call():
@@ -168,8 +168,8 @@ def test_the_cache_takes_s_plus_1_times_the_memory_of_the_plain_one(model_type):
     for _ in range(4):  # goes on in chunks, beyond the sliding window
         sizes.append([])
         for index, which in enumerate((model, model.to_base())):
-            output = which.generate(ids, past_key_values=caches[index], return_dict_in_generate=True, **GREEDY)
-            caches[index] = output.past_key_values
+            output = which.generate(ids, return_dict_in_generate=True, **{CACHE_NAME: caches[index]}, **GREEDY)
+            caches[index] = output[CACHE_NAME]
             sizes[-1].append(sum(layer.keys.nbytes + layer.values.nbytes for layer in caches[index].layers))
         ids = torch.cat([ids, tiny.token_ids(1, 8, seed=len(sizes))], dim=1)  # the same tokens for both
     assert all(pondering == 4 * plain for pondering, plain in sizes)

@@ -13,6 +13,7 @@ from transformers.utils import ModelOutput
 
 from ponder_hf import PonderingError, PonderingForCausalLM
 from ponder_hf.modeling import pondering_speculation
+from ponder_hf.modeling.pondering_cache import CACHE_NAME
 from ponder_hf.modeling.pondering_speculation import Noise
 
 
@@ -295,13 +296,13 @@ def test_a_conversation_goes_on_from_the_cache_of_a_drafted_one(model_type, leng
         )
         # Where rows ended at different lengths, the drafted cache has the columns that all of them have.
         if eos is None or drafts == 0:
-            assert first.past_key_values.get_seq_length() == first.sequences.shape[1] - 1
+            assert first[CACHE_NAME].get_seq_length() == first.sequences.shape[1] - 1
         longer = torch.cat([first.sequences, tiny.token_ids(len(lengths), 3, seed=5)], dim=1)
         longer_mask = torch.cat([mask, mask.new_ones(len(lengths), longer.shape[1] - mask.shape[1])], dim=1)
         second = model.generate(
             longer,
             attention_mask=longer_mask,
-            past_key_values=first.past_key_values,
+            past_key_values=first[CACHE_NAME],
             num_draft_tokens=drafts,
             **{**settings, "max_new_tokens": 9},
         )

@@ -40,21 +40,24 @@ for auto_class in (AutoConfig, AutoModel, AutoModelForCausalLM):
         print("loaded")
 """
 # The same model under a version that is newer than all that were tested. Arguments: the folder, the version to say,
-# and a second checkpoint. Prints the tokens that it generates.
+# and a second checkpoint. Prints the tokens that it generates, and what it found out about caches. The version is said
+# before anything of transformers is used, which imports itself anew while a model is loaded.
 USE = """
 import json
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
 
 transformers.__version__ = sys.argv[2]
+from transformers import AutoModelForCausalLM
+
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 AutoModelForCausalLM.from_pretrained(sys.argv[3], trust_remote_code=True)
 ids = torch.arange(3, 23).view(2, 10)
 settings = dict(max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
 exit = dict(pondering_exit_criterion="kl", pondering_exit_threshold=0.05)
 ways = [{}, dict(use_cache=False), dict(num_draft_tokens=2), exit]
-print(json.dumps([model.generate(ids, **settings, **way).tolist() for way in ways]))
+tokens = [model.generate(ids, **settings, **way).tolist() for way in ways]
+print(json.dumps([*tokens, getattr(model, "_caches_work", None)]))
 """
 # Importing the library where transformers has no masking_utils, as before 4.53. Argument: the version to pretend.
 IMPORT = """
@@ -147,10 +150,11 @@ def test_a_checkpoints_own_code_runs_on_newer_versions(tmp_path, version):
         tiny.pondering_model(model_type, pondering_steps=2).save_pretrained(tmp_path / name)
     arguments = (tmp_path / "checkpoint", version, tmp_path / "another")
     output, errors = elsewhere.run_and_read(USE, tmp_path / "home", *arguments)
-    tokens = json.loads(output)
+    *tokens, caches_work = json.loads(output)
+    assert caches_work is True
     assert tokens[0] == tokens[1] == tokens[2]
     tested = json.loads(elsewhere.run(USE, tmp_path / "home 2", arguments[0], "5.24.0", arguments[2]))
-    assert tokens == tested
+    assert [*tokens, None] == tested
     warnings = [line for line in errors.splitlines() if "newer than" in line]
     assert len(warnings) == 1, errors
     assert f"transformers {version} is newer than {TRANSFORMERS_RANGE}" in warnings[0]

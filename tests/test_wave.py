@@ -11,6 +11,7 @@ from drafting import GREEDY, Guesses, check_same
 from ponder_hf import PonderingError
 from ponder_hf.modeling import pondering_self_check, pondering_speculation
 from ponder_hf.modeling.pondering_backbone import TESTED
+from ponder_hf.modeling.pondering_cache import CACHE_NAME
 from ponder_hf.modeling.pondering_self_check import verify_wave_once
 from ponder_hf.modeling.pondering_wave import SOURCE, Flight, Wave
 from ponder_hf.modeling.pondering_wave_cache import WaveCache
@@ -384,7 +385,7 @@ def test_what_comes_back_takes_gradients():
     (torch.cat(output.logits + output.scores) * factor).sum().backward()
     assert factor.grad is not None
     last = output.sequences[:, -1:]
-    model(last, past_key_values=output.past_key_values).logits.sum().backward()
+    model(last, past_key_values=output[CACHE_NAME]).logits.sum().backward()
     assert model.get_input_embeddings().weight.grad.abs().max() > 0
 
 
