@@ -388,6 +388,10 @@ class NoClassifier:
 PonderingConfig.register_for_auto_class()
 # Otherwise transformers would list a hundred configurations that it knows.
 for _name in ("SequenceClassification", "TokenClassification", "QuestionAnswering"):
-    _auto_class = getattr(transformers, f"AutoModelFor{_name}", None)
+    try:
+        _auto_class = getattr(transformers, f"AutoModelFor{_name}", None)
+    except ImportError as error:  # they are imported only now
+        check_transformers(error)
+        raise
     if _auto_class is not None:
         _auto_class.register(PonderingConfig, NoClassifier, exist_ok=True)

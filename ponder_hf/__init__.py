@@ -6,9 +6,12 @@ Importing it registers the pondering classes with transformers' Auto classes.
 import contextlib
 import sys
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-
+# First, as it says in words where transformers is too old for what is imported from it.
 from .modeling import PonderingConfig, PonderingError, PonderingForCausalLM, PonderingModel
+
+
+# isort: split
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 
 __version__ = "0.1.0"

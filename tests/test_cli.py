@@ -362,7 +362,7 @@ def test_generate_a_story(shared, tmp_path, capsys):
 def test_doctor_reports_versions_and_devices(pondering, capsys):
     assert run("doctor", "--json", "--checkpoint", pondering) == 0
     report = one_object(capsys.readouterr().out)
-    assert report["packages"]["torch"] == torch.__version__
+    assert report["packages"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]  # of a CUDA build
     assert report["packages"]["transformers"] == transformers.__version__
     assert report["ponder_hf"] == __version__
     assert report["devices"]["cpu_threads"] == torch.get_num_threads()
