@@ -8,19 +8,29 @@ those. Where a backbone cannot be told which of its tokens a row has left, whole
 stopped keeps what it had; the result is the same.
 """
 
+import copy
 import inspect
 
 import torch
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
 
-from .pondering_backbone import backbone_logits, run_backbone, takes_position_ids
-from .pondering_cache import pass_cache, step_cache
+from .pondering_backbone import (
+    AdapterRows,
+    backbone_logits,
+    changing_rotations,
+    run_backbone,
+    takes_cache,
+    takes_position_ids,
+)
+from .pondering_cache import CACHE_NAME, are_packed, pass_cache, step_cache
 from .pondering_embedding import PonderingEmbedding
-from .pondering_readout import CHUNK_ELEMENTS, chunks
+from .pondering_errors import PonderingError
+from .pondering_readout import chunk_elements, chunks
+from .pondering_version import untested_version
 
 
-_MASK_ARGUMENTS = {"inputs_embeds", "attention_mask", "past_key_values", "position_ids", "and_mask_function"}
+_MASK_ARGUMENTS = {"inputs_embeds", "attention_mask", CACHE_NAME, "position_ids", "and_mask_function"}
 _MASKS_CAN_BE_MADE = set(inspect.signature(create_masks_for_generate).parameters) >= _MASK_ARGUMENTS
 
 
@@ -33,7 +43,7 @@ class _CompletingCache(Cache):
     chosen = memory = None
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        chosen, memory = self.chosen, self.memory[layer_idx]
+        chosen, memory = self.chosen.on(key_states.device), self.memory[layer_idx]
         if not chosen.is_everything:
             key_states, value_states = chosen.put(memory[0], key_states), chosen.put(memory[1], value_states)
         memory[:] = key_states, value_states, args, kwargs
@@ -42,22 +52,37 @@ class _CompletingCache(Cache):
 
 
 class _Chosen:
-    """The tokens of a pass: some rows of a batch, and in each of them some positions.
+    """The tokens of a pass: some rows of a batch (all with `keeps_rows`), and in each of them some positions.
 
     rows: (b,) indices. active: (b, T) booleans, which tokens of these rows go on. positions: (b, t) indices of the
     tokens that are computed, where a row with fewer names its first one again; None: all T.
     """
 
-    def __init__(self, active, may_shorten):
-        self.rows = active.any(1).nonzero().squeeze(1)
+    def __init__(self, active, may_shorten, keeps_rows=False):
+        self.rows = (active.any(1) | keeps_rows).nonzero().squeeze(1)
         self.active = active[self.rows]
         self.has_all_rows = len(self.rows) == len(active)
         self.is_everything = self.has_all_rows and bool(self.active.all())
         self.positions = None
         count = int(self.active.sum(1).max())
+        kept = self.active
         if may_shorten and count < active.shape[1]:
             order = torch.argsort(~self.active, dim=1, stable=True)[:, :count]
             self.positions = order.where(self.active.gather(1, order), order[:, :1])
+            kept = torch.arange(count) < self.active.sum(1, keepdim=True)
+        self.places = _places(kept)
+        self.copies = {self.rows.device: self}
+
+    def on(self, device):
+        """The same on a device, which then need not wait for what was decided here."""
+        if self.is_everything:  # then none of the indices is read
+            return self
+        if device not in self.copies:
+            self.copies[device] = there = copy.copy(self)
+            for name in ("rows", "active", "positions", "places"):
+                tensor = getattr(self, name)
+                setattr(there, name, None if tensor is None else tensor.to(device, non_blocking=True))
+        return self.copies[device]
 
     def take(self, tensor, dim=1):
         """The part of (B or 1, ..., T, ...) that the pass computes on, with T at `dim`; `dim` None: whole rows."""
@@ -80,12 +105,13 @@ class _Chosen:
 
     def results(self, hidden_states):
         """(b, t, d) of the pass to (n, d): the tokens that go on, row by row."""
-        if self.is_everything:
-            return hidden_states.reshape(-1, hidden_states.shape[-1])
-        if self.positions is None:
-            return hidden_states[self.active]
-        counts = self.active.sum(1, keepdim=True)
-        return hidden_states[torch.arange(hidden_states.shape[1], device=counts.device) < counts]
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        return flat if self.is_everything else flat[self.places]
+
+
+def _places(mask):
+    """The indices of what is true in a mask, as if it were flat."""
+    return mask.flatten().nonzero().flatten()
 
 
 class _Inputs:
@@ -95,8 +121,14 @@ class _Inputs:
         self.config, self.shape = backbone.config, shape
         self.attention_mask, self.position_ids, self.others = attention_mask, position_ids, others
         self.masks = None
+        rotations = changing_rotations(backbone)
+        # Where the largest position says how all are rotated, the token that has it must run with the others.
+        self.keeps_rows = rotations is not None and (position_ids is None or int(position_ids.max()) >= rotations[1])
         self.may_shorten = (
             _MASKS_CAN_BE_MADE
+            and untested_version() is None  # rows as they are need no masks of ours
+            and not self.keeps_rows
+            and not hasattr(backbone, "create_masks_for_generate")  # a class that makes masks of its own kind
             and shape[1] > 1
             and position_ids is not None
             and takes_position_ids(backbone)
@@ -109,11 +141,11 @@ class _Inputs:
         mask = self.attention_mask
         if not torch.is_tensor(mask) or mask.ndim != 2:
             return torch.zeros(self.shape, dtype=torch.bool, device=device)
-        return mask[:, -self.shape[1] :] == 0
+        return mask[:, -self.shape[1] :].to(device) == 0
 
     def of(self, chosen, inputs_embeds, cache):
         """Keyword arguments of the backbone for a pass over `chosen` tokens; `cache` is the pass's own, as it was."""
-        others = {name: chosen.take(v, None) if torch.is_tensor(v) else v for name, v in self.others.items()}
+        others = {name: _taken(chosen, v, None) if torch.is_tensor(v) else v for name, v in self.others.items()}
         mask, position_ids = self.attention_mask, self.position_ids
         if chosen.positions is not None:
             if self.masks is None:  # the same in every pass
@@ -121,9 +153,9 @@ class _Inputs:
                     config=self.config,
                     inputs_embeds=inputs_embeds.new_empty(*self.shape, 0),
                     attention_mask=mask,
-                    past_key_values=cache,
                     position_ids=position_ids,
                     and_mask_function=_always,
+                    **{CACHE_NAME: cache},
                 )
             mask = self.masks
         dim = None if chosen.positions is None else 2
@@ -133,7 +165,7 @@ class _Inputs:
 
 
 def _taken(chosen, tensor, dim):
-    return None if tensor is None else chosen.take(tensor, dim)
+    return None if tensor is None else chosen.on(tensor.device).take(tensor, dim)
 
 
 def _always(batch_index, head_index, query_index, key_index):
@@ -153,43 +185,62 @@ class AdaptivePasses:
     def __init__(self, model, num_steps, past_key_values, exit):
         self.model, self.num_steps, self.exit = model, num_steps, exit
         self.num_layers = model.config.num_hidden_layers
-        if past_key_values is None:  # passes hand keys and values on, through a cache of this call
+        if not takes_cache(model.backbone):
+            raise PonderingError(
+                f"early exits need keys and values of earlier passes, but a backbone of model_type "
+                f"{model.backbone.config.model_type!r} keeps none: leave out `pondering_exit_threshold`"
+            )
+        self.has_own_cache = past_key_values is None
+        if self.has_own_cache:  # passes hand keys and values on, through a cache of this call
             past_key_values = step_cache(None, model.config.base_config, num_steps + 1)
         self.past_key_values = past_key_values
         self.memory = [[] for _ in range(self.num_layers)]
         self.embedding = PonderingEmbedding(model.backbone, model.config)
         self.hidden_states = self.logits = self.steps = None
+        self.adapters, self.row_of_tokens = AdapterRows(model), None
 
-    def run(self, hidden_inputs, attention_mask=None, position_ids=None, **others):
+    def run(self, hidden_inputs, **inputs):
         """hidden_inputs: (B, T, d), what pass 0 reads; the rest goes to the backbone. Gives back itself."""
+        with self.adapters:
+            return self._run(hidden_inputs, **inputs)
+
+    def _run(self, hidden_inputs, attention_mask=None, position_ids=None, **others):
         shape = hidden_inputs.shape[:2]
+        if self.has_own_cache and are_packed(position_ids, attention_mask):
+            attention_mask = _packed_mask(self.model.backbone, hidden_inputs, position_ids)
         inputs = _Inputs(self.model.backbone, shape, attention_mask, position_ids, others)
-        active = torch.ones(shape, dtype=torch.bool, device=hidden_inputs.device)
-        padding = inputs.padding(active.device)
-        self.steps = torch.full(shape, self.num_steps, device=active.device)
+        # Who goes on is decided on the device and handed to the host once a pass, where all indices are made of it.
+        device = hidden_inputs.device
+        active, active_here = torch.ones(shape, dtype=torch.bool, device=device), torch.ones(shape, dtype=torch.bool)
+        padding = inputs.padding(device)
+        self.steps = torch.full(shape, self.num_steps, device=device)
         before = (None, None)
         for index in range(self.num_steps + 1):
-            chosen = _Chosen(active, inputs.may_shorten)
+            chosen = _Chosen(active_here, inputs.may_shorten, inputs.keeps_rows)
             flat = self._run_pass(index, hidden_inputs, chosen, inputs)
-            self._keep(flat, active, chosen)
+            places = None if chosen.is_everything else _places(active_here).to(device, non_blocking=True)
+            self.hidden_states = _replaced(self.hidden_states, places, flat, shape)
             if index == self.num_steps:
                 self.logits = None
                 break
+            if self.adapters.exist:
+                self.row_of_tokens = active_here.nonzero()[:, 0].tolist()
             embedding, logits, stops = self._evaluate(flat, *before)
-            embedding = self.model.finish_embedding(embedding)
-            if chosen.is_everything:
-                hidden_inputs = hidden_inputs + embedding.view(*shape, -1)
-            else:
-                hidden_inputs = hidden_inputs.masked_scatter(active[..., None], hidden_inputs[active] + embedding)
+            embedding = self.model.finish_embedding(embedding).to(device)
+            old = hidden_inputs.flatten(0, 1)
+            hidden_inputs = _replaced(
+                hidden_inputs, places, (old if places is None else old[places]) + embedding, shape
+            )
             going_on = _going_on(active, stops, padding)
+            going_on_here = going_on.cpu()
             self.steps = self.steps.masked_fill(active & ~going_on, index)
-            self._keep_logits(logits, active, going_on)
-            if not going_on.any():
+            self._keep_logits(logits, active_here, going_on_here)
+            if not going_on_here.any():
                 self._fill(index + 1)
                 break
-            still = going_on[active]
-            before = (flat[still], None if logits is None else logits[still])
-            active = going_on
+            still = _places(going_on_here[active_here])
+            before = (_rows(flat, still), None if logits is None else _rows(logits, still))
+            active, active_here = going_on, going_on_here
         if self.exit.record is not None:
             self.exit.record(self.steps)
         return self
@@ -205,13 +256,23 @@ class AdaptivePasses:
         cache = pass_cache(self.past_key_values, index, self.num_layers, _CompletingCache)
         cache.chosen, cache.memory = chosen, self.memory
         arguments = inputs.of(chosen, hidden_inputs, cache)
+        if self.adapters.exist:
+            self.adapters.rows = chosen.rows.tolist()
         output = run_backbone(
-            self.model.backbone, chosen.take(hidden_inputs), past_key_values=cache, use_cache=True, **arguments
+            self.model.backbone,
+            chosen.on(hidden_inputs.device).take(hidden_inputs),
+            past_key_values=cache,
+            use_cache=True,
+            **arguments,
         )
-        return chosen.results(output.last_hidden_state)
+        # With a device_map the last layer may lie elsewhere.
+        return chosen.on(hidden_inputs.device).results(output.last_hidden_state.to(hidden_inputs.device))
 
     def _evaluate(self, flat, flat_before, logits_before):
-        """Pondering embeddings (n, d), logits (n, V) where they fit one chunk, and who has converged (n,)."""
+        """Pondering embeddings (n, d), logits (n, V) where they fit one chunk, and who has converged (n,).
+
+        Logits are float32 or wider, whatever the kernel and however many chunks: a criterion measures small changes.
+        """
         parts = list(chunks(flat, self.model.config.vocab_size))
         embeddings, stops = [], []
         # In several pieces it would be rounded in another way than it is without exits.
@@ -219,38 +280,63 @@ class AdaptivePasses:
         if at_once:
             embeddings.append(self.embedding(flat.unsqueeze(0))[0])
         for part in parts:
+            if self.adapters.exist:
+                self.adapters.rows = self.row_of_tokens[part]
             if at_once:
-                logits = backbone_logits(self.model.backbone, flat[part])
+                logits = self.embedding.wide_logits(flat[part])
             else:
                 embedding, logits = self.embedding.with_logits(flat[part])
                 embeddings.append(embedding)
             previous = None if logits_before is None else logits_before[part]
             if previous is None and flat_before is not None:
-                previous = backbone_logits(self.model.backbone, flat_before[part]).to(logits.dtype)
-            stops.append(self.exit.converged(logits, previous))
+                previous = self.embedding.wide_logits(flat_before[part])
+            stops.append(self.exit.converged(logits, previous).to(flat.device))
+        self.adapters.rows = self.row_of_tokens
         return torch.cat(embeddings), logits if len(parts) == 1 else None, torch.cat(stops)
-
-    def _keep(self, flat, active, chosen):
-        if chosen.is_everything:
-            self.hidden_states = flat.view(*active.shape, -1)
-        else:
-            self.hidden_states = self.hidden_states.masked_scatter(active[..., None], flat)
 
     def _keep_logits(self, logits, active, going_on):
         stopping = active & ~going_on
         vocab_size = self.model.config.vocab_size
-        limit = CHUNK_ELEMENTS.get(active.device.type, CHUNK_ELEMENTS["cpu"])
-        if logits is None or active.numel() * vocab_size > limit or not stopping.any():
+        if logits is None or active.numel() * vocab_size > chunk_elements(logits.device) or not stopping.any():
             return
         if self.logits is None:
             self.logits = logits.new_empty(*active.shape, vocab_size)
-        self.logits[stopping] = logits[stopping[active]]
+        places = _places(stopping).to(logits.device, non_blocking=True)
+        self.logits.view(-1, vocab_size)[places] = _rows(logits, _places(stopping[active]))
 
     def _fill(self, first):
         for index in range(first, self.num_steps + 1):
             cache = pass_cache(self.past_key_values, index, self.num_layers)
             for layer_index, (keys, values, args, kwargs) in enumerate(self.memory):
                 cache.update(keys, values, layer_index, *args, **kwargs)
+
+
+def _rows(tensor, indices):
+    return tensor if len(indices) == len(tensor) else tensor[indices.to(tensor.device, non_blocking=True)]
+
+
+def _replaced(tensor, places, rows, shape):
+    """(B, T, d) with `rows` (n, d) at some places of its flattened (B T, d); places None: at all."""
+    if places is None:
+        return rows.view(*shape, -1)
+    return tensor.flatten(0, 1).index_copy(0, places, rows.to(tensor.dtype)).view(*shape, -1)
+
+
+def _packed_mask(backbone, hidden_inputs, position_ids):
+    """The mask of rows of several texts, which transformers only makes by itself where there is no cache."""
+    if not _MASKS_CAN_BE_MADE or backbone.config._attn_implementation not in ("eager", "sdpa"):
+        raise PonderingError(
+            "early exits of packed texts need attn_implementation 'sdpa' or 'eager' and a newer transformers: give "
+            "each text a row of its own, padded, with an `attention_mask`"
+        )
+    make = getattr(backbone, "create_masks_for_generate", create_masks_for_generate)
+    return make(
+        config=backbone.config,
+        inputs_embeds=hidden_inputs[..., :0],
+        attention_mask=None,
+        position_ids=position_ids,
+        **{CACHE_NAME: None},
+    )
 
 
 def _going_on(active, stops, padding):

@@ -9,11 +9,44 @@ So whatever transformers does to every slot of a cache (reorder for beams, crop,
 """
 
 import copy
+from dataclasses import fields
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .pondering_errors import PonderingError
+
+
+# What transformers calls a cache in `generate`, in its outputs and in its functions: "cache" since 5.24, which takes
+# the older name until 6.0 and calls it deprecated. Models and outputs of ours take and have both.
+CACHE_NAME = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
+CACHE_NAMES = ("past_key_values", "cache")
+
+
+def given_cache(arguments):
+    """The cache among keyword arguments, under whichever name, or None.
+
+    Raises:
+        PonderingError: both names are used, for two caches that are filled or empty alike.
+    """
+    given = [arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None]
+    if len(given) > 1 and given[0] is not given[1]:
+        # PEFT puts its learned prefix under one name beside the empty cache of `generate` under the other.
+        given = [cache for cache in given if not (isinstance(cache, Cache) and cache.get_seq_length() == 0)]
+        if len(given) != 1:
+            raise PonderingError("`cache` and `past_key_values` are two names of one argument: give one of them")
+    return given[0] if given else None
+
+
+def are_packed(position_ids, attention_mask=None):
+    """Whether rows hold several texts one behind the other, as positions (B, T) that begin anew say.
+
+    transformers keeps such texts apart where there is neither a mask nor a cache.
+    """
+    if attention_mask is not None or position_ids is None or torch.compiler.is_compiling():
+        return False
+    return position_ids.ndim == 2 and bool((position_ids.diff(dim=-1) != 1).any())
 
 
 def step_cache(past_key_values, base_config, num_passes):
@@ -41,30 +74,50 @@ def step_cache(past_key_values, base_config, num_passes):
     if len(layers) != num_layers * num_passes:
         raise PonderingError(
             f"`past_key_values` holds {len(layers)} slots, but {num_passes} passes of {num_layers} layers need "
-            f"{num_layers * num_passes}: it was filled with another `pondering_steps` or by another model"
+            f"{num_layers * num_passes}: it was filled with another `pondering_steps`, by another model, or by PEFT's "
+            f"prefix tuning, which needs num_layers={num_layers * num_passes}"
         )
     return past_key_values
 
 
 def mark_owner(past_key_values, backbone):
-    """Note on an empty cache which backbone fills it."""
-    if getattr(past_key_values, "pondering_owner", None) is None and past_key_values.get_seq_length() == 0:
-        past_key_values.pondering_owner = _fingerprint(backbone)
+    """Note on an empty cache which backbone fills it. Waits for no device."""
+    owner, weight = getattr(past_key_values, "pondering_owner", None), _own_weight(backbone)
+    if owner is not None and (torch.compiler.is_compiling() or owner[0] == _version(weight)):
+        return
+    # A static cache is filled again and again, by weights that may have been trained since.
+    if weight is not None and past_key_values.get_seq_length() == 0:
+        past_key_values.pondering_owner = _version(weight), _sample(weight)
 
 
 def check_owner(past_key_values, backbone):
     """Raise a PonderingError if the cache is known to have been filled by a backbone with other weights."""
-    owner, own = getattr(past_key_values, "pondering_owner", None), _fingerprint(backbone)
-    if owner is not None and own is not None and owner != own:
+    owner, weight = getattr(past_key_values, "pondering_owner", None), _own_weight(backbone)
+    if owner is None or weight is None:
+        return
+    theirs, own = owner[1].cpu(), _sample(weight).cpu()
+    if theirs.dtype != own.dtype or not torch.equal(theirs, own):
         raise PonderingError("`past_key_values` was filled by another model: give the model's own cache, or none")
 
 
-def _fingerprint(backbone):
-    # One number that tells weights apart. None where weights are not at hand (sharded, offloaded).
+def _own_weight(backbone):
+    # Of which a part tells models apart. None where weights are not at hand (sharded, offloaded).
     weight = backbone.get_input_embeddings().weight
     if type(weight) not in (torch.nn.Parameter, torch.Tensor) or weight.device.type == "meta" or weight.ndim != 2:
         return None
-    return weight.detach()[:: max(1, len(weight) // 64)].double().sum().item()
+    return weight
+
+
+def _version(weight):
+    # Changes with every change in place, and is known without a look at the numbers.
+    if weight is None or torch.compiler.is_compiling() or weight.is_inference():
+        return None
+    return id(weight), weight._version
+
+
+def _sample(weight):
+    # A copy, so it is what the weight was; on its device, so making it does not wait.
+    return weight.detach()[:: max(1, len(weight) // 64), :16].clone()
 
 
 def pass_cache(past_key_values, pass_index, num_layers, cache_class=Cache):

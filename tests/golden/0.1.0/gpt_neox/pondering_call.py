@@ -14,6 +14,9 @@ them. So strategies that hand on their arguments (to an assistant, say) do not h
 
 import contextlib
 import contextvars
+import difflib
+
+from transformers import GenerationConfig
 
 from .configuration_pondering import check_steps
 from .pondering_drafts import read_source
@@ -28,6 +31,7 @@ SETTINGS = (
     "num_draft_tokens",
     "draft_source",
 )
+_OF_FORWARD = ("output_pondering", "pondering_exit")  # of forward, which transformers hands on
 _CALL = contextvars.ContextVar("pondering_generation_call", default=None)
 
 
@@ -40,6 +44,7 @@ class GenerationCall:
         num_draft_tokens: how far ahead the model may guess; 0: not at all.
         draft_source: where the guesses come from (pondering_drafts.py); None without guesses.
         model: whose call it is.
+        autocast: (whether it was on, its dtype) within the model's forward pass, as the last one saw it.
         acceptance_rate: the share of guesses that proved right, told by whoever drafts.
         steps_used: list of (first slot, (B, T) steps that each position took), one entry a forward pass; filled only
             where tokens may take fewer than S.
@@ -49,7 +54,7 @@ class GenerationCall:
         self.model = model
         self.steps, self.exit = steps, exit
         self.num_draft_tokens, self.draft_source = num_draft_tokens, draft_source
-        self.acceptance_rate = 0.0
+        self.acceptance_rate, self.autocast = 0.0, None
         self.steps_used = []
         self.slot_offset = None  # of the first token of `input_ids`, where the prompt was embeddings or cached before
 
@@ -60,6 +65,7 @@ class GenerationCall:
         Raises:
             PonderingError: one of them is wrong, or they do not go together.
         """
+        _check_names(kwargs, generation_config, model.generation_config)
         values, criterion_of_call = {}, kwargs.get("pondering_exit_criterion")
         for name in SETTINGS:
             sources = [kwargs.pop(name, None), getattr(generation_config, name, None)]
@@ -88,6 +94,21 @@ class GenerationCall:
             )
         source = read_source(draft_source, model)
         return cls(steps, exit, num_draft_tokens, source if num_draft_tokens else None, model)
+
+
+def _check_names(kwargs, *generation_configs):
+    """Raise for a setting about pondering or drafts that does not exist, whoever makes it."""
+    names = [*kwargs]
+    for config in generation_configs:
+        names += [] if config is None else [*config.__dict__]
+    for name in names:
+        is_ours = "ponder" in name or name == "num_steps"
+        is_near = "draft" in name and difflib.get_close_matches(name, SETTINGS, n=1, cutoff=0.8)
+        if not (is_ours or is_near) or name in (*SETTINGS, *_OF_FORWARD) or hasattr(GenerationConfig(), name):
+            continue
+        near = difflib.get_close_matches(name, SETTINGS, n=1, cutoff=0.5)
+        hint = f"did you mean `{near[0]}`?" if near else f"the settings are {', '.join(SETTINGS)}"
+        raise PonderingError(f"`{name}` is no setting of generate: {hint}")
 
 
 def current_call():

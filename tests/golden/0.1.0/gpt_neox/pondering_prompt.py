@@ -4,7 +4,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from .pondering_backbone import num_positions
-from .pondering_cache import check_owner, step_cache
+from .pondering_cache import check_owner, given_cache, step_cache
 from .pondering_errors import PonderingError
 
 
@@ -21,7 +21,7 @@ def check_prompt(model, inputs, num_steps, generation_config, kwargs):
             number of passes or with other rows.
     """
     sources = (kwargs, generation_config, model)
-    past_length, past_rows = _check_cache(model, kwargs.get("past_key_values"), num_steps)
+    past_length, past_rows = _check_cache(model, given_cache(kwargs), num_steps)
     embeds = kwargs.get("inputs_embeds")
     prompt = inputs if inputs is not None else kwargs.get("input_ids")
     if embeds is not None:

@@ -6,14 +6,21 @@ Logits are `finish(hidden_states @ weight.T + bias)`. `chunks` cuts the tokens s
 from dataclasses import dataclass
 
 import torch
+from torch.autograd import forward_ad
 from torch.nn import functional
 
 from .pondering_linear import few_rows_linear, is_few
 
 
-# Elements of the largest (tokens, vocabulary) tensor that lives at a time: 23 MiB in float32 on a CPU. Smaller chunks
-# read and write the (V, d) sums of gradients more often; larger ones cost memory and gain no time (docs/log.md).
-CHUNK_ELEMENTS = {"cpu": 6 * 2**20, "cuda": 2**28}
+# Elements of the largest (tokens, vocabulary) tensor that lives at a time: in float32 24 MiB on a CPU, 256 on any
+# other device. Smaller chunks read and write the (V, d) sums of gradients more often; larger ones cost memory and
+# gain little time (docs/log.md).
+CHUNK_ELEMENTS = {"cpu": 6 * 2**20, "other": 2**26}
+
+
+def chunk_elements(device):
+    """The entry of CHUNK_ELEMENTS for a device."""
+    return CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["other"])
 
 
 @dataclass(frozen=True)
@@ -51,8 +58,7 @@ class Readout:
 
 def chunks(hidden_states, vocab_size):
     """Slices over the tokens of (n, d) whose scores have at most CHUNK_ELEMENTS elements."""
-    elements = CHUNK_ELEMENTS.get(hidden_states.device.type, CHUNK_ELEMENTS["cpu"])
-    size = max(1, elements // vocab_size)
+    size = max(1, chunk_elements(hidden_states.device) // vocab_size)
     for first in range(0, len(hidden_states), size):
         yield slice(first, first + size)
 
@@ -84,3 +90,54 @@ def add_product(total, left, right):
         total.addmm_(left.t(), right)
     else:
         total += left.t() @ right
+
+
+def needs_plain_operations(*tensors):
+    """Whether someone differentiates these in a way that only torch's own operations know: torch.func, forward mode.
+
+    Where torch has no such question, torch.func ends in torch's own words about `setup_context`.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    is_transforming = getattr(torch._C, "_are_functorch_transforms_active", None)
+    if is_transforming is not None and is_transforming():
+        return True
+    return any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+class _OftenDifferentiable(torch.autograd.Function):
+    """Gives `value` on. Backward, the gradient goes to `value`; or, where a graph of it is made, to the inputs."""
+
+    @staticmethod
+    def forward(ctx, plain, value, *inputs):
+        ctx.plain = plain
+        ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(False)
+        return value
+
+    @staticmethod
+    def backward(ctx, gradient):
+        needed = ctx.needs_input_grad[2:]
+        if gradient is None or not torch.is_grad_enabled():
+            return None, gradient, *[None] * len(needed)
+        # Views, since head and embedding table may be one tensor.
+        inputs = [tensor if tensor is None else tensor.view_as(tensor) for tensor in ctx.saved_tensors]
+        wanted = [tensor for tensor, is_needed in zip(inputs, needed, strict=True) if is_needed]
+        found = iter(torch.autograd.grad(ctx.plain(*inputs), wanted, gradient, create_graph=True))
+        return None, None, *[next(found) if is_needed else None for is_needed in needed]
+
+
+def often_differentiable(plain, value, *inputs):
+    """`value`, which a function with a backward pass of its own gave for `inputs`, differentiable any number of times.
+
+    That function's backward pass has no derivative: torch would take what it gives for constants, without a word where
+    the gradient that comes in is one. With `create_graph` the gradients are therefore those of `plain(*inputs)`.
+
+    Args:
+        plain: computes the same by torch's own operations.
+        value: must pass None on where its gradient is None.
+        inputs: tensors or None.
+    """
+    if torch.compiler.is_compiling() or not value.requires_grad:  # a compiled graph refuses second derivatives itself
+        return value
+    return _OftenDifferentiable.apply(plain, value, *inputs)

@@ -6,12 +6,20 @@ backward. Neither a (tokens, vocabulary) nor a (tokens, K, d) tensor is kept.
 """
 
 import math
+from functools import partial
 
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from .pondering_readout import CHUNK_ELEMENTS, chunks, compute_dtype
+from .pondering_readout import (
+    CHUNK_ELEMENTS,
+    Readout,
+    chunks,
+    compute_dtype,
+    needs_plain_operations,
+    often_differentiable,
+)
 
 
 _FEW_ROWS = 32  # of so few, as in decoding, topk itself is fastest
@@ -189,11 +197,14 @@ class _ChosenScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_states, weight, bias, token_ids, scores):
         ctx.save_for_backward(hidden_states, weight, bias, token_ids)
+        ctx.set_materialize_grads(False)
         return scores
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
+        if gradient is None:
+            return (None,) * 5
         hidden_states, weight, bias, token_ids = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         hidden_gradient = weight_gradient = bias_gradient = None
@@ -213,6 +224,52 @@ class _ChosenScores(torch.autograd.Function):
         return hidden_gradient, weight_gradient, bias_gradient, None, None
 
 
+class _Bags(torch.autograd.Function):
+    """functional.embedding_bag with weights that need gradients; for half precision torch has no kernel on GPUs.
+
+    token_ids, weights: (n, K). table: (V, d). Gives (n, d).
+    """
+
+    @staticmethod
+    def forward(ctx, token_ids, table, weights):
+        ctx.save_for_backward(token_ids, table, weights)
+        return functional.embedding_bag(token_ids, table, per_sample_weights=weights, mode="sum")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        token_ids, table, weights = ctx.saved_tensors
+        table_gradient = weight_gradient = None
+        if ctx.needs_input_grad[1]:
+            with torch.enable_grad():
+                rows = table.detach().requires_grad_()
+                bags = functional.embedding_bag(token_ids, rows, per_sample_weights=weights.detach(), mode="sum")
+            (table_gradient,) = torch.autograd.grad(bags, rows, gradient)
+        if ctx.needs_input_grad[2]:
+            weight_gradient = torch.empty_like(weights)
+            for part in chunks(gradient, weights.shape[1] * table.shape[1]):
+                weight_gradient[part] = (table[token_ids[part]] @ gradient[part].unsqueeze(-1)).squeeze(-1)
+        return None, table_gradient, weight_gradient
+
+
+def _weighted_bags(token_ids, table, weights):
+    """(n, d), the weighted sums of rows of `table` (V, d). token_ids, weights: (n, K)."""
+    if weights.requires_grad and weights.device.type != "cpu" and weights.dtype in (torch.float16, torch.bfloat16):
+        return _Bags.apply(token_ids, table, weights)
+    return functional.embedding_bag(token_ids, table, per_sample_weights=weights, mode="sum")
+
+
+def _plain(hidden_states, weight, bias, table, token_ids, cap, factor, temperature, dtype):
+    """The embedding of chosen tokens (n, K) by operations that torch differentiates: (n, K, d) tensors are kept."""
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        rows, states = weight.to(dtype)[token_ids], hidden_states.to(dtype).unsqueeze(-1)
+        scores = (rows @ states).squeeze(-1)
+        if bias is not None:
+            scores = scores + bias.to(dtype)[token_ids]
+        weights = torch.softmax(Readout(weight, bias, cap, factor).finish(scores) / temperature, dim=-1)
+        return (weights.to(table.dtype).unsqueeze(-2) @ table[token_ids]).squeeze(-2)
+
+
 def top_k_embedding(hidden_states, readout, table, temperature, top_k):
     """softmax over the K largest logits, and the weighted sum of their embeddings.
 
@@ -226,11 +283,17 @@ def top_k_embedding(hidden_states, readout, table, temperature, top_k):
     Returns:
         (n, d), in the dtype of `table`.
     """
+    inputs = (hidden_states, readout.weight, readout.bias, table)
+    settings = {"cap": readout.cap, "factor": readout.factor, "temperature": temperature}
+    plain = partial(_plain, **settings, dtype=compute_dtype(hidden_states))
+    if needs_plain_operations(*inputs):
+        return plain(*inputs, readout.scores(hidden_states).topk(top_k, dim=-1, sorted=False).indices)
     with torch.no_grad():
         scores, token_ids = _largest_of_head(hidden_states, readout, top_k)
-    scores = _ChosenScores.apply(hidden_states, readout.weight, readout.bias, token_ids, scores)
+    scores = _ChosenScores.apply(*inputs[:3], token_ids, scores)
     weights = torch.softmax(readout.finish(scores) / temperature, dim=-1).to(table.dtype)
-    return functional.embedding_bag(token_ids, table, per_sample_weights=weights, mode="sum")
+    embedding = _weighted_bags(token_ids, table, weights)
+    return often_differentiable(partial(plain, token_ids=token_ids), embedding, *inputs)
 
 
 def top_k_of_scores(scores, readout, table, temperature, top_k):

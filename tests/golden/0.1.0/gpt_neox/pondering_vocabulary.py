@@ -8,12 +8,23 @@ with g the gradient of t:
     dE = p^T g
 """
 
+from functools import partial
+
 import torch
 from torch.autograd.function import once_differentiable
 
 from .pondering_attention import can_attend, can_go_backward, vocabulary_attention, vocabulary_attention_backward
 from .pondering_linear import few_rows_sum, is_few
-from .pondering_readout import Readout, add_product, chunks, compute_dtype, wide_dtype, zero_gradients
+from .pondering_readout import (
+    Readout,
+    add_product,
+    chunks,
+    compute_dtype,
+    needs_plain_operations,
+    often_differentiable,
+    wide_dtype,
+    zero_gradients,
+)
 
 
 _FEW_TOKENS = 16
@@ -24,6 +35,7 @@ class _VocabularyEmbedding(torch.autograd.Function):
     def forward(ctx, hidden_states, weight, bias, table, cap, factor, temperature):
         dtype = compute_dtype(hidden_states)
         device_type = hidden_states.device.type
+        ctx.set_materialize_grads(False)
         with torch.autocast(device_type, enabled=False):
             inputs = [
                 tensor if tensor is None else tensor.to(dtype) for tensor in (hidden_states, weight, bias, table)
@@ -44,6 +56,8 @@ class _VocabularyEmbedding(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
+        if gradient is None:
+            return (None,) * 7
         hidden_states, weight, bias, table, embedding, normaliser = ctx.saved_tensors
         cap, factor, temperature, dtype = ctx.settings
         hidden, rows, values = hidden_states.to(dtype), weight.to(dtype), table.to(dtype)
@@ -86,6 +100,14 @@ class _VocabularyEmbedding(torch.autograd.Function):
         return *(g if g is None else g.to(i.dtype) for g, i in zip(gradients, inputs, strict=True)), None, None, None
 
 
+def _plain(hidden_states, weight, bias, table, cap, factor, temperature, dtype):
+    """The same with all probabilities at once, by operations that torch differentiates; the plain reference."""
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        readout = Readout(weight.to(dtype), bias if bias is None else bias.to(dtype), cap, factor)
+        logits = readout.finish(readout.scores(hidden_states.to(dtype)))
+        return probabilities(logits, temperature).to(dtype) @ table.to(dtype)
+
+
 def probabilities(logits, temperature):
     """The softmax of logits / temperature, in float32 or wider."""
     if logits.dtype in (torch.float16, torch.bfloat16):
@@ -126,6 +148,10 @@ def vocabulary_embedding(hidden_states, readout, table, temperature):
     Returns:
         (n, d), in the dtype that the product of `hidden_states` with the head has.
     """
-    return _VocabularyEmbedding.apply(
-        hidden_states, readout.weight, readout.bias, table, readout.cap, readout.factor, temperature
-    )
+    inputs = (hidden_states, readout.weight, readout.bias, table)
+    settings = {"cap": readout.cap, "factor": readout.factor, "temperature": temperature}
+    plain = partial(_plain, **settings, dtype=compute_dtype(hidden_states))
+    if needs_plain_operations(*inputs):
+        return plain(*inputs)
+    embedding = _VocabularyEmbedding.apply(*inputs, *settings.values())
+    return often_differentiable(plain, embedding, *inputs)

@@ -28,9 +28,10 @@ class _WaveLayer(DynamicLayer):
 
     def update(self, key_states, value_states, *args, **kwargs):
         place = self.place
+        row_ids, columns = place.on(self.all_keys.device)
         # Under autocast a layer may compute them in another dtype than it did for the prompt.
-        self.all_keys[place.row_ids, :, place.columns] = key_states[:, :, 0].to(self.all_keys.dtype)
-        self.all_values[place.row_ids, :, place.columns] = value_states[:, :, 0].to(self.all_values.dtype)
+        self.all_keys[row_ids, :, columns] = key_states[:, :, 0].to(self.all_keys.dtype)
+        self.all_values[row_ids, :, columns] = value_states[:, :, 0].to(self.all_values.dtype)
         return self.all_keys[place.rows, :, : place.length], self.all_values[place.rows, :, : place.length]
 
     def get_seq_length(self):
@@ -43,7 +44,13 @@ class _WaveLayer(DynamicLayer):
 class _Place:
     """Where a tick reads and writes. rows: a slice. row_ids, columns: (n,). length: columns that are read."""
 
-    rows = row_ids = columns = length = None
+    rows = row_ids = columns = length = copies = None
+
+    def on(self, device):
+        """(row_ids, columns) on a device: with a device_map layers lie on several."""
+        if device not in self.copies:
+            self.copies[device] = self.row_ids.to(device), self.columns.to(device)
+        return self.copies[device]
 
 
 class WaveCache:
@@ -90,6 +97,7 @@ class WaveCache:
         """Say what the next forward pass writes and reads; see _Place."""
         place = self._place
         place.rows, place.row_ids, place.columns, place.length = rows, row_ids, columns, length
+        place.copies = {row_ids.device: (row_ids, columns)}
 
     def _grow(self, capacity):
         self.capacity = capacity

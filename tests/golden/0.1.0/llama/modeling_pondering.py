@@ -12,15 +12,18 @@ This file holds only that. The backbone is transformers' own model, unchanged; w
 pondering_backbone.py. Positions and masks are the tokens' own, the same in every pass.
 """
 
+import difflib
 from functools import partial
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.cache_utils import Cache
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import BaseModelOutputWithPast, MoeModelOutputWithPast
 from transformers.utils import logging
 
-from .configuration_pondering import PonderingConfig, check_steps
+from .configuration_pondering import PonderingConfig, check_steps, check_vocabulary
 from .pondering_adaptive import AdaptivePasses
 from .pondering_attention import vocabulary_attention  # noqa: F401
 from .pondering_backbone import (
@@ -29,10 +32,19 @@ from .pondering_backbone import (
     backbone_logits,
     backbone_readout,
     run_backbone,
+    takes_cache,
     verify_backbone,
+    warn_of_what_never_runs,
 )
-from .pondering_base import load_backbone, names_in_memory, read_base_config, split_arguments
-from .pondering_cache import mark_owner, pass_cache, step_cache
+from .pondering_base import (
+    NeverSaved,
+    load_backbone,
+    names_in_memory,
+    read_base_config,
+    split_arguments,
+    understand_config,
+)
+from .pondering_cache import CACHE_NAME, are_packed, given_cache, mark_owner, pass_cache, step_cache
 
 # transformers 4.57 fetches only the files that this one imports by itself, so it must name all of them.
 from .pondering_call import current_call, keep_settings
@@ -42,22 +54,34 @@ from .pondering_errors import PonderingError
 from .pondering_exit import PonderingExit  # noqa: F401
 from .pondering_generation import PonderingGenerationMixin
 from .pondering_linear import fast_layers  # noqa: F401
-from .pondering_loss import causal_lm_loss, linear_causal_lm_loss
+from .pondering_loss import auxiliary_loss, causal_lm_loss, linear_causal_lm_loss
 from .pondering_output import PonderingCausalLMOutput, logits_on_demand
 from .pondering_paged import paged_pass
 from .pondering_prompt import check_prompt  # noqa: F401
 from .pondering_readout import Readout  # noqa: F401
+from .pondering_self_check import verify_wave_once  # noqa: F401
 from .pondering_speculation import speculative_sample  # noqa: F401
 from .pondering_topk import top_k_embedding  # noqa: F401
-from .pondering_version import check_transformers  # noqa: F401
+from .pondering_version import INSTALL_TESTED, untested_version
 from .pondering_vocabulary import vocabulary_embedding  # noqa: F401
 from .pondering_wave import Wave  # noqa: F401
 from .pondering_wave_cache import WaveCache  # noqa: F401
-from .pondering_wave_check import verify_wave_once  # noqa: F401
 
+
+try:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+except ImportError:
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES = None
 
 logger = logging.get_logger(__name__)
 
+# What a class of transformers says about itself. The rest (layers that must not be split, plans of parallelism)
+# transformers gathers from the backbone by itself, since 5.0 all of it.
+_SAID_BY_CLASSES = (
+    "_can_compile_fullgraph _compatible_flash_implementations _is_stateful _keep_in_fp32_modules "
+    "_keep_in_fp32_modules_strict _skip_keys_device_placement _supports_attention_backend _supports_context_parallel "
+    "_supports_flash_attn _supports_flex_attn _supports_sdpa supports_gradient_checkpointing"
+).split()
 _LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")
 
 
@@ -70,7 +94,7 @@ class PonderingPreTrainedModel(PreTrainedModel):
     config_class = PonderingConfig
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
-    # Whether the backbone really has them is checked by the backbone itself, with the message that users know.
+    # Until there is a backbone, which checks for itself, with the message that users know; then what its class says.
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -81,20 +105,37 @@ class PonderingPreTrainedModel(PreTrainedModel):
         self.backbone = backbone_class(config.base_config)(config.base_config)
         # Masks that `generate` prepares must be of the kind that the backbone's layers expect.
         self.config._attn_implementation_internal = self.backbone.config._attn_implementation
+        # What computes experts, which `generate` of transformers 5.0 changes for a time, where there are any.
+        experts = getattr(self.backbone.config, "_experts_implementation", None)
+        if experts is not None:
+            self.config._experts_implementation_internal = experts
+        for name in _SAID_BY_CLASSES:
+            if hasattr(self.backbone, name):
+                setattr(self, name, getattr(self.backbone, name))
         self.pondering_gate = PonderingGate(self.embedding_size) if config.pondering_gate == "zero_init" else None
         self.draft_heads = DraftHeads(config.draft_heads, self.state_size) if config.draft_heads else None
         if self.draft_heads is not None:
             self.draft_heads.requires_grad_(False)  # trained by themselves, from a frozen model
-        self._needs_verification = config.base_config.model_type not in TESTED
+        is_untested = config.base_config.model_type not in TESTED
+        self._needs_verification = is_untested or untested_version() is not None
         self.post_init()
-        if self.device.type != "meta":  # otherwise the weights come later: at the first forward pass then
-            self._verify_once()
+        if is_untested and self.device.type != "meta":
+            self._verify_once()  # otherwise at the first forward pass, when the weights are there
+
+    def _get_name(self):
+        # Trainer looks for it in a table of names; FSDP2 makes a class of its own and puts its name in front.
+        return super()._get_name().removeprefix("FSDP")
 
     def _init_weights(self, module):
         if isinstance(module, PonderingGate):  # the backbone initialises its own weights
             nn.init.zeros_(module.weight)
         if isinstance(module, DraftHeads):
             module.reset()
+
+    @classmethod
+    def _can_set_experts_implementation(cls):
+        # transformers looks for the word in this file; the backbone is asked by itself, as about attention.
+        return True
 
     def _set_gradient_checkpointing(self, enable=True, **kwargs):
         # Every layer runs S + 1 times with the same weights: DDP fails on them ("marked as ready twice") where
@@ -107,7 +148,13 @@ class PonderingPreTrainedModel(PreTrainedModel):
 
     def _verify_once(self):
         if self._needs_verification:
-            verify_backbone(self.backbone)
+            version = untested_version()
+            try:
+                verify_backbone(self.backbone)
+            except PonderingError as error:
+                if version is None:
+                    raise
+                raise PonderingError(f"{error}; under transformers {version}: {INSTALL_TESTED}") from error
             self._needs_verification = False
 
     @property
@@ -138,6 +185,30 @@ class PonderingPreTrainedModel(PreTrainedModel):
     def set_output_embeddings(self, value):
         self.backbone.set_output_embeddings(value)
 
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, *args, **kwargs):
+        """As transformers', to a vocabulary that has at least `pondering_top_k` entries.
+
+        Raises:
+            PonderingError: it would have fewer; nothing has changed then.
+        """
+        top_k, size = self.config.pondering_top_k, new_num_tokens
+        if size is not None and pad_to_multiple_of:
+            size += -size % pad_to_multiple_of
+        if size is not None and top_k is not None and size < top_k:
+            raise PonderingError(
+                f"`pondering_top_k` is {top_k}, more than the {size} entries that the vocabulary would have: set "
+                f"`model.config.pondering_top_k` to {size} or less first, or to None for the whole vocabulary"
+            )
+        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, *args, **kwargs)
+
+    def get_decoder(self):
+        """The model without its head: all passes."""
+        return self
+
+    def get_encoder(self, modality=None):
+        """There is none: the model itself then, as transformers and PEFT have it."""
+        return self
+
     @classmethod
     def from_base(cls, base, **arguments):
         """Make a pondering model from a plain one, keeping every weight and its dtype.
@@ -145,33 +216,39 @@ class PonderingPreTrainedModel(PreTrainedModel):
         Args:
             base: a Hub id, a folder (a plain checkpoint, or one that the authors' implementation wrote), or a causal
                 language model of transformers. A model is used as it is, not copied.
-            arguments: pondering fields (see PonderingConfig), and for an id or a folder how to load it: revision,
-                token, cache_dir, local_files_only, force_download, subfolder, dtype, device_map,
-                attn_implementation.
+            arguments: pondering fields (see PonderingConfig); for an id or a folder how to load it: revision, token,
+                cache_dir, local_files_only, force_download, proxies, subfolder, variant, dtype (or torch_dtype),
+                device_map, max_memory, offload_folder, attn_implementation; and how to read config.json:
+                `authors=True` for a model of the authors' whose flags are missing there (S = 3, embedding_scale
+                sqrt(d), input_scale S, where no field says otherwise), `ignore_fields`, a list of fields to leave
+                out, and `ignore_code=True` for a checkpoint that names code of its own, which is left behind.
 
         Raises:
-            PonderingError: the base cannot ponder, lacks weights or has unknown ones, or a field is wrong.
+            PonderingError: the base cannot ponder, lacks weights or has unknown ones, or an argument is wrong.
             OSError: there is no such checkpoint.
         """
-        loading, fields = split_arguments(arguments)
+        loading, reading, fields = split_arguments(arguments)
         if isinstance(base, PreTrainedModel):
-            if isinstance(base, PonderingPreTrainedModel):
-                raise PonderingError("the base is a pondering model already: use its to_base() to begin anew")
-            if loading:
-                raise PonderingError(
-                    f"`{next(iter(loading))}` is for loading a checkpoint; the base is a model already"
-                )
-            backbone_class(base.config)
-            config = PonderingConfig(base.config, **fields)
+            _check_base_model(base, loading)
+            raw = base.config.to_dict()
+            raw.pop("quantization_config", None)  # a model that runs may be quantised
+            found, _ = understand_config("the base", raw, fields, **{**reading, "ignore_code": True})
+            config = PonderingConfig(base.config, **{**found, **fields})
             backbone = base
-        else:
-            base_config, found = read_base_config(base, **loading)
+        elif isinstance(base, str) or hasattr(base, "__fspath__"):
+            base_config, found = read_base_config(base, fields, **reading, **loading)
             config = PonderingConfig(base_config, **{**found, **fields})
-            backbone = load_backbone(base, base_config, **loading)
+            backbone = load_backbone(base, base_config, found, **loading)
+        else:
+            raise PonderingError(
+                f"the base must be a folder, a Hub id or a model of transformers, got {type(base).__name__}"
+                + (": merge the adapter first, by its merge_and_unload()" if hasattr(base, "merge_and_unload") else "")
+            )
         return cls._around(backbone, config)
 
     @classmethod
     def _around(cls, backbone, config):
+        config._name_or_path = NeverSaved()
         # Built without memory first: the backbone's random weights would be thrown away.
         with torch.device("meta"):
             model = cls(config)
@@ -185,7 +262,13 @@ class PonderingPreTrainedModel(PreTrainedModel):
         if model.can_generate() and getattr(backbone, "generation_config", None) is not None:
             model.generation_config = backbone.generation_config
         model.config.dtype = backbone.dtype
-        return model.train(backbone.training)  # no post_init: it would initialise modules that the user put in
+        # The backbone's parts keep their modes, of which some may be frozen. And no post_init: it would initialise
+        # modules that the user put in.
+        model.training = backbone.training
+        for part in (model.pondering_gate, model.draft_heads):
+            if part is not None:
+                part.train(backbone.training)
+        return model
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
@@ -215,6 +298,7 @@ class PonderingPreTrainedModel(PreTrainedModel):
         FSDP2 makes a subclass within torch for each sharded module; transformers would name that one in config.json
         and write torch's files beside it instead of these.
         """
+        check_vocabulary(self.config)
         current = type(self)
         self.__class__ = next(parent for parent in current.__mro__ if not parent.__module__.startswith("torch."))
         try:
@@ -240,31 +324,45 @@ class PonderingPreTrainedModel(PreTrainedModel):
             num_steps: S.
             past_key_values: a cache of S + 1 passes (pondering_cache.py), where `use_cache` is true.
             on_hidden_states: called with the last hidden states (B, T, d) of each pass but the last, in order.
-            kwargs: `attention_mask`, `position_ids` and what else the backbone's decoder takes.
+            kwargs: `attention_mask`, `position_ids` and what else the backbone's decoder takes; `paged_cache` is that
+                of continuous batching.
 
         Returns:
-            transformers' output of the backbone's decoder, with `last_hidden_state` (B, T, d).
+            transformers' output of the backbone's decoder in pass S, with `last_hidden_state` (B, T, d). A mixture of
+            experts that is asked for them gives the `router_logits` of all passes, those of layer l in pass i at
+            i * L + l.
         """
-        config = self.config
+        config, router_logits = self.config, []
+        if kwargs.get("output_router_logits") is None:
+            kwargs.pop("output_router_logits", None)
+            if getattr(config.base_config, "output_router_logits", False):
+                kwargs["output_router_logits"] = True  # before transformers 5 not every decoder asks its configuration
         recording = {key: kwargs.pop(key) for key in ("output_hidden_states", "output_attentions") if key in kwargs}
-        paged_cache = kwargs.pop("cache", None)  # of continuous batching
+        only_last = dict.fromkeys(recording, False)  # where the configuration asks for them, each pass would record
+        paged_cache = kwargs.pop("paged_cache", None)
 
         def run_pass(index, **extra):
-            if paged_cache is not None:
-                extra["cache"] = paged_pass(paged_cache, index, config.num_hidden_layers)
-            cache = pass_cache(past_key_values, index, config.num_hidden_layers) if use_cache else None
-            return run_backbone(
-                self.backbone, hidden_inputs, past_key_values=cache, use_cache=use_cache, **kwargs, **extra
-            )
+            if paged_cache is not None:  # under the same name for every version of transformers that has such a cache
+                extra["cache"] = paged_pass(paged_cache, index, config.num_hidden_layers, kwargs)
+            elif use_cache:
+                extra["past_key_values"] = pass_cache(past_key_values, index, config.num_hidden_layers)
+            output = run_backbone(self.backbone, hidden_inputs, use_cache=use_cache, **kwargs, **extra)
+            router_logits.extend(getattr(output, "router_logits", None) or ())
+            return output
 
         pondering_embedding = PonderingEmbedding(self.backbone, config) if num_steps else None
         hidden_inputs = _scaled(inputs_embeds, config.input_scale * config.embedding_scale)
         for step in range(num_steps):
-            hidden_states = run_pass(step).last_hidden_state
+            hidden_states = run_pass(step, **only_last).last_hidden_state
             if on_hidden_states is not None:
                 on_hidden_states(hidden_states)
-            hidden_inputs = hidden_inputs + self.finish_embedding(pondering_embedding(hidden_states))
-        return run_pass(num_steps, **recording)
+            embedding = self.finish_embedding(pondering_embedding(hidden_states))
+            # With a device_map head, gate and embedding may lie on different devices.
+            hidden_inputs = hidden_inputs + embedding.to(hidden_inputs.device)
+        output = run_pass(num_steps, **recording)
+        if router_logits:
+            output["router_logits"] = tuple(router_logits)
+        return output
 
     def finish_embedding(self, embedding):
         """What is added of a pondering embedding (..., d): scaled, and gated where there is a gate."""
@@ -274,38 +372,60 @@ class PonderingPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def ponder_until_converged(self, inputs_embeds, num_steps, past_key_values, pondering_exit, **kwargs):
         """As `ponder`, but each token stops when it has converged. Gives back the AdaptivePasses that have run."""
-        wanted = [name for name in ("output_hidden_states", "output_attentions") if kwargs.pop(name, False)]
+        switches = ("output_hidden_states", "output_attentions", "output_router_logits")
+        wanted = [name for name in switches if kwargs.pop(name, False)]
         if wanted:
             raise PonderingError(f"`{wanted[0]}` needs the same passes for every token: leave out the exit threshold")
         hidden_inputs = _scaled(inputs_embeds, self.config.input_scale * self.config.embedding_scale)
         return AdaptivePasses(self, num_steps, past_key_values, pondering_exit).run(hidden_inputs, **kwargs)
 
+    def _current_call(self):
+        call = None if torch.compiler.is_compiling() else current_call()
+        return call if call is not None and call.model is self else None
+
+    def _note_autocast(self, device_type):
+        # accelerate puts it around `forward`; drafts, which do not call that, compute in the same.
+        call = self._current_call()
+        if call is not None:
+            call.autocast = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+
     def _default_steps(self):
         # Within `generate` whoever calls the model by itself, as guidance does, means the S of the call.
-        call = None if torch.compiler.is_compiling() else current_call()
-        return call.steps if call is not None and call.model is self else self.config.pondering_steps
+        call = self._current_call()
+        return self.config.pondering_steps if call is None else call.steps
 
     def _prepare(self, input_ids, inputs_embeds, past_key_values, use_cache, pondering_steps, kwargs):
         """Settle what `forward` was called with: (inputs_embeds, S, cache, use_cache, output switches in kwargs)."""
+        cache = kwargs.pop("cache", None)
+        if cache is not None and not isinstance(cache, Cache):
+            kwargs["paged_cache"] = cache  # of continuous batching
+        else:
+            past_key_values = given_cache({"cache": cache, "past_key_values": past_key_values})
         if (input_ids is None) == (inputs_embeds is None):
             raise PonderingError("give exactly one of `input_ids` and `inputs_embeds`")
+        _check_names(kwargs)
         self._verify_once()
         num_steps = self._default_steps() if pondering_steps is None else pondering_steps
         check_steps("pondering_steps", num_steps)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        if use_cache is None:  # training never reads a cache, and recomputed layers cannot fill one
-            use_cache = not self.training and getattr(self.config.base_config, "use_cache", True)
+        self._note_autocast(inputs_embeds.device.type)
+        if not torch.compiler.is_compiling():
+            warn_of_what_never_runs(self.backbone)
+        if not takes_cache(self.backbone):
+            use_cache, past_key_values = False, None
+        elif past_key_values is not None:  # it is filled and read, whatever else is said: as plain models have it
+            use_cache = True
+        elif use_cache is None:  # training never reads a cache, and recomputed layers cannot fill one
+            # Texts in one row are kept apart only where there is no cache.
+            wanted = not self.training and getattr(self.config.base_config, "use_cache", True)
+            use_cache = wanted and not are_packed(kwargs["position_ids"], kwargs["attention_mask"])
         for switch in ("output_hidden_states", "output_attentions"):
             if kwargs.get(switch) is None:
                 kwargs[switch] = getattr(self.config, switch)
         if use_cache:
             past_key_values = step_cache(past_key_values, self.config.base_config, num_steps + 1)
             mark_owner(past_key_values, self.backbone)
-        elif past_key_values is not None and past_key_values.get_seq_length() > 0:
-            raise PonderingError("`past_key_values` holds tokens but `use_cache` is False: give one or the other")
-        else:
-            past_key_values = None
         return inputs_embeds, num_steps, past_key_values, use_cache
 
 
@@ -327,25 +447,22 @@ class PonderingModel(PonderingPreTrainedModel):
         """Arguments as in PonderingForCausalLM.forward.
 
         Returns:
-            BaseModelOutputWithPast with the last pass's `last_hidden_state` (B, T, d).
+            BaseModelOutputWithPast with the last pass's `last_hidden_state` (B, T, d); MoeModelOutputWithPast where
+            there are `router_logits`, those of all passes (see `ponder`).
         """
+        inputs = {"attention_mask": attention_mask, "position_ids": position_ids, **kwargs}
         inputs_embeds, num_steps, past_key_values, use_cache = self._prepare(
-            input_ids, inputs_embeds, past_key_values, use_cache, pondering_steps, kwargs
+            input_ids, inputs_embeds, past_key_values, use_cache, pondering_steps, inputs
         )
-        output = self.ponder(
-            inputs_embeds,
-            num_steps,
-            past_key_values,
-            use_cache,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            **kwargs,
-        )
-        result = BaseModelOutputWithPast(
+        output = self.ponder(inputs_embeds, num_steps, past_key_values, use_cache, **inputs)
+        router_logits = getattr(output, "router_logits", None)
+        output_class = BaseModelOutputWithPast if router_logits is None else MoeModelOutputWithPast
+        result = output_class(
             last_hidden_state=output.last_hidden_state,
-            past_key_values=past_key_values,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
+            **{CACHE_NAME: past_key_values},
+            **({} if router_logits is None else {"router_logits": router_logits}),
         )
         return result.to_tuple() if _wants_tuple(return_dict, self.config) else result
 
@@ -364,6 +481,10 @@ class PonderingForCausalLM(PonderingPreTrainedModel, PonderingGenerationMixin):
         passes.config, passes.backbone, passes.pondering_gate = self.config, self.backbone, self.pondering_gate
         passes.training, passes._verify_once = self.training, self._verify_once
         return passes
+
+    def get_decoder(self):
+        """As `base_model`: with the head it gives the logits. One pass alone is `backbone.get_decoder()`."""
+        return self.base_model
 
     def forward(
         self,
@@ -387,7 +508,7 @@ class PonderingForCausalLM(PonderingPreTrainedModel, PonderingGenerationMixin):
             input_ids: (B, T), or inputs_embeds: (B, T, d) as the embedding module gives them, before any scaling.
             attention_mask: (B, T_past + T), 1 for tokens and 0 for padding.
             position_ids: (B, T).
-            past_key_values: a cache of all passes; see pondering_cache.py.
+            past_key_values: a cache of all passes; see pondering_cache.py. `cache` is another name of it.
             labels: (B, T), not shifted, -100 where no loss is wanted.
             logits_to_keep: the number of last positions to give logits for, or their indices; 0: all.
             pondering_steps: S for this call, in place of the configuration's.
@@ -396,58 +517,59 @@ class PonderingForCausalLM(PonderingPreTrainedModel, PonderingGenerationMixin):
             kwargs: `num_items_in_batch`, `ignore_index` and `shift_labels` go to the loss, the rest to the backbone.
 
         Returns:
-            PonderingCausalLMOutput: loss in nats per token, logits (B, T, V) or of the kept positions only.
+            PonderingCausalLMOutput: loss in nats per token, logits (B, T, V) or of the kept positions only. The loss
+            is the last pass's; in training mode with `intermediate_loss_weight` times the mean of the others.
         """
         loss_arguments = {key: kwargs.pop(key) for key in _LOSS_ARGUMENTS if key in kwargs}
+        inputs = {"attention_mask": attention_mask, "position_ids": position_ids, **kwargs}
         inputs_embeds, num_steps, past_key_values, use_cache = self._prepare(
-            input_ids, inputs_embeds, past_key_values, use_cache, pondering_steps, kwargs
+            input_ids, inputs_embeds, past_key_values, use_cache, pondering_steps, inputs
         )
         needs_loss = labels is not None or loss_arguments.get("shift_labels") is not None
         weight = self.config.intermediate_loss_weight
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         step_logits, step_losses = [], []
-        inputs = {"attention_mask": attention_mask, "position_ids": position_ids, **kwargs}
+        loss_of = partial(self._loss, labels=labels, loss_arguments=loss_arguments) if needs_loss else None
         if pondering_exit is not None and num_steps:
             if output_pondering:
                 raise PonderingError("`output_pondering` needs all passes of every token: leave out `pondering_exit`")
+            if needs_loss and torch.is_grad_enabled():
+                raise PonderingError(
+                    "a loss with `pondering_exit` has no gradient of the passes: leave out `pondering_exit` to train, "
+                    "or call this under torch.no_grad() to evaluate"
+                )
             passes = self.ponder_until_converged(inputs_embeds, num_steps, past_key_values, pondering_exit, **inputs)
-            result = PonderingCausalLMOutput(
-                loss=self._loss(passes.hidden_states, labels, loss_arguments) if needs_loss else None,
-                logits=passes.last_logits(kept),
-                past_key_values=past_key_values,
-            )
+            result = self._output_of_exits(passes, loss_of, kept, past_key_values)
             return result.to_tuple() if _wants_tuple(return_dict, self.config) else result
 
         def collect(hidden_states):
             if output_pondering:
                 step_logits.append(backbone_logits(self.backbone, hidden_states[:, kept]))
             if needs_loss and (output_pondering or weight):
-                step_losses.append(self._loss(hidden_states, labels, loss_arguments))
+                step_losses.append(loss_of(hidden_states))
 
-        output = self.ponder(
-            inputs_embeds,
-            num_steps,
-            past_key_values,
-            use_cache,
-            on_hidden_states=collect,
-            **inputs,
-        )
-        hidden_states = output.last_hidden_state
+        output = self.ponder(inputs_embeds, num_steps, past_key_values, use_cache, on_hidden_states=collect, **inputs)
+        hidden_states, router_logits = output.last_hidden_state, getattr(output, "router_logits", None)
+        aux_loss, aux_weight = self._auxiliary_loss(router_logits, attention_mask, hidden_states.shape[1], num_steps)
         loss = last_loss = None
         if needs_loss:
-            loss = last_loss = self._loss(hidden_states, labels, loss_arguments)
-            if weight and num_steps:
+            loss = last_loss = loss_of(hidden_states)
+            if step_losses and weight and self.training:
                 loss = loss + weight * sum(step_losses) / num_steps
+            if aux_loss is not None:
+                loss = loss + aux_weight * aux_loss.to(loss.device)
         head, kept_states = partial(backbone_logits, self.backbone), hidden_states[:, kept]
         on_demand = self.training and needs_loss and not torch.compiler.is_compiling()
         result = PonderingCausalLMOutput(
             loss=loss,
             logits=logits_on_demand(head, kept_states) if on_demand else head(kept_states),
-            past_key_values=past_key_values,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
+            **{CACHE_NAME: past_key_values},
             pondering_logits=tuple(step_logits) if output_pondering else None,
-            pondering_losses=(*step_losses, last_loss) if output_pondering and needs_loss else None,
+            pondering_losses=(*step_losses, last_loss) if needs_loss and (output_pondering or weight) else None,
+            aux_loss=aux_loss,
+            router_logits=router_logits,
         )
         return result.to_tuple() if _wants_tuple(return_dict, self.config) else result
 
@@ -456,11 +578,65 @@ class PonderingForCausalLM(PonderingPreTrainedModel, PonderingGenerationMixin):
         keep_settings(self.generation_config)
         return super().save_pretrained(*args, **kwargs)
 
+    @torch.no_grad()
+    def _output_of_exits(self, passes, loss_of, kept, past_key_values):
+        # Nothing has a gradient, where only the head's would be left of it.
+        return PonderingCausalLMOutput(
+            loss=None if loss_of is None else loss_of(passes.hidden_states),
+            logits=passes.last_logits(kept),
+            **{CACHE_NAME: past_key_values},
+        )
+
+    def _auxiliary_loss(self, router_logits, attention_mask, length, num_steps):
+        """(sum over the passes, weight in the loss), or (None, None) where the backbone's own class adds none."""
+        if router_logits is None:
+            return None, None
+        if torch.is_tensor(attention_mask):
+            attention_mask = attention_mask[..., -length:]
+        count = len(router_logits) // (num_steps + 1)
+        found = [
+            auxiliary_loss(self.backbone, router_logits[first : first + count], attention_mask)
+            for first in range(0, len(router_logits), count)
+        ]
+        losses, weights = zip(*found, strict=True)
+        return (None if losses[0] is None else sum(losses)), weights[0]
+
     def _loss(self, hidden_states, labels, loss_arguments):
+        if self.loss_function is not ForCausalLMLoss:  # the user put another one in, as in any model of transformers
+            logits = backbone_logits(self.backbone, hidden_states)
+            return self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_arguments
+            )
         readout = backbone_readout(self.backbone)
         if readout is not None:
             return linear_causal_lm_loss(hidden_states, readout, labels, **loss_arguments)
         return causal_lm_loss(backbone_logits(self.backbone, hidden_states), labels, **loss_arguments)
+
+
+_PONDERING_ARGUMENTS = ("pondering_steps", "output_pondering", "pondering_exit")
+
+
+def _check_names(kwargs):
+    """Raise for a keyword about pondering that does not exist; a backbone would take it and do nothing."""
+    for name in kwargs:
+        if "ponder" in name or name in ("num_steps", "on_hidden_states"):
+            near = difflib.get_close_matches(name, _PONDERING_ARGUMENTS, n=1, cutoff=0.5)
+            hint = f"did you mean `{near[0]}`?" if near else f"there are {', '.join(_PONDERING_ARGUMENTS)}"
+            raise PonderingError(f"the forward pass takes no `{name}`: {hint}")
+
+
+def _check_base_model(base, loading):
+    """Raise unless this model can be a backbone as it is."""
+    if base.config.model_type == PonderingConfig.model_type:  # also one of a checkpoint's own code
+        raise PonderingError("the base is a pondering model already: use its to_base() to begin anew")
+    if loading:
+        raise PonderingError(f"`{next(iter(loading))}` is for loading a checkpoint; the base is a model already")
+    expected = backbone_class(base.config)
+    if not isinstance(base, expected):
+        raise PonderingError(
+            f"the base is a {type(base).__name__}, where a {expected.__name__} of transformers is needed: load it "
+            "with AutoModelForCausalLM, without code of its own"
+        )
 
 
 def _in_several_processes():
@@ -479,3 +655,8 @@ def _scaled(tensor, factor):
 
 PonderingModel.register_for_auto_class("AutoModel")
 PonderingForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+# By these names Trainer knows whose labels to shift when it smooths them, and pipelines what a model is for.
+if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES is None:
+    logger.warning("this version of transformers may smooth the labels of pondering models without shifting them")
+else:
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(PonderingConfig.model_type, PonderingForCausalLM.__name__)

@@ -4,15 +4,24 @@ A backbone is one of transformers' own causal language models, used as it is. To
 logits in a way of its own, extend `finish_logits` and `backbone_readout`; to refuse one, extend `REFUSED`.
 """
 
+import functools
 import inspect
+import types
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import logging
 
+from .pondering_cache import CACHE_NAMES
 from .pondering_errors import PonderingError
 from .pondering_linear import fast_head, fast_layers
+from .pondering_loss import auxiliary_loss, causal_lm_loss
 from .pondering_readout import Readout
+
+
+logger = logging.get_logger(__name__)
 
 
 # The tests of ponder_hf hold these against their own logits; any other backbone is held against them at first use.
@@ -84,7 +93,12 @@ def finish_logits(logits, base_config):
 
 
 def backbone_logits(backbone, hidden_states):
-    """(..., V), what the backbone itself would put out for its last hidden states (..., d)."""
+    """(..., V), what the backbone itself would put out for its last hidden states (B, T, d) or (n, d).
+
+    The head always sees three dimensions, as hooks on it expect: n tokens are n rows of one token.
+    """
+    if hidden_states.ndim == 2:
+        return backbone_logits(backbone, hidden_states.unsqueeze(1)).squeeze(1)
     with fast_head(hidden_states):
         return finish_logits(backbone.get_output_embeddings()(hidden_states), backbone.config)
 
@@ -93,22 +107,174 @@ def embedding_table(backbone, device=None):
     """(V, d), every token's embedding as the backbone feeds it in, scaled where its embedding module scales (Gemma).
 
     A plain embedding gives its weight itself; any other (scaled, quantised, sharded, wrapped by PEFT) is asked for all
-    rows, by ids on `device`.
+    rows, by ids on `device`. Hooks about tokens, such as NEFTune's noise, act on tokens that are fed in and never on
+    these rows.
     """
     module = backbone.get_input_embeddings()
-    if type(module) is nn.Embedding and _is_bare(module):
+    if type(module) is nn.Embedding and _is_bare_embedding(module):
         return module.weight
     embeddings = [part for part in module.modules() if isinstance(part, nn.Embedding)]
     num_rows = embeddings[-1].num_embeddings if embeddings else len(module.weight)
+    for part in module.modules():
+        for hook in part._forward_pre_hooks.values():
+            if len(getattr(hook, "keywords", {}).get("adapter_names", ())) > 1:
+                raise PonderingError(
+                    "`adapter_names` for several rows does not work with adapters of the embedding, which all rows "
+                    "ponder over: call the model once for each adapter"
+                )
+    ids = torch.arange(num_rows, device=module.weight.device if device is None else device)
+    return _rows(module, ids.unsqueeze(0)).squeeze(0)
+
+
+def _rows(module, ids):
+    """What an embedding module gives for ids (1, n) without hooks about tokens: (1, n, d)."""
+    module = _without_token_hooks(module)
     # An embedding gives its padding row no gradient; in the pondering sum that row is one like any other.
+    embeddings = [part for part in module.modules() if isinstance(part, nn.Embedding)]
     padding = [(part, part.padding_idx) for part in embeddings if part.padding_idx is not None]
     try:
         for part, _ in padding:
             part.padding_idx = None
-        return module(torch.arange(num_rows, device=module.weight.device if device is None else device))
+        return module(ids)
     finally:
         for part, index in padding:
             part.padding_idx = index
+
+
+# Hooks that these set put a weight in place (sharded, offloaded, normalised) or choose its adapter. All others are
+# about the tokens that pass.
+_OF_WEIGHTS = (
+    "accelerate",
+    "deepspeed",
+    "peft.tuners",
+    "torch",
+    "transformers.distributed",
+    "transformers.integrations.tensor_parallel",
+)
+
+
+def is_about_weights(hook):
+    """Whether a hook was set by a library that holds a module's weights, and not by somebody who looks at tokens."""
+    return hook_origin(hook).startswith(tuple(f"{name}." for name in _OF_WEIGHTS))
+
+
+def hook_origin(hook):
+    """The module that a hook is defined in, and a dot."""
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    return f"{getattr(hook, '__module__', None)}."
+
+
+def hooks_of(module):
+    """All hooks before and after the forward pass of a module."""
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+
+
+def _without_token_hooks(module):
+    """The module, or where it has hooks about tokens a copy without them that shares all weights.
+
+    A copy, since other threads may embed tokens meanwhile.
+    """
+    parts = list(module.modules())
+    hooks = [hook for part in parts for hook in hooks_of(part)]
+    if all(is_about_weights(hook) for hook in hooks):
+        return module
+    is_fetched = any(is_about_weights(hook) for hook in hooks) or any(hasattr(part, "_hf_hook") for part in parts)
+    if not is_fetched and not all(_is_whole(weight) for weight in module.parameters()):
+        return module  # by hooks of a library that is not known here
+    return _copy_without_token_hooks(module)
+
+
+def _copy_without_token_hooks(module):
+    copied = object.__new__(type(module))
+
+    def of_copy(value):
+        # Offloading keeps the module in what it puts in the place of its forward pass.
+        if isinstance(value, types.MethodType) and value.__self__ is module:
+            return types.MethodType(value.__func__, copied)
+        if isinstance(value, functools.partial) and any(argument is module for argument in value.args):
+            arguments = (copied if argument is module else argument for argument in value.args)
+            return functools.partial(value.func, *arguments, **value.keywords)
+        return value
+
+    attributes = {name: of_copy(value) for name, value in module.__dict__.items()}
+    for name in ("_forward_pre_hooks", "_forward_hooks"):
+        attributes[name] = {key: hook for key, hook in attributes[name].items() if is_about_weights(hook)}
+    attributes["_modules"] = {
+        name: None if part is None else _copy_without_token_hooks(part) for name, part in module._modules.items()
+    }
+    attributes["_compiled_call_impl"] = None  # would run the module itself, hooks included
+    copied.__dict__.update(attributes)
+    return copied
+
+
+# Whose functions around a method leave its result what it is, but for autocast.
+_TRANSPARENT = ("torch.", "accelerate.hooks.", "accelerate.utils.operations.")
+
+
+def is_original(method, homes):
+    """Whether a method is defined in one of these modules, perhaps within autocast, compilation or offloading."""
+    while method is not None:
+        method = getattr(method, "__func__", method)
+        inner = method.func if isinstance(method, functools.partial) else method
+        home = f"{getattr(inner, '__globals__', {}).get('__name__') or type(inner).__module__}."
+        if home.startswith(tuple(f"{name}." for name in homes)):
+            return True
+        method = getattr(method, "__wrapped__", None) if home.startswith(_TRANSPARENT) else None
+    return False
+
+
+def warn_of_what_never_runs(backbone):
+    """Say once that the backbone's own forward pass, and so what was put around it, is not part of pondering."""
+    has_hooks = not all(is_about_weights(hook) for hook in hooks_of(backbone))
+    if has_hooks or not is_original(backbone.forward, ("transformers",)):
+        what = "a hook on" if has_hooks else "another forward pass of"
+        logger.warning_once(
+            f"{what} `model.backbone` never runs, since pondering calls its decoder and its head: put it on `model` "
+            "(logits), on `model.backbone.base_model` (hidden states, in every pass) or on "
+            "`model.get_output_embeddings()`"
+        )
+
+
+class AdapterRows:
+    """PEFT's `adapter_names`, an adapter for each prompt, where rows are not the prompts.
+
+    As a context: within it each adapter is given the name of each row that comes.
+
+    exist: whether any adapter has such names.
+    rows: the prompt of each row, a list; None: all prompts in turn, however often.
+    """
+
+    def __init__(self, model):
+        self.rows, self._handles, self._modules = None, [], []
+        if hasattr(model, "peft_config"):
+            self._modules = [module for module in model.modules() if self._has_names(module)]
+        self.exist = bool(self._modules)
+
+    @staticmethod
+    def _has_names(module):
+        hooks = [hook for hook in hooks_of(module) if hook_origin(hook).startswith("peft.tuners.")]
+        for hook in hooks:
+            if "adapter_names" not in getattr(hook, "keywords", ()):
+                raise PonderingError(
+                    f"{type(module).__name__} is given something of its own for each row by PEFT, which drafts and "
+                    "exits do not follow: leave out `num_draft_tokens` and `pondering_exit_threshold`"
+                )
+        return bool(hooks)
+
+    def __enter__(self):
+        for module in self._modules:
+            self._handles.append(module.register_forward_pre_hook(self._choose, with_kwargs=True))
+        return self
+
+    def __exit__(self, *_):
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _choose(self, module, arguments, kwargs):
+        names = kwargs["adapter_names"]
+        rows = (index % len(names) for index in range(len(arguments[0]))) if self.rows is None else self.rows
+        return arguments, {**kwargs, "adapter_names": [names[row] for row in rows]}
 
 
 def backbone_readout(backbone):
@@ -117,7 +283,7 @@ def backbone_readout(backbone):
     That is so for a head that is wrapped (PEFT), quantised, sharded, moved by hooks, or of a class of its own.
     """
     head = backbone.get_output_embeddings()
-    if type(head) is not nn.Linear or not _is_bare(head) or head._forward_hooks:
+    if type(head) is not nn.Linear or not _is_bare(head) or hooks_of(head):
         return None
     config = backbone.config
     factor = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
@@ -127,7 +293,7 @@ def backbone_readout(backbone):
 def bare_table(backbone):
     """(weight, scale) of the embedding module, as in `backbone_readout`: rows fed in are scale * weight. Or None."""
     module = backbone.get_input_embeddings()
-    if not _is_bare(module) or getattr(module, "max_norm", None) is not None:
+    if not _is_bare_embedding(module) or getattr(module, "max_norm", None) is not None:
         return None
     if type(module) is nn.Embedding:
         return module.weight, 1.0
@@ -138,13 +304,19 @@ def bare_table(backbone):
 
 
 def _is_bare(module):
-    # Hooks before a module gather what is sharded or offloaded (FSDP, accelerate, DeepSpeed): its weight is not there
-    # yet. Hooks after an embedding, as gradient checkpointing and PEFT set them, are about token ids, not its rows.
-    gathered = module._forward_pre_hooks or hasattr(module, "_hf_hook")
+    # A forward pass that was replaced may do anything; offloading replaces it to fetch the weight.
     weight = getattr(module, "weight", None)
+    return _is_whole(weight) and "forward" not in module.__dict__ and weight.device.type != "meta"
+
+
+def _is_whole(weight):
     # A shard is a DTensor (FSDP2), carries `ds_id` (ZeRO-3) or has no rows outside its unit's forward pass (FSDP1).
-    whole = type(weight) in (nn.Parameter, torch.Tensor) and not hasattr(weight, "ds_id") and weight.numel() > 0
-    return whole and not gathered and weight.device.type != "meta"
+    return type(weight) in (nn.Parameter, torch.Tensor) and not hasattr(weight, "ds_id") and weight.numel() > 0
+
+
+def _is_bare_embedding(module):
+    # Hooks before it may gather what is sharded (FSDP, DeepSpeed): its weight is not there yet.
+    return _is_bare(module) and not any(is_about_weights(hook) for hook in module._forward_pre_hooks.values())
 
 
 def backbone_decoder(backbone):
@@ -154,65 +326,146 @@ def backbone_decoder(backbone):
     return backbone.get_decoder() if decoder is backbone else decoder
 
 
-_TAKES_POSITION_IDS = {}  # by class: reading a signature takes a while, and torch.compile cannot
+_PARAMETERS = {}  # of `forward` by class: reading a signature takes a while, and torch.compile cannot
 
 
-def _takes_position_ids(decoder_class):
-    if decoder_class not in _TAKES_POSITION_IDS:
-        parameters = inspect.signature(decoder_class.forward).parameters
-        _TAKES_POSITION_IDS[decoder_class] = "position_ids" in parameters
-    return _TAKES_POSITION_IDS[decoder_class]
+def _parameters(decoder_class):
+    if decoder_class not in _PARAMETERS:
+        _PARAMETERS[decoder_class] = frozenset(inspect.signature(decoder_class.forward).parameters)
+    return _PARAMETERS[decoder_class]
 
 
 def takes_position_ids(backbone):
     """Whether it can be told the positions; models with ALiBi find them in the attention mask."""
-    return _takes_position_ids(type(backbone_decoder(backbone)))
+    return "position_ids" in _parameters(type(backbone_decoder(backbone)))
 
 
 def num_positions(backbone):
     """The length of the backbone's table of positions, or None where positions are computed (rotations, ALiBi)."""
     config = backbone.config
-    if getattr(config, "alibi", False) or any("Rotary" in type(module).__name__ for module in backbone.modules()):
+    if getattr(config, "alibi", False):
         return None
-    return getattr(config, "max_position_embeddings", None)
+    for module in backbone.modules():
+        # Sinusoids that can be computed anew grow with the text (XGLM).
+        if "Rotary" in type(module).__name__ or hasattr(module, "get_embedding"):
+            return None
+    # MPT's ALiBi is a table, of that length.
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
 
 
-def run_backbone(backbone, inputs_embeds, position_ids=None, **kwargs):
+def takes_cache(backbone):
+    """Whether its decoder keeps keys and values at all; OpenAI GPT, for one, runs the whole text for every token."""
+    return any(name in _parameters(type(backbone_decoder(backbone))) for name in CACHE_NAMES)
+
+
+def changing_rotations(backbone):
+    """(kind, length): rotary embeddings that turn otherwise in texts longer than `length`. None: always alike.
+
+    kind: "longrope", with one set of frequencies up to there and another beyond, or "dynamic", where each length
+        beyond has its own. Which it is depends on the largest position among all that run together.
+    """
+    config = backbone.config
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    if not isinstance(parameters, dict):
+        return None
+    by_layer = [part for part in parameters.values() if isinstance(part, dict)]
+    for part in by_layer or [parameters]:
+        kind, length = str(part.get("rope_type", part.get("type"))), config.max_position_embeddings
+        if kind == "longrope":
+            name = "original_max_position_embeddings"
+            return kind, part.get(name) or getattr(config, name, None) or length
+        if "dynamic" in kind:
+            return "dynamic", length
+    return None
+
+
+def run_backbone(backbone, inputs_embeds, position_ids=None, past_key_values=None, **kwargs):
     """One forward pass of the decoder without its head. inputs_embeds: (B, T, d). Returns transformers' output."""
     decoder = backbone_decoder(backbone)
-    if _takes_position_ids(type(decoder)):
+    parameters = _parameters(type(decoder))
+    if "position_ids" in parameters:
         kwargs["position_ids"] = position_ids
+    if past_key_values is not None:
+        kwargs["cache" if "cache" in parameters else "past_key_values"] = past_key_values
     with fast_layers(inputs_embeds):
         return decoder(inputs_embeds=inputs_embeds, return_dict=True, **kwargs)
+
+
+@contextmanager
+def evaluating(module):
+    """Evaluation mode; each part is in its own former mode afterwards, as some may be frozen in another than the rest.
+
+    module: any nn.Module.
+    """
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield module
+    finally:
+        for part, training in modes:
+            part.training = training
 
 
 def verify_backbone(backbone):
     """Hold an untested backbone against itself: embedding, passes and head taken apart must give its own logits.
 
+    Where its own loss is not made of what pondering's is, a warning says so.
+
     Raises:
         PonderingError: they do not, or a later token changes an earlier prediction. Pondering would be wrong then.
     """
     name = f"a backbone of model_type {backbone.config.model_type!r} cannot ponder"
-    was_training = backbone.training
-    backbone.eval()
     ids = torch.arange(1, 7, device=backbone.device).unsqueeze(0) % backbone.config.vocab_size
     other_ids = torch.cat([ids[:, :-1], ids[:, :1]], dim=1)
     try:
-        with torch.no_grad():
-            expected = backbone(input_ids=ids, use_cache=False).logits
-            table = embedding_table(backbone)
-            apart = backbone_logits(backbone, run_backbone(backbone, table[ids], use_cache=False).last_hidden_state)
+        with torch.no_grad(), evaluating(backbone):
+            own = _own_output(backbone, ids)
+            expected = own.logits
+            table, module = embedding_table(backbone, ids.device), backbone.get_input_embeddings()
+            strangeness = (_rows(module, ids) - table[ids]).abs().max() / table[ids].abs().max()
+            apart = run_backbone(backbone, module(ids), use_cache=False).last_hidden_state
+            apart = backbone_logits(backbone, apart)
             other = backbone(input_ids=other_ids, use_cache=False).logits
     except (RuntimeError, TypeError, AttributeError, ValueError, IndexError) as error:
         first_line = str(error).split("\n")[0]
         raise PonderingError(f"{name}: it does not run on embeddings alone ({first_line})") from error
-    finally:
-        backbone.train(was_training)
     tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 3e-2
     scale = expected.abs().max()
     if table.shape[0] != expected.shape[-1]:
         raise PonderingError(f"{name}: it embeds {table.shape[0]} tokens but predicts {expected.shape[-1]}")
+    if not strangeness <= tolerance:
+        raise PonderingError(f"{name}: its embedding of a token depends on the tokens around it")
     if apart.shape != expected.shape or not (apart - expected).abs().max() <= tolerance * scale:
         raise PonderingError(f"{name}: it does more between tokens and logits than embedding, decoder and head")
     if not (other - expected)[:, :-1].abs().max() <= tolerance * scale:
         raise PonderingError(f"{name}: its predictions depend on later tokens")
+    _compare_loss(backbone, ids, own, tolerance)
+
+
+def _own_output(backbone, ids):
+    """What the backbone's own class gives for ids (1, T), with its loss, and with router logits where it has them."""
+    takes = inspect.signature(type(backbone).forward).parameters
+    options = {"labels": ids} if "labels" in takes else {}
+    if "output_router_logits" in takes:
+        options["output_router_logits"] = True
+    try:
+        return backbone(input_ids=ids, use_cache=False, **options)
+    except (RuntimeError, TypeError, AttributeError, ValueError, IndexError):  # of what is not needed to ponder
+        return backbone(input_ids=ids, use_cache=False)
+
+
+def _compare_loss(backbone, ids, own, tolerance):
+    if getattr(own, "loss", None) is None:
+        return
+    expected = causal_lm_loss(own.logits, ids)
+    if getattr(own, "router_logits", None):
+        try:
+            balance, weight = auxiliary_loss(backbone, tuple(own.router_logits))
+        except PonderingError:  # raised when the router logits are wanted
+            return
+        expected = expected if balance is None else expected + weight * balance
+    if not (own.loss - expected).abs() <= tolerance * expected.abs():
+        logger.warning(
+            f"a backbone of model_type {backbone.config.model_type!r} has {own.loss.item():.4f} as its own loss where "
+            f"pondering has {expected.item():.4f}: what it adds by itself is left out"
+        )

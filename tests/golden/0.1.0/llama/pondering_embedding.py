@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from .configuration_pondering import check_vocabulary
 from .pondering_attention import can_attend
 from .pondering_backbone import backbone_logits, backbone_readout, bare_table, embedding_table, finish_logits
 from .pondering_topk import top_k_embedding, top_k_of_scores
@@ -44,6 +45,7 @@ class PonderingEmbedding:
 
     def __init__(self, backbone, config):
         self.backbone, self.config = backbone, config
+        check_vocabulary(config)  # which anyone may have changed
         self.readout, self.table = backbone_readout(backbone), bare_table(backbone)
         self.kernel = "plain"
         if self.readout is not None and self.table is not None:
@@ -60,6 +62,12 @@ class PonderingEmbedding:
         if self.readout is None:
             return backbone_logits(self.backbone, hidden_states)
         return finish_logits(self.readout.scores(hidden_states), self.backbone.config)
+
+    def wide_logits(self, hidden_states):
+        """(n, V) of hidden states (n, d_h), in float32 or wider; raised before caps and factors."""
+        if self.readout is None:
+            return _wide(backbone_logits(self.backbone, hidden_states))
+        return self.readout.finish(self.readout.scores(hidden_states))
 
     def __call__(self, hidden_states):
         """hidden_states: (B, T, d_h). Returns t of shape (B, T, d), before gate and `embedding_scale`."""
@@ -100,8 +108,11 @@ class PonderingEmbedding:
         """
         temperature, top_k = self.config.pondering_temperature, self.config.pondering_top_k
         if self.kernel == "plain":
-            logits = backbone_logits(self.backbone, hidden_states)
-            return self.of_logits(logits), logits
+            if self.readout is None:
+                logits = backbone_logits(self.backbone, hidden_states)
+                return self.of_logits(logits), _wide(logits)
+            scores = self.readout.scores(hidden_states)
+            return self.of_logits(finish_logits(scores, self.backbone.config)), self.readout.finish(scores)
         table, scale = self.table
         scores = self.readout.scores(hidden_states)
         logits = self.readout.finish(scores)
@@ -112,6 +123,10 @@ class PonderingEmbedding:
         else:
             embedding = _scaled(probabilities(logits, temperature).to(table.dtype) @ table, scale)
         return embedding, logits
+
+
+def _wide(logits):
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
 def _scaled(embedding, scale):

@@ -57,8 +57,8 @@ CRITERIA = {"kl": KLDivergence, "entropy": Entropy, "argmax": ArgmaxProbability}
 class PonderingExit:
     """When tokens stop pondering.
 
-    criterion: called with (logits (n, V) of a pass, logits (n, V) of the pass before or None before pass 1), gives the
-        distances (n,) from convergence.
+    criterion: called with (logits (n, V) of a pass, logits (n, V) of the pass before or None before pass 1), both in
+        float32 or wider, gives the distances (n,) from convergence.
     threshold: a token stops where its distance is below.
     record: called once a forward pass with the steps (B, T) that each position took.
     """

@@ -10,11 +10,14 @@ import torch
 from transformers import GenerationMixin
 from transformers.utils import ModelOutput
 
+from .pondering_cache import CACHE_NAME, CACHE_NAMES, given_cache
 from .pondering_call import GenerationCall, current_call, during
 from .pondering_errors import PonderingError
 from .pondering_paged import check_prompts, start_manager
 from .pondering_prompt import check_prompt
+from .pondering_self_check import check_exits_once, check_generation_once
 from .pondering_speculation import speculative_sample
+from .pondering_version import INSTALL_TESTED, untested_version
 
 
 class PonderingGenerationMixin(GenerationMixin):
@@ -32,13 +35,33 @@ class PonderingGenerationMixin(GenerationMixin):
         Raises:
             PonderingError: a setting or the prompt cannot be used; nothing has been computed then.
         """
+        _take_cache(kwargs)
         call = GenerationCall.read(kwargs, generation_config, self)
         check_prompt(self, inputs, call.steps, generation_config, kwargs)
+        self._check_itself(call, kwargs)
         with during(call):
             output = super().generate(inputs, generation_config, *args, **kwargs)
         if isinstance(output, ModelOutput):
             self._report(call, output, self._num_prompt_tokens(inputs, kwargs))
         return output
+
+    def _check_itself(self, call, kwargs):
+        """What an untested transformers calls for; changes `kwargs` where only caches do not work there."""
+        if not check_generation_once(self):
+            needing = {
+                "past_key_values": given_cache(kwargs) is not None,
+                "num_draft_tokens": call.num_draft_tokens,
+                "pondering_exit_threshold": call.exit,
+            }
+            for name, is_set in needing.items():
+                if is_set:
+                    raise PonderingError(
+                        f"`{name}` needs a cache, which does not work under transformers {untested_version()}: leave "
+                        f"it out, or {INSTALL_TESTED}"
+                    )
+            kwargs["use_cache"] = False
+        if call.exit is not None:
+            check_exits_once(self)
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
         call = current_call()
@@ -61,21 +84,38 @@ class PonderingGenerationMixin(GenerationMixin):
     # transformers reads the parameters of this method to learn what the model takes.
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
-        model_inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        # The backbone's own, which may know more than transformers' usual one: Phi-3 drops its cache where the text
+        # grows past the length from which other rotations hold, BLOOM makes masks of its own for static caches.
+        prepare = getattr(self.backbone, "prepare_inputs_for_generation", super().prepare_inputs_for_generation)
+        model_inputs = prepare(input_ids, *args, **kwargs)
+        if _is_called_for_virtual_tokens(self):
+            # PEFT looks under one of the names. Where it finds none it would put its tokens in again and again.
+            model_inputs.update(dict.fromkeys(CACHE_NAMES, given_cache(model_inputs)))
         call = current_call()
         if call is None:
             return model_inputs
         model_inputs["pondering_steps"] = call.steps
         if call.exit is not None:
-            cache, given = model_inputs.get("past_key_values"), model_inputs.get("input_ids")
+            cache, given = given_cache(model_inputs), model_inputs.get("input_ids")
             given = model_inputs["inputs_embeds"] if given is None else given
             first_slot = 0 if cache is None else int(cache.get_seq_length())
+            last_slot = first_slot + given.shape[1] - 1
             if call.slot_offset is None:
-                call.slot_offset = first_slot + given.shape[1] - input_ids.shape[1]
+                call.slot_offset = last_slot + 1 - input_ids.shape[1]
+            # Without a cache the whole text runs again for every token: only its end is new.
+            new = (last_slot, slice(-1, None)) if cache is None else (first_slot, slice(None))
             model_inputs["pondering_exit"] = call.exit.recording(
-                lambda steps: call.steps_used.append((first_slot, steps))
+                lambda steps: call.steps_used.append((new[0], steps[:, new[1]]))
             )
         return model_inputs
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        if model_kwargs.get("use_cache") is False and _is_called_for_virtual_tokens(self):
+            # PEFT gives its prefix, a filled cache, to each forward pass by itself.
+            for name in CACHE_NAMES:
+                model_kwargs.pop(name, None)
+        return model_kwargs
 
     def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, *args, **model_kwargs):
         call = current_call()
@@ -96,6 +136,11 @@ class PonderingGenerationMixin(GenerationMixin):
             PonderingError: a setting or a prompt cannot be used; nothing has been computed then.
         """
         call = current_call() or GenerationCall.read(kwargs, generation_config, self)
+        if not check_generation_once(self):
+            raise PonderingError(
+                f"continuous batching needs a cache, which does not work under transformers {untested_version()}: "
+                f"use `generate`, or {INSTALL_TESTED}"
+            )
         check_prompts(self, inputs, call.steps, generation_config, kwargs)
         with during(call):
             return super().generate_batch(inputs, generation_config, *args, **kwargs)
@@ -124,6 +169,21 @@ class PonderingGenerationMixin(GenerationMixin):
             output["draft_acceptance_rate"] = call.acceptance_rate
 
 
+def _take_cache(arguments):
+    """Rename the cache to what transformers calls it, whichever name it was given under."""
+    cache = given_cache(arguments)
+    for name in CACHE_NAMES:
+        arguments.pop(name, None)
+    if cache is not None:
+        arguments[CACHE_NAME] = cache
+
+
+def _is_called_for_virtual_tokens(model):
+    """Whether PEFT's prompt learning has put itself around the model's `prepare_inputs_for_generation`."""
+    wrapper = getattr(model.__dict__.get("prepare_inputs_for_generation"), "__self__", None)
+    return bool(getattr(getattr(wrapper, "active_peft_config", None), "is_prompt_learning", False))
+
+
 def _check_drafts(generation_mode, generation_config):
     mode = getattr(generation_mode, "value", generation_mode)
     if mode not in ("greedy_search", "sample"):
@@ -140,19 +200,21 @@ def _check_drafts(generation_mode, generation_config):
 
 
 def _steps_of_new_tokens(call, output, num_prompt_tokens, used):
-    """(B, new tokens): what was recorded, at the positions that each new token was predicted from."""
+    """(B, new tokens): what was recorded in the slots that each new token was predicted from.
+
+    More forward passes may have run than tokens were kept (guesses that proved wrong, a stop that is noticed late,
+    processes that wait for each other): what is wrong is overwritten by what came later in its slot, and what is
+    behind the last token is left out.
+    """
     count = used.shape[1]
-    beam_indices = getattr(output, "beam_indices", None)
-    width = max(first + steps.shape[1] for first, steps in call.steps_used)
     num_rows = len(call.steps_used[-1][1])
+    width = max(first + steps.shape[1] for first, steps in call.steps_used)
     recorded = used.new_full((num_rows, width), call.steps)
-    last = torch.stack([steps[:, -1] for _, steps in call.steps_used[-count:]], dim=1)
-    if beam_indices is not None:  # rows change places from token to token
-        return last.gather(0, beam_indices[:, :count].clamp(min=0))
-    if last.shape == used.shape:
-        return last
-    # Several tokens may come of one pass, and guesses that proved wrong were overwritten by what came later.
     for first, steps in call.steps_used:
         recorded[:, first : first + steps.shape[1]] = steps
     first = call.slot_offset + num_prompt_tokens - 1
-    return recorded[:, first : first + count]
+    recorded = recorded[:, first : first + count]
+    beam_indices = getattr(output, "beam_indices", None)
+    if beam_indices is None:
+        return recorded
+    return recorded.gather(0, beam_indices[:, :count].clamp(min=0))  # rows change places from token to token

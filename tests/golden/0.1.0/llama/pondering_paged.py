@@ -14,6 +14,7 @@ from transformers import GenerationMixin
 
 from .pondering_errors import PonderingError
 from .pondering_prompt import check_prompt
+from .pondering_version import is_older_than
 
 
 class PassesAsLayers:
@@ -54,12 +55,30 @@ class PassesAsLayers:
         return self.model(pondering_steps=self.num_steps, **inputs)
 
 
-def paged_pass(cache, pass_index, num_layers):
-    """A view of the paged cache in which layers 0 .. L-1 are slot(pass_index, 0 .. L-1)."""
+def paged_pass(cache, pass_index, num_layers, inputs):
+    """A view of the paged cache in which layers 0 .. L-1 are slot(pass_index, 0 .. L-1).
+
+    inputs: keyword arguments of the pass, which say where the cache is to be read and written. Some backbones of
+        transformers 5.24 do not hand them on to the cache (GPT-NeoX), or ask it for a length (OPT).
+    """
     first = pass_index * num_layers
     view = copy.copy(cache)  # attention asks for an instance of the cache's own class
-    view.update = lambda *args, layer_idx, **kwargs: cache.update(*args, layer_idx=first + layer_idx, **kwargs)
+    needs_inputs = "kwargs" in inspect.signature(cache.update).parameters
+
+    def update(key_states, value_states, layer_idx, **kwargs):
+        if needs_inputs and "kwargs" not in kwargs:
+            kwargs["kwargs"] = dict(inputs)
+        return cache.update(key_states, value_states, layer_idx=first + layer_idx, **kwargs)
+
+    view.update = update
+    if not hasattr(view, "get_seq_length"):
+        view.get_seq_length = _no_length
     return view
+
+
+def _no_length():
+    # Asked for where positions or a mask are not given, which they are.
+    return 0
 
 
 def start_manager(model, call, generation_config, *args, **kwargs):
@@ -72,6 +91,12 @@ def start_manager(model, call, generation_config, *args, **kwargs):
         raise PonderingError(
             "continuous batching of pondering models needs a newer transformers (5.20 is known to do): use `generate` "
             "with a left-padded batch, and `transformers serve` without `--continuous-batching`"
+        )
+    config = model.backbone.config
+    if is_older_than(5, 17) and getattr(config, "sliding_window", None) is not None:
+        raise PonderingError(
+            "continuous batching with a sliding window gives other tokens in older releases of transformers, plain "
+            "models included: it needs a newer transformers (5.17 is known to do); use `generate`"
         )
     for name, is_set in (("num_draft_tokens", call.num_draft_tokens), ("pondering_exit_threshold", call.exit)):
         if is_set:

@@ -6,13 +6,25 @@ softmax of the scores. The noise of a token's place is drawn once and the same f
 both choose alike wherever their scores are alike, and the final choice is a sample that no draft can bias.
 """
 
+import functools
+
 import torch
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from .pondering_backbone import (
+    AdapterRows,
+    changing_rotations,
+    hook_origin,
+    hooks_of,
+    is_about_weights,
+    is_original,
+    takes_cache,
+)
+from .pondering_cache import CACHE_NAME, given_cache
 from .pondering_errors import PonderingError
+from .pondering_self_check import verify_wave_once
 from .pondering_wave import Flight, Wave, mask_kind, without_inference_tensors
 from .pondering_wave_cache import check_step_cache
-from .pondering_wave_check import verify_wave_once
 
 
 # transformers' processors that only look at the scores, and those that also look at the tokens before. Drafts are
@@ -27,9 +39,19 @@ _OF_TOKENS = frozenset(
     "EncoderNoRepeatNGram".split()
 ) | frozenset(("ExponentialDecayLengthPenalty",))
 _MODEL_ARGUMENTS = frozenset(
-    "attention_mask cache_position inputs_embeds logits_to_keep past_key_values pondering_steps position_ids "
+    "attention_mask cache cache_position inputs_embeds logits_to_keep past_key_values pondering_steps position_ids "
     "use_cache".split()
 )
+# What plain generation calls of the model for each token, and drafts do not.
+_PASSED_BY = ("forward", "__call__", "ponder", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
+_PACKAGE = __name__.rpartition(".")[0]
+_HOMES = (
+    f"{_PACKAGE}.modeling_pondering",
+    f"{_PACKAGE}.pondering_generation",
+    "transformers.generation",
+    "torch.nn.modules",
+)
+_INSTEAD = "do so on the head (`get_output_embeddings()`) or in a logits processor, or set num_draft_tokens=0"
 
 
 class Noise:
@@ -180,12 +202,14 @@ class Record:
                     column = kept.setdefault(self.lengths[row], values.new_zeros(self.batch_size, values.shape[-1]))
                     column[row] = values[row]
             self.lengths[row] += 1
-        for length in {self.lengths[row] for row in rows}:
+        lengths, stops = sorted({self.lengths[row] for row in rows}), []
+        for length in lengths:
             kept = None if self.scores is None else self.columns_of(self.scores, length)
-            stops = self.stopping_criteria(self.token_ids[:, :length], kept).tolist()
-            for row in rows:
-                if self.lengths[row] == length and self.finished_at[row] is None and stops[row]:
-                    self.finished_at[row] = length
+            stops.append(self.stopping_criteria(self.token_ids[:, :length], kept))
+        stops = torch.stack(stops).tolist()  # at once, as each look waits for the device
+        for row in rows:
+            if self.finished_at[row] is None and stops[lengths.index(self.lengths[row])][row]:
+                self.finished_at[row] = self.lengths[row]
         if self.streamer is not None:
             self._stream()
 
@@ -237,6 +261,8 @@ class Speculation:
         self.record, self.num_steps = record, call.steps
         self.num_drafts = min(call.num_draft_tokens, call.steps)
         self.source, self.chooses_drafts = call.draft_source, hasattr(call.draft_source, "token")
+        # For such sources, which look at the text each tick: reading it off the device would wait.
+        self.known_tokens = input_ids.tolist() if self.chooses_drafts else None
         self.chooser = TokenChooser(logits_processor, generation_config.do_sample, record.token_ids)
         self.max_length = record.stopping_criteria.max_length
         if self.max_length is None:
@@ -254,12 +280,14 @@ class Speculation:
             model_kwargs.get("position_ids"),
             self.max_length + self.shift,
             self.source,
+            call.autocast,
         )
         self.finished_flights = []
         self._begin(output.logits[:, -1])
 
     def _begin(self, logits):
-        logits = logits.to(torch.float32, copy=True)
+        # As transformers does: with a device_map the head may lie elsewhere than the text.
+        logits = logits.to(self.record.token_ids.device, torch.float32, copy=True)
         places = [(row, self.record.prompt_length) for row in range(self.record.batch_size)]
         tokens, scores = self.chooser(logits, places, [True] * len(places))
         self._write([(row, self.record.prompt_length, token) for row, token in enumerate(tokens)])
@@ -274,6 +302,8 @@ class Speculation:
             self.chooser.token_ids = self.record.token_ids
         for row, column, token in entries:
             self.record.token_ids[row, column] = token
+            if self.known_tokens is not None:
+                self.known_tokens[row][column:] = [token]
 
     def _retire(self):
         for row, flight in enumerate(self.flights):
@@ -301,7 +331,7 @@ class Speculation:
         )
         first, logits = self.wave.tick(self.flights, entering)
         _, size, vocab_size = logits.shape
-        logits = logits.reshape(-1, vocab_size).to(torch.float32)
+        logits = logits.reshape(-1, vocab_size).to(self.record.token_ids.device, torch.float32)
         places = [None] * len(logits)
         for row, flight in enumerate(self.flights):
             if flight is not None:
@@ -339,7 +369,7 @@ class Speculation:
     def _ask_source(self, row, flight, predicted):
         """The source's token in place of pass 0's, or None. Those in place of later passes' go into `predicted`."""
         column = flight.column - self.shift
-        known = self.record.token_ids[row, :column].tolist()
+        known = self.known_tokens[row][:column]
         drafted = None
         for index, stage in enumerate(flight.stages):
             if stage < self.num_steps:
@@ -377,12 +407,17 @@ def speculative_sample(
         PonderingError: something that drafts do not go with.
     """
     _check(generation_config, synced_gpus, model_kwargs)
+    _check_backbone(model.backbone, input_ids.shape[1], stopping_criteria.max_length, model_kwargs)
+    check_wrapping(model)
     mask_kind(model.backbone)  # raises where the wave cannot make one, before the prompt runs
     record = Record(input_ids, stopping_criteria, generation_config, streamer)
     try:
         verify_wave_once(model)
-        speculation = Speculation(model, input_ids, logits_processor, generation_config, call, record, model_kwargs)
-        speculation.run()
+        with AdapterRows(model):
+            speculation = Speculation(
+                model, input_ids, logits_processor, generation_config, call, record, model_kwargs
+            )
+            speculation.run()
     finally:
         without_inference_tensors(model)
     if streamer is not None:
@@ -395,9 +430,31 @@ def speculative_sample(
         sequences=sequences,
         scores=record.columns_of(record.scores, sequences.shape[1]),
         logits=record.columns_of(record.logits, sequences.shape[1]),
-        past_key_values=speculation.wave.cache.give_back(length),
+        **{CACHE_NAME: speculation.wave.cache.give_back(length)},
     )
     return output, speculation
+
+
+def _check_backbone(backbone, prompt_length, max_length, model_kwargs):
+    """Raise where tokens that run ahead would change what the backbone computes for the others."""
+    name = backbone.config.model_type
+    if not takes_cache(backbone):
+        raise PonderingError(f"`num_draft_tokens` needs a cache, but model_type {name!r} keeps none: leave it out")
+    rotations = changing_rotations(backbone)
+    if rotations is None:
+        return
+    kind, length = rotations
+    mask, position_ids = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
+    longest = prompt_length if mask is None else int((mask != 0).sum(-1).max())
+    if position_ids is not None:
+        longest = max(longest, int(position_ids.max()) + 1)
+    # The last token needs no pass. Behind a longer prompt all tokens are rotated alike, if there are but two ways.
+    reached = float("inf") if max_length is None else longest + max_length - prompt_length - 1
+    if reached > length and (kind == "dynamic" or longest <= length):
+        raise PonderingError(
+            f"`num_draft_tokens` cannot follow model_type {name!r} beyond {length} tokens, where its rotary "
+            f"embeddings change ({kind!r}): use max_new_tokens={max(length - longest + 1, 0)} or less, or leave it out"
+        )
 
 
 def _check(generation_config, synced_gpus, model_kwargs):
@@ -406,8 +463,72 @@ def _check(generation_config, synced_gpus, model_kwargs):
             raise PonderingError(f"`{name}` needs one forward pass a token: leave out `num_draft_tokens`")
     if synced_gpus:
         raise PonderingError("`num_draft_tokens` does not go with `synced_gpus`, where each process has its own speed")
-    if model_kwargs.get("past_key_values") is not None:
-        check_step_cache(model_kwargs["past_key_values"])
+    cache = given_cache(model_kwargs)
+    if cache is not None:
+        check_step_cache(cache)
     for name, value in model_kwargs.items():
         if name not in _MODEL_ARGUMENTS and value is not None:
             raise PonderingError(f"`{name}` does not reach drafted tokens: leave it out, or `num_draft_tokens`")
+
+
+def check_wrapping(model):
+    """Raise unless what stands around the model, which drafts do not call, leaves its logits as they are.
+
+    Raises:
+        PonderingError: a hook on the model, or on all modules, or a replaced method might change them.
+    """
+    for hook in hooks_of(model):
+        if not is_about_weights(hook) or hook_origin(hook).startswith("peft."):
+            raise PonderingError(
+                f"`num_draft_tokens` does not run the hook {_name(hook)} on the model, which may change what it "
+                f"gives: {_INSTEAD}"
+            )
+    every = torch.nn.modules.module
+    for hooks in (getattr(every, "_global_forward_pre_hooks", {}), getattr(every, "_global_forward_hooks", {})):
+        if hooks:
+            raise PonderingError(
+                f"`num_draft_tokens` does not run the hook {_name(next(iter(hooks.values())))} of all modules on the "
+                "model: remove it, or set num_draft_tokens=0"
+            )
+    for hook in _offloading_hooks(getattr(model, "_hf_hook", None)):
+        if not type(hook).__module__.startswith("accelerate."):
+            raise PonderingError(
+                f"`num_draft_tokens` does not run accelerate's hook {type(hook).__name__} on the model, which may "
+                f"change what it gives: {_INSTEAD}"
+            )
+    for name in _PASSED_BY:
+        method = getattr(model, name, None)
+        if method is not None and not _is_adapters(method) and not is_original(method, _HOMES):
+            raise _replaced(name, method)
+
+
+def _replaced(name, method):
+    configuration = getattr(getattr(method, "__self__", None), "active_peft_config", None)
+    if getattr(configuration, "is_prompt_learning", False):
+        kind = getattr(configuration.peft_type, "value", configuration.peft_type)
+        return PonderingError(
+            f"`num_draft_tokens` does not go with PEFT's {kind}, whose virtual tokens drafts do not see: set "
+            "num_draft_tokens=0"
+        )
+    return PonderingError(
+        f"`num_draft_tokens` does not call the model's `{name}`, which was replaced ({_name(method)}) and may change "
+        f"what it gives: {_INSTEAD}"
+    )
+
+
+def _is_adapters(method):
+    # PEFT puts its own `prepare_inputs_for_generation` in, also where it only calls the model's.
+    configuration = getattr(getattr(method, "__self__", None), "active_peft_config", None)
+    return configuration is not None and not configuration.is_prompt_learning
+
+
+def _offloading_hooks(hook):
+    if hook is None:
+        return []
+    return [one for part in hook.hooks for one in _offloading_hooks(part)] if hasattr(hook, "hooks") else [hook]
+
+
+def _name(function):
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__qualname__", type(function).__name__)

@@ -127,14 +127,25 @@ class Wave:
         position_ids: (B, T) of the prompt, or None.
         num_columns: how many columns there will be at most.
         draft_source: see pondering_drafts.py.
+        autocast: (whether it is on, its dtype) in which the model's forward pass computes; None: as here and now.
     """
 
-    def __init__(self, model, past_key_values, num_steps, attention_mask, position_ids, num_columns, draft_source):
+    def __init__(
+        self,
+        model,
+        past_key_values,
+        num_steps,
+        attention_mask,
+        position_ids,
+        num_columns,
+        draft_source,
+        autocast=None,
+    ):
         self.model, self.backbone, self.num_steps = model, model.backbone, num_steps
         config = model.config
         self.cache = WaveCache(past_key_values, config.num_hidden_layers, num_steps + 1, num_columns)
         self.batch_size, self.prompt_length = self.cache.batch_size, self.cache.prompt_length
-        self.draft_source = draft_source
+        self.draft_source, self.autocast = draft_source, autocast
         self.num_ticks = self.num_rows_run = 0
         # Where it computes, which is not where its weights wait while it does not (offloading).
         self.device = past_key_values.layers[0].keys.device
@@ -149,7 +160,7 @@ class Wave:
         self.offsets = self._position_offsets(attention_mask, position_ids)
         self.is_padding = None
         if attention_mask is not None and not bool(attention_mask.all()):
-            self.is_padding = ~attention_mask.bool().repeat(num_steps + 1, 1)
+            self.is_padding = ~attention_mask.to(self.device).bool().repeat(num_steps + 1, 1)
         self.mask_kind = mask_kind(self.backbone)
         self.window = getattr(self.backbone.config, "sliding_window", None)
 
@@ -176,7 +187,11 @@ class Wave:
             pass S. What belongs to no token is meaningless.
         """
         with self.mode():
-            return self._tick(flights, entering)
+            if self.autocast is None:
+                return self._tick(flights, entering)
+            enabled, dtype = self.autocast
+            with torch.autocast(self.device.type, dtype=dtype, enabled=enabled):
+                return self._tick(flights, entering)
 
     def _tick(self, flights, entering):
         self.num_ticks += 1
@@ -186,7 +201,7 @@ class Wave:
         self.num_rows_run += len(columns)
         if first == 0:
             config = self.model.config
-            embedded = self.input_embeddings(entering)
+            embedded = self.input_embeddings(entering.unsqueeze(1)).squeeze(1)
             if self.inputs is None:
                 self.inputs = embedded.new_zeros(len(self.row_ids), embedded.shape[1])
             self.inputs[:size] = _scaled(embedded, config.input_scale * config.embedding_scale)
@@ -203,7 +218,8 @@ class Wave:
         # The passes' own predictions are drafts where the source gives none, and what is pondered over, which goes
         # without their logits where it can.
         without_logits = not self.embedding.makes_use_of_logits(pondering_states)
-        states = [pondering_states if drafted is None else drafted.flatten(0, 1), last_states]
+        drafted_states = pondering_states if drafted is None else drafted.flatten(0, 1).to(hidden_states.device)
+        states = [drafted_states, last_states]
         if drafted is not None and not without_logits:
             states.insert(0, pondering_states)
         logits = self.embedding.logits(torch.cat(states))
@@ -266,7 +282,7 @@ class Wave:
     def _ponder(self, start, embedding):
         """Make the inputs of the following passes. embedding: (n, d), of the rows from `start` on."""
         stop = start + len(embedding)
-        embedding = self.model.finish_embedding(embedding)
+        embedding = self.model.finish_embedding(embedding).to(self.inputs.device)
         self.inputs[start + self.batch_size : stop + self.batch_size] = self.inputs[start:stop] + embedding
 
     def give_back(self, length):
