@@ -57,7 +57,8 @@ class Shape:
         return PonderingForCausalLM.from_base(plain, pondering_steps=self.steps, pondering_top_k=top_k).eval()
 
     def tokens(self, device, *size):
-        return torch.randint(0, self.vocab_size, size, device=device)
+        """The same for the same size, so that what is counted and what is timed are of one prompt."""
+        return torch.randint(0, self.vocab_size, size, generator=torch.Generator().manual_seed(0)).to(device)
 
 
 PYTHIA_410M = Shape()
