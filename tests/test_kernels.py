@@ -107,6 +107,17 @@ def test_embedding_in_bfloat16(tokens, top_k):
     )
 
 
+def test_a_torch_without_the_flash_kernel_is_said_once(monkeypatch):
+    said = []
+    monkeypatch.setattr(pondering_attention.logger, "warning_once", said.append)
+    hidden, weight, _, table = leaves(3, torch.float32)
+    vocabulary_embedding(hidden, Readout(weight), table, 1.0)
+    assert not said
+    monkeypatch.setattr(pondering_attention, "_FORWARD", None)
+    vocabulary_embedding(hidden, Readout(weight), table, 1.0)
+    assert "no flash attention kernel for CPUs" in said[0]
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3, 7, 200])
 @pytest.mark.parametrize("tokens", [1, 5, 300])
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "frozen bias"])

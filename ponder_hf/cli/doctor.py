@@ -114,7 +114,8 @@ def check_transformers():
     needed = next((each.specifier for each in _requirements() if each.name == "transformers"), None)
     return {
         "version": version,
-        # What checkpoints load with, without ponder_hf. The library itself needs what its own requirements say.
+        # What checkpoints were tested with, without ponder_hf; newer versions are tried, with a warning. The library
+        # itself needs what its own requirements say.
         "checkpoints_need": TRANSFORMERS_RANGE,
         "good_for_checkpoints": is_supported(version),
         "tested": is_tested(version),
@@ -194,7 +195,7 @@ def as_table(report):
         ("CUDA", ", ".join(devices["cuda"]) or "none"),
         ("MPS", "yes" if devices["mps"] else "none"),
         ("XPU", "yes" if devices["xpu"] else "none"),
-        ("checkpoints", f"load with transformers {transformers['checkpoints_need']}"),
+        ("checkpoints", f"tested with transformers {transformers['checkpoints_need']}"),
         ("library", f"needs transformers {transformers['library_needs'] or 'unknown: ponder-hf is not installed'}"),
         ("Hub cache", f"{hub['cache']} ({'writable' if hub['cache_is_writable'] else 'not writable'})"),
         ("Hub token", "set" if hub["token_is_set"] else "not set"),
