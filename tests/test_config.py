@@ -452,3 +452,12 @@ def test_a_checkpoint_s_own_code_does_the_same(tmp_path):
     assert not duplicates(written)
     assert written["base_config"]["rope_parameters"] == LINEAR
     assert (written["base_config"]["use_cache"], written["base_config"]["attention_dropout"]) == (False, 0.1)
+
+
+def test_a_typing_error_in_a_keyword_of_loading_is_named(tmp_path):
+    tiny.pondering_model().save_pretrained(tmp_path)
+    for load in (AutoConfig.from_pretrained, PonderingForCausalLM.from_pretrained):
+        with pytest.raises(
+            PonderingError, match="`pondering_step` is not a pondering field: did you mean `pondering_steps`"
+        ):
+            load(tmp_path, pondering_step=1)

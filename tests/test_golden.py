@@ -24,7 +24,7 @@ GOLDEN = Path(__file__).with_name("golden")
 RELEASES = sorted(path for path in GOLDEN.iterdir() if path.name[0].isdigit())
 FOLDERS = sorted(path.parent for path in GOLDEN.glob("*/*/config.json"))
 
-MAX_BYTES = 500_000
+MAX_BYTES = 800_000  # two checkpoints, each with its code
 
 NEWER_FORMAT = """
 from transformers import AutoConfig, AutoModelForCausalLM
