@@ -273,7 +273,11 @@ class PonderingConfig(PretrainedConfig):
 
         Raises:
             PonderingError: a size stands beside `base_config` as `to_dict` puts it there, but is not the one within.
+                Or there is no such pondering field as a keyword names; transformers would leave it out without a word.
         """
+        for name in kwargs:
+            if name.startswith("pondering_") and name not in PONDERING_FIELDS:
+                raise unknown_field(name)
         base_config = config_dict.get("base_config")
         if isinstance(base_config, dict):
             model_type = base_config.get("model_type")

@@ -7,7 +7,10 @@ logsumexp to itself, which is needed here to join parts of the vocabulary and to
 """
 
 import torch
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 _FEW_TOKENS = 256  # with fewer, the kernel has too few blocks of queries for all threads
 
@@ -17,6 +20,11 @@ _BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu
 
 def can_attend(hidden_states, readout, table):
     """Whether vocabulary_attention can compute it: on a CPU, no cap on the logits, head and table equally wide."""
+    if hidden_states.device.type == "cpu" and _FORWARD is None and not torch.compiler.is_compiling():
+        logger.warning_once(
+            "this torch has no flash attention kernel for CPUs: pondering over the whole vocabulary computes it in "
+            "chunks, which takes longer"
+        )
     return (
         _FORWARD is not None
         and hidden_states.device.type == "cpu"
