@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import contextmanager
 
 import torch
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
@@ -11,6 +12,7 @@ from ponder_hf.errors import fitting, reading, understanding
 from ponder_hf.modeling.configuration_pondering import PONDERING_FIELDS, unknown_field
 from ponder_hf.modeling.pondering_backbone import backbone_class
 from ponder_hf.modeling.pondering_base import AUTHORS_WEIGHTS, read_base_config, unflagged_weight
+from ponder_hf.modeling.pondering_base import logger as from_base_logger
 
 from .dtype import stored_dtype
 from .headers import read_json
@@ -74,7 +76,8 @@ def convert(
     authors_fields, empty_model = understand_plain(found, pondering_fields, **reading_arguments)
     names = travelling_files(found.folder)
     check_space(path, found.num_bytes)
-    model = load_converted(found, empty_model, {**pondering_fields, **reading_arguments})
+    with _warnings_in_the_result():
+        model = load_converted(found, empty_model, {**pondering_fields, **reading_arguments})
     tokenizer_class = _unnamed_tokenizer(found) if any(name.name in TOKENIZER_FILES for name in names) else None
     if tokenizer_class is not None:
         model.config.tokenizer_class = tokenizer_class
@@ -95,6 +98,16 @@ def convert(
         "files": sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()),
         "warnings": plain_warnings(found, authors_fields),
     }
+
+
+@contextmanager
+def _warnings_in_the_result():
+    """Within it `from_base` does not log what convert gives back, so that nobody reads it twice."""
+    was_disabled, from_base_logger.disabled = from_base_logger.disabled, True
+    try:
+        yield
+    finally:
+        from_base_logger.disabled = was_disabled
 
 
 def plain_warnings(found, authors_fields):

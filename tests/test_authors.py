@@ -206,3 +206,9 @@ def test_a_checkpoint_with_code_of_its_own(tmp_path, capsys):
     checkpoints.change_config(base, model_type="nothing", **CODE)
     with pytest.raises(PonderingError, match="needs code of its own"):
         PonderingForCausalLM.from_base(base, ignore_code=True)
+
+
+def test_the_command_warns_once(theirs, tmp_path, capsys, caplog):
+    folder, _ = theirs("gpt_neox_s3_scaled_multiplied")
+    assert checkpoints.run("convert", folder, tmp_path / "converted") == 0
+    assert (capsys.readouterr().err + caplog.text).count(WARNING) == 1
