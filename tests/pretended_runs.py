@@ -8,6 +8,7 @@ import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from pretended import Pretended, Watch, put
 
+from ponder_hf import PonderingForCausalLM
 from ponder_hf.modeling import pondering_backbone, pondering_speculation
 
 
@@ -94,7 +95,25 @@ def on_two_devices():
                 found[f"{name}, training"] = "ok"
             except Exception as error:
                 found[f"{name}, training"] = f"{type(error).__name__}: {error}"[:300]
+        found[f"converted there, {name}"] = converted(inputs, devices)
     return found
+
+
+def converted(inputs, devices):
+    """A base that lies on two devices is made to ponder there; while its new gate is shut it generates as before."""
+    model = model_of({})
+    base = model.to_base()
+    expected = base.generate(**inputs, **GREEDY)
+    spread(model, *devices)
+    with Watch():
+        try:
+            again = PonderingForCausalLM.from_base(base, pondering_steps=2, pondering_gate="zero_init")
+            tokens = again.generate(**{key: value.to(devices[0]) for key, value in inputs.items()}, **GREEDY)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"[:300]
+    if again.pondering_gate.weight.device != torch.device(devices[0]):
+        return f"the gate is on {again.pondering_gate.weight.device}, where no embedding is"
+    return "ok" if torch.equal(tokens.cpu(), expected) else "other tokens"
 
 
 def waits_a_tick():

@@ -307,8 +307,8 @@ def test_a_stream_that_is_left_ends_without_noise(tmp_path, ending):
     path = tmp_path / f"text{ending}"
     lines = ["once upon a time there was one cat and two dogs who sat by the sea"] * 3000
     if ending == ".parquet":
-        pyarrow = pytest.importorskip("pyarrow")
-        pyarrow.parquet = pytest.importorskip("pyarrow.parquet")
+        pyarrow = pytest.importorskip("pyarrow", reason="needs ponder-hf[train]")
+        pyarrow.parquet = pytest.importorskip("pyarrow.parquet", reason="needs ponder-hf[train]")
         pyarrow.parquet.write_table(pyarrow.table({"text": lines}), path, row_group_size=100)
     elif ending == ".jsonl":
         path.write_text("\n".join(json.dumps({"text": line}) for line in lines))
