@@ -498,3 +498,15 @@ def test_failure_on_the_way_leaves_the_old_folder_alone(tmp_path, monkeypatch, e
     assert code == (1 if isinstance(error, RuntimeError) else 130), errors
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "story.txt"]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["old.txt"]
+
+
+def test_the_next_command_is_one_that_the_shell_finds(monkeypatch, tmp_path):
+    monkeypatch.setattr("ponder_hf.demo.report.shutil.which", lambda name: None)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv/bin/python"))
+    monkeypatch.chdir(tmp_path)
+    assert report.program() == "ponder-hf"  # nor does it lie there
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/ponder-hf").touch()
+    assert report.program() == ".venv/bin/ponder-hf"
+    monkeypatch.setattr("ponder_hf.demo.report.shutil.which", lambda name: name)
+    assert report.program() == "ponder-hf"

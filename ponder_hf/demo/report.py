@@ -2,7 +2,10 @@
 
 import base64
 import html
+import os
 import shlex
+import shutil
+import sys
 from pathlib import Path
 from string import Template
 
@@ -72,7 +75,7 @@ def summary(results):
             verdict(results),
             "",
             f"Report: {Path(output, 'report.html')}",
-            f"Next:   {_generate_command(output)}",
+            f"Next:   {_generate_command(output, program())}",
         ]
     )
 
@@ -239,8 +242,16 @@ def _commands(results):
     )
 
 
-def _generate_command(output):
-    return f'ponder-hf generate {shlex.quote(str(Path(output, "checkpoint")))} --prompt "def "'
+def program():
+    """How the shell that started this finds `ponder-hf`: beside Python, if not on its path (`make demo` in .venv)."""
+    beside = Path(sys.executable).with_name("ponder-hf")
+    if shutil.which("ponder-hf") is not None or not beside.is_file():
+        return "ponder-hf"
+    return shlex.quote(os.path.relpath(beside))
+
+
+def _generate_command(output, program="ponder-hf"):
+    return f'{program} generate {shlex.quote(str(Path(output, "checkpoint")))} --prompt "def "'
 
 
 def _inline(png):
