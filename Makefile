@@ -26,6 +26,8 @@ STAMP = $(VENV)/.ponder-hf-installed
 # stderr; packages for quantised caches are of no other use here.
 TORCHAO = $(VENV)/overlays/torchao
 CACHES = $(VENV)/overlays/caches
+# Links that lie as the files do once they are installed, for mypy, which cannot follow how `pip install -e` finds them.
+INSTALLED = $(VENV)/installed
 # The environment's own interpreter where there is one already, $(PYTHON) otherwise.
 INTERPRETER = $(if $(wildcard $(VENV_PYTHON)),$(VENV_PYTHON),$(PYTHON))
 
@@ -43,9 +45,12 @@ demo: setup ## Train, convert and compare a small pondering model on real text (
 test: setup ## Run the tests in two processes
 	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
-style: setup ## Check style and formatting with ruff
+style: setup ## Check style and formatting with ruff, types with mypy
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	@rm -rf $(INSTALLED) && mkdir -p $(INSTALLED)/ponder_hf
+	@ln -s $(CURDIR)/ponder_hf/* $(CURDIR)/modeling $(CURDIR)/conversion $(INSTALLED)/ponder_hf
+	MYPYPATH=$(INSTALLED) $(VENV_PYTHON) -m mypy -p ponder_hf
 
 compat: setup ## Try checkpoints under other transformers and torch (15 minutes, 10 GB; VERSIONS="oldest newest": 3, small; or latest)
 	PYTHONPATH=tests $(VENV_PYTHON) -m compat --environments $(COMPAT) $(VERSIONS)
@@ -57,7 +62,7 @@ bench: setup ## Run the benchmark named by BENCH=NAME, or all of them (hours); `
 	$(VENV_PYTHON) -m benchmarks $(BENCH)
 
 clean: ## Remove build outputs, caches and .compat; keep .venv and ponder-demo
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .compat
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .compat
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt

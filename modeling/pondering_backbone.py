@@ -326,7 +326,8 @@ def backbone_decoder(backbone):
     return backbone.get_decoder() if decoder is backbone else decoder
 
 
-_PARAMETERS = {}  # of `forward` by class: reading a signature takes a while, and torch.compile cannot
+# Of `forward` by class: reading a signature takes a while, and torch.compile cannot.
+_PARAMETERS: dict[type, frozenset[str]] = {}
 
 
 def _parameters(decoder_class):

@@ -70,7 +70,7 @@ for _name in (
     "getitem len iter bool int float contains array"
 ).split():
     setattr(LogitsOnDemand, f"__{_name}__", _operator(f"__{_name}__"))
-LogitsOnDemand.__hash__ = object.__hash__  # which __eq__ would take away
+LogitsOnDemand.__hash__ = object.__hash__  # type: ignore[method-assign]  # which __eq__ would take away
 
 
 def logits_on_demand(head, hidden_states):

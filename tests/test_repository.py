@@ -69,7 +69,7 @@ def test_wheel_contains_exactly_the_packages(archives):
     for source, installed in INSTALLED_FOLDERS.items():
         for path in repository_files():
             inside = path.relative_to(REPOSITORY)
-            if inside.parts[0] == source and path.suffix in {".py", ".html", ".json", ".md"}:
+            if inside.parts[0] == source and path.suffix in {".py", ".html", ".json", ".md", ".typed"}:
                 expected.add(f"{installed}/{inside.relative_to(source).as_posix()}")
     assert names == expected
 
@@ -169,6 +169,166 @@ def test_file_and_its_functions_are_short(path):
         if isinstance(node, functions)
     }
     assert {name: length for name, length in lengths.items() if length > MAX_FUNCTION_LINES} == {}
+
+
+# Where public signatures still lack annotations; a file that is done leaves the list.
+NOT_YET_ANNOTATED = {
+    "conversion/checksums.py",
+    "conversion/convert.py",
+    "conversion/dtype.py",
+    "conversion/export.py",
+    "conversion/headers.py",
+    "conversion/loading.py",
+    "conversion/source.py",
+    "conversion/travel.py",
+    "conversion/writer.py",
+    "modeling/configuration_pondering.py",
+    "modeling/modeling_pondering.py",
+    "modeling/pondering_adaptive.py",
+    "modeling/pondering_attention.py",
+    "modeling/pondering_backbone.py",
+    "modeling/pondering_base.py",
+    "modeling/pondering_cache.py",
+    "modeling/pondering_call.py",
+    "modeling/pondering_drafts.py",
+    "modeling/pondering_embedding.py",
+    "modeling/pondering_exit.py",
+    "modeling/pondering_generation.py",
+    "modeling/pondering_linear.py",
+    "modeling/pondering_loss.py",
+    "modeling/pondering_output.py",
+    "modeling/pondering_paged.py",
+    "modeling/pondering_prompt.py",
+    "modeling/pondering_readout.py",
+    "modeling/pondering_self_check.py",
+    "modeling/pondering_speculation.py",
+    "modeling/pondering_topk.py",
+    "modeling/pondering_version.py",
+    "modeling/pondering_vocabulary.py",
+    "modeling/pondering_wave.py",
+    "modeling/pondering_wave_cache.py",
+    "ponder_hf/callbacks.py",
+    "ponder_hf/cli/__init__.py",
+    "ponder_hf/cli/convert.py",
+    "ponder_hf/cli/data_flags.py",
+    "ponder_hf/cli/demo.py",
+    "ponder_hf/cli/doctor.py",
+    "ponder_hf/cli/eval.py",
+    "ponder_hf/cli/export.py",
+    "ponder_hf/cli/fields.py",
+    "ponder_hf/cli/generate.py",
+    "ponder_hf/cli/inspect.py",
+    "ponder_hf/cli/inspect_code.py",
+    "ponder_hf/cli/outcome.py",
+    "ponder_hf/cli/parser.py",
+    "ponder_hf/cli/push.py",
+    "ponder_hf/cli/quiet.py",
+    "ponder_hf/cli/train.py",
+    "ponder_hf/cli/training_flags.py",
+    "ponder_hf/data/loading.py",
+    "ponder_hf/data/packing.py",
+    "ponder_hf/data/progress.py",
+    "ponder_hf/data/sources.py",
+    "ponder_hf/data/stream.py",
+    "ponder_hf/data/tables.py",
+    "ponder_hf/data/text.py",
+    "ponder_hf/demo/experiment.py",
+    "ponder_hf/demo/figure.py",
+    "ponder_hf/demo/load_and_run.py",
+    "ponder_hf/demo/material.py",
+    "ponder_hf/demo/prepare.py",
+    "ponder_hf/demo/report.py",
+    "ponder_hf/demo/results.py",
+    "ponder_hf/demo/run.py",
+    "ponder_hf/demo/separate_process.py",
+    "ponder_hf/devices.py",
+    "ponder_hf/errors.py",
+    "ponder_hf/hub/card.py",
+    "ponder_hf/hub/code.py",
+    "ponder_hf/hub/contents.py",
+    "ponder_hf/hub/facts.py",
+    "ponder_hf/hub/failures.py",
+    "ponder_hf/hub/inspection.py",
+    "ponder_hf/hub/model.py",
+    "ponder_hf/hub/push.py",
+    "ponder_hf/hub/training.py",
+    "ponder_hf/training/adapter.py",
+    "ponder_hf/training/arguments.py",
+    "ponder_hf/training/checkpoints.py",
+    "ponder_hf/training/draft_heads.py",
+    "ponder_hf/training/evaluation.py",
+    "ponder_hf/training/initialisation.py",
+    "ponder_hf/training/lora.py",
+    "ponder_hf/training/material.py",
+    "ponder_hf/training/options.py",
+    "ponder_hf/training/record.py",
+    "ponder_hf/training/run.py",
+    "ponder_hf/training/simple.py",
+    "ponder_hf/training/source.py",
+    "ponder_hf/training/trainer.py",
+    "ponder_hf/training/watch.py",
+}
+
+
+def signatures(node: ast.AST, within: str = ""):
+    """Each public function and method below `node`, with its dotted name: no part of it begins with an underscore."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            if not child.name.startswith("_") or child.name in ("__init__", "__call__"):
+                yield within + child.name, child
+        elif isinstance(child, ast.ClassDef):
+            if not child.name.startswith("_"):
+                yield from signatures(child, f"{within}{child.name}.")
+        else:
+            yield from signatures(child, within)
+
+
+def missing_annotations(source: str) -> list[str]:
+    missing = []
+    for name, function in signatures(ast.parse(source)):
+        given = function.args
+        parameters = [*given.posonlyargs, *given.args]
+        is_static = any(isinstance(each, ast.Name) and each.id == "staticmethod" for each in function.decorator_list)
+        if "." in name and not is_static:
+            parameters = parameters[1:]
+        parameters += [*given.kwonlyargs, *filter(None, (given.vararg, given.kwarg))]
+        missing += [f"{name}({each.arg})" for each in parameters if each.annotation is None]
+        if function.returns is None:
+            missing.append(f"{name} -> ?")
+    return missing
+
+
+@pytest.mark.parametrize("path", LIBRARY_FILES, ids=relative_name)
+def test_public_signatures_are_annotated(path):
+    if relative_name(path) not in NOT_YET_ANNOTATED:
+        assert missing_annotations(path.read_text(encoding="utf-8")) == []
+
+
+def test_missing_annotations_are_found():
+    source = """
+def _private(a): pass
+class _Private:
+    def method(self, a): pass
+class Public:
+    def __init__(self, a: int, *args, b=1, **kwargs): pass
+    @staticmethod
+    def static(a): pass
+    @classmethod
+    def made(cls) -> "Public": pass
+try:
+    import x
+except ImportError:
+    def x() -> None:
+        def inner(a): pass
+"""
+    assert missing_annotations(source) == [
+        "Public.__init__(b)",
+        "Public.__init__(args)",
+        "Public.__init__(kwargs)",
+        "Public.__init__ -> ?",
+        "Public.static(a)",
+        "Public.static -> ?",
+    ]
 
 
 def test_repository_holds_no_large_files():

@@ -9,7 +9,7 @@ import weakref
 from tqdm.auto import tqdm
 
 
-_OPEN = weakref.WeakSet()
+_OPEN: weakref.WeakSet = weakref.WeakSet()
 
 
 @atexit.register
