@@ -76,8 +76,7 @@ def convert(
     authors_fields, empty_model = understand_plain(found, pondering_fields, **reading_arguments)
     names = travelling_files(found.folder)
     check_space(path, found.num_bytes)
-    with _warnings_in_the_result():
-        model = load_converted(found, empty_model, {**pondering_fields, **reading_arguments})
+    model = load_converted(found, empty_model, {**pondering_fields, **reading_arguments})
     tokenizer_class = _unnamed_tokenizer(found) if any(name.name in TOKENIZER_FILES for name in names) else None
     if tokenizer_class is not None:
         model.config.tokenizer_class = tokenizer_class
@@ -101,8 +100,8 @@ def convert(
 
 
 @contextmanager
-def _warnings_in_the_result():
-    """Within it `from_base` does not log what convert gives back, so that nobody reads it twice."""
+def _no_second_warning():
+    """Within it `from_base` does not log what `plain_warnings` says, so that nobody reads it twice."""
     was_disabled, from_base_logger.disabled = from_base_logger.disabled, True
     try:
         yield
@@ -126,6 +125,8 @@ def plain_warnings(found, authors_fields):
 def load_converted(found, empty_model, arguments, dtype=None):
     """The PonderingForCausalLM that holds the weights of the plain checkpoint `found`, a Source.
 
+    What may not be as it was meant, `plain_warnings` says.
+
     Args:
         empty_model: as understand_plain gives it.
         arguments: of from_base: pondering fields, and how to read config.json.
@@ -135,7 +136,7 @@ def load_converted(found, empty_model, arguments, dtype=None):
         PonderingError: the weights cannot be used.
     """
     stored = stored_dtype(found, _unused(found.tensors, empty_model))
-    with reading(found.name), fitting(found.name):
+    with reading(found.name), fitting(found.name), _no_second_warning():
         model = PonderingForCausalLM.from_base(found.folder, dtype=dtype or stored, **arguments)
     # The base's id on the Hub, for the model card; a path of this machine says nothing elsewhere.
     model.config.base_config._name_or_path = found.name if found.revision else ""

@@ -104,7 +104,7 @@ def _check_token_ids(input_ids, vocab_size):
     if low < 0 or high >= vocab_size:
         raise PonderingError(
             f"the prompt has token id {low if low < 0 else high}, but the vocabulary goes from 0 to {vocab_size - 1}: "
-            "use the model's own tokenizer"
+            f"use the model's own tokenizer, whose {vocab_size} entries it knows"
         )
 
 

@@ -15,7 +15,7 @@ from ponder_hf.modeling.pondering_version import check_transformers
 
 from .outcome import bad_input, interrupted, is_first_process, stopped, unexpected
 from .parser import OneLineParser, check_command
-from .quiet import quiet_libraries, standard_output_for_json
+from .quiet import own_warnings_shown, quiet_libraries, standard_output_for_json
 
 
 COMMANDS = ("demo", "convert", "export", "train", "generate", "eval", "inspect", "push", "inspect-code", "doctor")
@@ -48,7 +48,7 @@ def main(argv=None):
             args.parser.refuse(unknown)
         if args.command != "doctor":  # which reports it among other things
             check_transformers()
-        with quiet_libraries():
+        with quiet_libraries(), own_warnings_shown():
             if not args.json:
                 args.run(args)
             else:

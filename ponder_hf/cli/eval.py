@@ -1,5 +1,6 @@
 """`ponder-hf eval`: the loss of each pass on a text."""
 
+import logging
 import math
 import sys
 import time
@@ -8,7 +9,9 @@ from ponder_hf import PonderingError
 
 from .data_flags import add_text_flags
 from .fields import add_device_flag, errors_named_by_flags
-from .outcome import warn
+
+
+logger = logging.getLogger(__name__)
 
 
 def add_parser(subparsers):
@@ -42,15 +45,13 @@ def evaluate(args):
     """What `--json` prints, for the flags `args`."""
     import torch
 
-    from ponder_hf.conversion import open_source
+    from ponder_hf.conversion import load_tokenizer, open_source
     from ponder_hf.data import check_tokenizer, load_blocks
     from ponder_hf.data.sources import find_sources
     from ponder_hf.devices import read_device
     from ponder_hf.modeling.configuration_pondering import check_steps
     from ponder_hf.training.evaluation import evaluate_passes
     from ponder_hf.training.material import block_size_of, usual_split
-
-    from .generate import load_tokenizer
 
     if args.pondering_steps is not None:
         check_steps("pondering_steps", args.pondering_steps)
@@ -104,7 +105,7 @@ def _load(source, dtype, pondering_steps):
         return load_pondering(source, dtype)
     authors_fields, empty_model = understand_plain(source, {})
     for warning in plain_warnings(source, authors_fields):
-        warn(warning)
+        logger.warning(warning)
     fields = {} if authors_fields else {"pondering_steps": pondering_steps or 0}
     return load_converted(source, empty_model, fields, dtype).eval()
 

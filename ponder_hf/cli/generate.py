@@ -5,7 +5,7 @@ import time
 from contextlib import contextmanager
 
 from ponder_hf import PonderingError
-from ponder_hf.errors import reading, understanding
+from ponder_hf.errors import reading
 
 from .fields import add_device_flag
 
@@ -58,7 +58,7 @@ def run(args):
 
     from transformers import TextStreamer, set_seed
 
-    from ponder_hf.conversion import load_pondering, open_source
+    from ponder_hf.conversion import load_pondering, load_tokenizer, open_source
     from ponder_hf.devices import read_device
 
     device = read_device(args.device)
@@ -67,7 +67,8 @@ def run(args):
     model = load_pondering(source)
     model = model.to(device)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    _check_tokens(inputs["input_ids"], model.config, source.name)
+    if inputs["input_ids"].shape[1] == 0:
+        raise PonderingError("the prompt is empty to this tokenizer: give a longer text")
     if args.seed is not None:
         set_seed(args.seed)
     sampling = {"do_sample": args.do_sample or args.temperature is not None or args.top_p is not None}
@@ -107,22 +108,6 @@ def run(args):
     }
 
 
-def load_tokenizer(source):
-    """The tokenizer in the checkpoint `source`, a Source.
-
-    Raises:
-        PonderingError: there is none, or its files are broken.
-    """
-    from transformers import AutoTokenizer
-
-    from ponder_hf.conversion.travel import TOKENIZER_FILES
-
-    if not any((source.folder / name).is_file() for name in TOKENIZER_FILES):
-        raise PonderingError(f"{source.name} has no tokenizer: put its tokenizer.json and tokenizer_config.json there")
-    with reading(source.name), understanding(source.name, "the tokenizer"):
-        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
-
-
 def _check(args):
     if args.draft_source is not None and args.num_draft_tokens is None:
         raise PonderingError("--draft-source says where guesses come from: say with --num-draft-tokens how many, too")
@@ -154,17 +139,6 @@ def _errors_named_by_flags():
         yield
     except PonderingError as error:
         raise type(error)(str(error).replace("max_new_tokens=", "--max-new-tokens ")) from error
-
-
-def _check_tokens(ids, config, name):
-    """Raise unless the model has an embedding for every token id."""
-    if ids.shape[1] == 0:
-        raise PonderingError("the prompt is empty to this tokenizer: give a longer text")
-    if ids.max() >= config.vocab_size:
-        raise PonderingError(
-            f"the tokenizer in {name} gives token id {ids.max().item()}, but the model's vocabulary has "
-            f"{config.vocab_size} entries: put the model's own tokenizer there"
-        )
 
 
 def _pad_token(model, tokenizer):

@@ -8,7 +8,7 @@ import warnings
 import transformers
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 
-from .outcome import is_debugging
+from .outcome import is_debugging, warn
 
 
 _LOGGERS = ("transformers", "huggingface_hub", "torch", "datasets")
@@ -50,6 +50,24 @@ def standard_output_for_json():
     output = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):
         yield output
+
+
+class _OneLine(logging.Handler):
+    """Shows a warning of the library as one line on standard error."""
+
+    def emit(self, record):
+        warn(" ".join(record.getMessage().split()))
+
+
+@contextlib.contextmanager
+def own_warnings_shown():
+    """A context in which each warning that ponder_hf logs is one line on standard error."""
+    logger, handler = logging.getLogger("ponder_hf"), _OneLine(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def _is_silent(handler):

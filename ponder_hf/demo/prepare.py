@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from ponder_hf import PonderingConfig, PonderingError, PonderingForCausalLM
-from ponder_hf.cli.generate import load_tokenizer
-from ponder_hf.conversion import open_source
+from ponder_hf.conversion import load_tokenizer, open_source
 from ponder_hf.conversion.writer import check_destination
+from ponder_hf.data import check_tokenizer
 from ponder_hf.data.packing import Blocks, pack_all
 from ponder_hf.errors import fitting, reading, understanding
 from ponder_hf.modeling.configuration_pondering import PONDERING_FIELDS
@@ -144,11 +144,7 @@ def _load_base(options):
     tokenizer = load_tokenizer(found)
     with understanding(found.name):
         config = PonderingConfig.from_dict({"base_config": found.config, **options.pondering_fields})
-        if len(tokenizer) > config.vocab_size:
-            raise PonderingError(
-                f"the tokenizer of {found.name} has {len(tokenizer)} entries, its model only {config.vocab_size}: "
-                "give a checkpoint with its own tokenizer"
-            )
+    check_tokenizer(tokenizer, config, found.name)
     with reading(found.name), fitting(found.name):
         model = PonderingForCausalLM.from_base(found.folder, dtype=torch.float32, **options.pondering_fields)
     return tokenizer, model.to_base().eval()

@@ -13,8 +13,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 
 from ponder_hf import PonderingError
 from ponder_hf.callbacks import PonderingCallback
-from ponder_hf.cli.generate import load_tokenizer
-from ponder_hf.conversion import Source, open_source
+from ponder_hf.conversion import load_tokenizer, open_source
 from ponder_hf.conversion.writer import check_destination
 from ponder_hf.data.loading import check_tokenizer
 from ponder_hf.errors import TrainingStopped, writing
@@ -160,7 +159,7 @@ def _check_settings(options, settings):
 
 
 def _resumed_start(options, checkpoint):
-    tokenizer = load_tokenizer(Source(str(checkpoint), checkpoint, None, {}, {}))
+    tokenizer = load_tokenizer(checkpoint)
     if not options.lora:
         found = open_source(checkpoint)
         return pondering_start(found, tokenizer, replace(options, dtype="auto", fields={}))

@@ -3,6 +3,7 @@
 What can be checked without its weights is checked first; `load` makes the model.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,17 +11,18 @@ from pathlib import Path
 import torch
 
 from ponder_hf import PonderingConfig, PonderingError, PonderingForCausalLM
-from ponder_hf.cli.generate import load_tokenizer
-from ponder_hf.cli.outcome import warn
-from ponder_hf.conversion import load_pondering, open_source
+from ponder_hf.conversion import load_pondering, load_tokenizer, open_source
 from ponder_hf.conversion.convert import load_converted, plain_warnings, understand_plain
 from ponder_hf.conversion.headers import read_json
-from ponder_hf.conversion.source import CONFIG, Source, download_small_files
+from ponder_hf.conversion.source import CONFIG, download_small_files
 from ponder_hf.errors import understanding
 from ponder_hf.modeling.pondering_base import read_base_config
 
 from .draft_heads import freeze_all_but_heads
 from .initialisation import check_initialisation, initialise
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def find_start(options):
     if options.config is not None:
         return _from_scratch(options)
     found = open_source(options.source, options.revision)
-    tokenizer = _tokenizer(options, found)
+    tokenizer = load_tokenizer(found if options.tokenizer is None else options.tokenizer)
     if found.is_pondering:
         return pondering_start(found, tokenizer, options)
     if options.draft_heads:
@@ -59,7 +61,7 @@ def find_start(options):
         )
     authors_fields, empty_model = understand_plain(found, options.fields)
     for warning in plain_warnings(found, authors_fields):
-        warn(warning)
+        logger.warning(warning)
     config = PonderingConfig(empty_model.config, **{**authors_fields, **options.fields})
     return Start(
         kind="plain",
@@ -129,7 +131,7 @@ def _from_scratch(options):
             initialise(model)
         return model.to(_dtype(options) or torch.float32)
 
-    return Start("scratch", name, config, num_parameters, load, read_tokenizer(where))
+    return Start("scratch", name, config, num_parameters, load, load_tokenizer(where))
 
 
 def _read_config(name):
@@ -141,18 +143,6 @@ def _read_config(name):
     if not (folder / CONFIG).is_file():
         raise PonderingError(f"{name} has no {CONFIG}: give one, or the folder or Hub id that has it")
     return folder, read_json(folder / CONFIG)
-
-
-def _tokenizer(options, found):
-    return load_tokenizer(found) if options.tokenizer is None else read_tokenizer(options.tokenizer)
-
-
-def read_tokenizer(name):
-    """The tokenizer in a folder or on the Hub."""
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        folder = download_small_files(str(name))
-    return load_tokenizer(Source(str(name), folder, None, {}, {}))
 
 
 def _count(config):
