@@ -10,7 +10,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from ponder_hf import PonderingForCausalLM
 from ponder_hf.data.packing import Blocks
-from ponder_hf.training.simple import train
+from ponder_hf.demo.simple_training import train
 
 
 FOLDER = Path("../shared/data/text")

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from ponder_hf import PonderingError
 from ponder_hf.data import check_tokenizer, load_blocks, text
-from ponder_hf.demo.material import Document, train_tokenizer
+from ponder_hf.demo.corpus import Document, train_tokenizer
 
 
 pa = pytest.importorskip("pyarrow", reason="needs ponder-hf[train]")

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 from ponder_hf import PonderingError
 from ponder_hf.data import StreamedBlocks, check_apart, load_blocks, split_held_out, text
-from ponder_hf.demo.material import Document, train_tokenizer
+from ponder_hf.demo.corpus import Document, train_tokenizer
 
 
 pa = pytest.importorskip("pyarrow", reason="needs ponder-hf[train]")

@@ -17,14 +17,13 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ponder_hf import PonderingForCausalLM
+from ponder_hf import PonderingForCausalLM, evaluation
 from ponder_hf.cli import main
 from ponder_hf.data.packing import Blocks
-from ponder_hf.demo import Options, experiment, load_and_run, material, prepare, report, run, separate_process
+from ponder_hf.demo import Options, corpus, experiment, load_and_run, prepare, report, run, separate_process
 from ponder_hf.demo.figure import draw_curves
-from ponder_hf.training import evaluation
-from ponder_hf.training.evaluation import evaluate_passes
-from ponder_hf.training.simple import train
+from ponder_hf.demo.simple_training import train
+from ponder_hf.evaluation import evaluate_passes
 
 
 SENTENCES = [
@@ -125,7 +124,7 @@ def test_train_sees_every_block_once_in_order_and_learns():
 
 
 def test_standard_library_is_split_into_disjoint_files():
-    chosen = material.standard_library(200_000)
+    chosen = corpus.standard_library(200_000)
     training_names = {document.name for document in chosen.training}
     held_out_names = {document.name for document in chosen.held_out}
     assert training_names
@@ -133,7 +132,7 @@ def test_standard_library_is_split_into_disjoint_files():
     assert not training_names & held_out_names
     assert chosen.training_characters <= 200_000
     assert not any(re.search("(^|/)(tests?|site-packages)/", name) for name in training_names | held_out_names)
-    assert [document.name for document in material.standard_library(200_000).training] == [
+    assert [document.name for document in corpus.standard_library(200_000).training] == [
         document.name for document in chosen.training
     ]
 
@@ -142,7 +141,7 @@ def test_many_documents_are_split_whole(tmp_path):
     path = tmp_path / "many.jsonl"
     texts = [f"{line} Number {index % 300}." for index, line in enumerate(SENTENCES * 25)]
     path.write_text("".join(json.dumps({"text": line}) + "\n" for line in texts), encoding="utf-8")
-    chosen = material.own_text([path], "text", 10**6)
+    chosen = corpus.own_text([path], "text", 10**6)
     training_texts, held_out_texts = (
         [document.text for document in side] for side in (chosen.training, chosen.held_out)
     )
@@ -154,7 +153,7 @@ def test_many_documents_are_split_whole(tmp_path):
 def test_few_documents_give_their_ends(tmp_path):
     path = tmp_path / "story.txt"
     path.write_text(STORY, encoding="utf-8")
-    chosen = material.own_text([path], "text", 10**6)
+    chosen = corpus.own_text([path], "text", 10**6)
     (beginning,), (end,) = chosen.training, chosen.held_out
     assert beginning.text + end.text == STORY
     assert 0.03 < len(end.text) / len(STORY) < 0.07
@@ -164,7 +163,7 @@ def test_few_documents_give_their_ends(tmp_path):
 def test_own_text_stops_at_the_limit(tmp_path):
     path = tmp_path / "story.txt"
     path.write_text(STORY, encoding="utf-8")
-    chosen = material.own_text([path, tmp_path / "never read"], "text", 1000)
+    chosen = corpus.own_text([path, tmp_path / "never read"], "text", 1000)
     assert "".join(document.text for document in (*chosen.training, *chosen.held_out)) == STORY[:1000]
 
 
@@ -186,16 +185,16 @@ def test_plan_is_halved_until_it_fits(tmp_path, monkeypatch):
         "_step_seconds",
         lambda model, size, repeats: seconds["pondering" if isinstance(model, PonderingForCausalLM) else "plain"],
     )
-    plan = experiment.make_plan(setup)  # 400 * 0.1 + 100 * 0.6 = 100 seconds of 200
-    assert (plan.base_steps, plan.steps, plan.share) == (400, 100, 1)
+    schedule = experiment.make_schedule(setup)  # 400 * 0.1 + 100 * 0.6 = 100 seconds of 200
+    assert (schedule.base_steps, schedule.steps, schedule.share) == (400, 100, 1)
     seconds.update(plain=0.3, pondering=1.7)  # 320 seconds
-    plan = experiment.make_plan(setup)
-    assert (plan.base_steps, plan.steps, plan.share) == (200, 50, 0.5)
+    schedule = experiment.make_schedule(setup)
+    assert (schedule.base_steps, schedule.steps, schedule.share) == (200, 50, 0.5)
     seconds.update(plain=1e6, pondering=1e6)
-    assert experiment.make_plan(setup).steps >= 8
+    assert experiment.make_schedule(setup).steps >= 8
     chosen = dataclasses.replace(setup, options=dataclasses.replace(setup.options, steps=77))
-    plan = experiment.make_plan(chosen)
-    assert (plan.base_steps, plan.steps, plan.share) == (400, 77, 1)
+    schedule = experiment.make_schedule(chosen)
+    assert (schedule.base_steps, schedule.steps, schedule.share) == (400, 77, 1)
 
 
 def test_experiment_is_fair_and_repeats_itself(tmp_path, monkeypatch):
@@ -209,8 +208,8 @@ def test_experiment_is_fair_and_repeats_itself(tmp_path, monkeypatch):
     outcomes = []
     for seed in (3, 3, 4):
         setup = small_setup(tmp_path, seed=seed)
-        plan = experiment.Plan(base_steps=6, steps=4, threads=1, share=1.0, step_seconds=(1, 1))
-        outcomes.append(experiment.run_experiment(setup, plan))
+        schedule = experiment.Schedule(base_steps=6, steps=4, threads=1, share=1.0, step_seconds=(1, 1))
+        outcomes.append(experiment.run_experiment(setup, schedule))
     first, second, other = outcomes
     (_, base_rows, _), (_, control_rows, control_arguments), (_, pondering_rows, pondering_arguments) = calls[:3]
     assert [label for label, _, _ in calls[:3]] == ["base", "control", "pondering"]
@@ -340,7 +339,7 @@ def test_own_base_and_text(tmp_path, monkeypatch):
     )
     rows = "".join(json.dumps({"content": line}) + "\n" for line in SENTENCES * 12)
     (tmp_path / "a.jsonl").write_text(rows, encoding="utf-8")
-    tokenizer = material.train_tokenizer([material.Document("story", STORY)], tiny.VOCAB_SIZE + 141, 64)
+    tokenizer = corpus.train_tokenizer([corpus.Document("story", STORY)], tiny.VOCAB_SIZE + 141, 64)
     base = tiny.base_model("llama", dtype=torch.bfloat16, vocab_size=len(tokenizer))
     base.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")

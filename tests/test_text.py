@@ -12,7 +12,7 @@ from ponder_hf import PonderingError
 from ponder_hf.data import packing, text
 from ponder_hf.data.packing import pack, pack_all
 from ponder_hf.data.text import Piece, read_text
-from ponder_hf.demo.material import Document, pieces, train_tokenizer
+from ponder_hf.demo.corpus import Document, pieces, train_tokenizer
 
 
 STORY = "The cat sat.\n\n  It saw a bird: “wäh”.\nThe end.\n"

@@ -14,9 +14,9 @@ from training_runs import SMALL, assert_same_model, train, train_json, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from ponder_hf import PonderingForCausalLM
-from ponder_hf.training.evaluation import evaluate_passes
-from ponder_hf.training.material import load_material
+from ponder_hf.evaluation import evaluate_passes
 from ponder_hf.training.options import TrainOptions
+from ponder_hf.training.training_data import load_training_data
 
 
 pytest_plugins = ["training_material"]
@@ -96,7 +96,7 @@ def test_evaluation_gives_the_loss_of_each_pass(folder, capsys):
     passes = [evaluation[f"eval_pass_{index}_loss"] for index in range(3)]
     model = PonderingForCausalLM.from_pretrained("out")
     options = TrainOptions(data=["text.txt"], validation=["other.txt"], block_size=16)
-    material = load_material(options, AutoTokenizer.from_pretrained("out"), model.config, 0)
+    material = load_training_data(options, AutoTokenizer.from_pretrained("out"), model.config, 0)
     assert passes == pytest.approx(evaluate_passes(model, material.held_out), abs=1e-4)
     # `eval_loss` is the last pass's, so that runs with other weights of the others can be compared.
     assert evaluation["eval_loss"] == pytest.approx(passes[2], abs=1e-4)

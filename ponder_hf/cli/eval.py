@@ -49,9 +49,9 @@ def evaluate(args):
     from ponder_hf.data import check_tokenizer, load_blocks
     from ponder_hf.data.sources import find_sources
     from ponder_hf.devices import read_device
+    from ponder_hf.evaluation import evaluate_passes
     from ponder_hf.modeling.configuration_pondering import check_steps
-    from ponder_hf.training.evaluation import evaluate_passes
-    from ponder_hf.training.material import block_size_of, usual_split
+    from ponder_hf.training.training_data import block_size_of, usual_split
 
     if args.pondering_steps is not None:
         check_steps("pondering_steps", args.pondering_steps)

@@ -1,6 +1,6 @@
 """From files and data sets to blocks of token ids."""
 
-from .loading import check_apart, check_tokenizer, load_blocks, split_held_out
+from .blocks import check_apart, check_tokenizer, load_blocks, split_held_out
 from .packing import Blocks
 from .stream import StreamedBlocks
 

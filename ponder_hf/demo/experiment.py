@@ -14,7 +14,8 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, set_seed
 from ponder_hf import PonderingForCausalLM
 from ponder_hf.data.packing import Blocks
 from ponder_hf.devices import default_device
-from ponder_hf.training.simple import train
+
+from .simple_training import train
 
 
 _FEWEST_STEPS = 8
@@ -80,7 +81,7 @@ QUICK = Size(
 
 
 @dataclass(frozen=True)
-class Plan:
+class Schedule:
     """What is run: steps, and threads for torch.
 
     share: of the size's steps; below 1 where this machine would take too long. step_seconds: plain and pondering.
@@ -112,7 +113,7 @@ def make_base(size, vocab_size, seed):
     return GPTNeoXForCausalLM(config).eval()
 
 
-def make_plan(setup):
+def make_schedule(setup):
     """Measure a few steps and decide on threads and, where the user did not say, on the numbers of steps.
 
     Where the size's own steps would take longer than its budget they are halved until they fit, so that a second run
@@ -130,7 +131,7 @@ def make_plan(setup):
         expected = base_steps * plain_seconds + steps * (plain_seconds + pondering_seconds)
         while expected * share > size.budget_seconds and steps * share >= 2 * _FEWEST_STEPS:
             share /= 2
-    return Plan(int(base_steps * share), int(steps * share), threads, share, (plain_seconds, pondering_seconds))
+    return Schedule(int(base_steps * share), int(steps * share), threads, share, (plain_seconds, pondering_seconds))
 
 
 def _fastest_threads(model, size):
@@ -248,21 +249,21 @@ class Outcome:
         return self.pondering_run.passes[-1][1]
 
 
-def run_experiment(setup, plan):
+def run_experiment(setup, schedule):
     """Train the base if it is new, then the control and the pondering model on the same blocks in the same order.
 
     The setup's base is trained itself: it becomes the control.
     """
     size, base, seed = setup.size, setup.base, setup.options.seed
     base_run = None
-    if plan.base_steps:
-        rows = take(setup.training, 0, plan.base_steps * size.batch_size)
-        arguments = trainer_arguments(size, plan.base_steps, size.learning_rate, seed) | _CONSTANT_RATE
+    if schedule.base_steps:
+        rows = take(setup.training, 0, schedule.base_steps * size.batch_size)
+        arguments = trainer_arguments(size, schedule.base_steps, size.learning_rate, seed) | _CONSTANT_RATE
         base_run = train(base, rows, "base     ", **arguments)
     pondering = PonderingForCausalLM.from_base(copy.deepcopy(base), **setup.options.pondering_fields)
-    rows = take(setup.training, plan.base_steps * size.batch_size, plan.steps * size.batch_size)
-    arguments = trainer_arguments(size, plan.steps, setup.learning_rate, seed)
-    watching = {"held_out": setup.watched, "evaluate_every": max(1, plan.steps // size.evaluations)}
+    rows = take(setup.training, schedule.base_steps * size.batch_size, schedule.steps * size.batch_size)
+    arguments = trainer_arguments(size, schedule.steps, setup.learning_rate, seed)
+    watching = {"held_out": setup.watched, "evaluate_every": max(1, schedule.steps // size.evaluations)}
     control_run = train(base, rows, "control  ", **watching, **arguments)
     pondering_run = train(pondering, rows, "pondering", **watching, **arguments)
     return Outcome(base.cpu(), pondering.cpu(), base_run, control_run, pondering_run)

@@ -17,8 +17,8 @@ from ponder_hf.errors import fitting, reading, understanding
 from ponder_hf.modeling.configuration_pondering import PONDERING_FIELDS
 from ponder_hf.modeling.pondering_base import is_authors_config
 
+from .corpus import Corpus, own_text, pieces, standard_library, train_tokenizer
 from .experiment import FULL, QUICK, Size, make_base, spread
-from .material import Material, own_text, pieces, standard_library, train_tokenizer
 
 
 _PACKAGES = ("accelerate", "matplotlib")
@@ -60,7 +60,7 @@ class Setup:
     options: Options
     size: Size
     learning_rate: float
-    material: Material
+    corpus: Corpus
     tokenizer: object
     base: torch.nn.Module
     training: Blocks
@@ -82,27 +82,27 @@ def prepare(options):
     size = QUICK if options.quick else FULL
     _check_options(options)
     if options.text:
-        material = own_text(options.text, options.text_field, size.characters)
+        corpus = own_text(options.text, options.text_field, size.characters)
     else:
-        material = standard_library(size.characters)
+        corpus = standard_library(size.characters)
     if options.base is None:
         learning_rate = size.learning_rate
-        tokenizer = train_tokenizer(material.training, size.vocab_size, size.positions)
+        tokenizer = train_tokenizer(corpus.training, size.vocab_size, size.positions)
         base = make_base(size, len(tokenizer), options.seed)
     else:
         learning_rate = size.given_learning_rate
         tokenizer, base = _load_base(options)
         positions = getattr(base.config, "max_position_embeddings", None) or size.block_size
         size = dataclasses.replace(size, block_size=min(size.block_size, positions))
-    training = pack_all(pieces(material.training), tokenizer, size.block_size, "the text").shuffled(options.seed)
-    held_out = pack_all(pieces(material.held_out), tokenizer, size.block_size, "the held-out part of the text")
+    training = pack_all(pieces(corpus.training), tokenizer, size.block_size, "the text").shuffled(options.seed)
+    held_out = pack_all(pieces(corpus.held_out), tokenizer, size.block_size, "the held-out part of the text")
     watched = spread(held_out, size.held_out_blocks)
-    held_out_bytes = sum(len(document.text.encode("utf-8")) for document in material.held_out)
+    held_out_bytes = sum(len(document.text.encode("utf-8")) for document in corpus.held_out)
     return Setup(
         options=options,
         size=size,
         learning_rate=options.learning_rate or learning_rate,
-        material=material,
+        corpus=corpus,
         tokenizer=tokenizer,
         base=base,
         training=training,

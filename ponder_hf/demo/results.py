@@ -17,16 +17,16 @@ from ponder_hf.devices import name_of
 from .experiment import device
 
 
-def gather(setup, plan, outcome, checked, samples, seconds):
+def gather(setup, schedule, outcome, checked, samples, seconds):
     """Everything that the demo found out.
 
     Args:
-        setup, plan, outcome: of prepare.py and experiment.py.
+        setup, schedule, outcome: of prepare.py and experiment.py.
         checked: what check_checkpoint gave, without the texts.
         samples: dicts of a prompt and how both models continue it.
         seconds: of each phase.
     """
-    size, material = setup.size, setup.material
+    size, corpus = setup.size, setup.corpus
     rates = {"control": outcome.control_run.tokens_per_second, "pondering": outcome.pondering_run.tokens_per_second}
     losses = {
         "base": outcome.base_loss,
@@ -43,13 +43,13 @@ def gather(setup, plan, outcome, checked, samples, seconds):
         "tokens_per_second": {**rates, "ratio": rates["control"] / rates["pondering"]},
         "samples": samples,
         "checkpoint": checked,
-        "base": _describe_base(setup, plan),
+        "base": _describe_base(setup, schedule),
         "text": {
-            "source": material.source,
-            "held_out": material.held_out_rule,
-            "training_documents": len(material.training),
+            "source": corpus.source,
+            "held_out": corpus.held_out_rule,
+            "training_documents": len(corpus.training),
             "training_tokens": setup.training.rows.numel(),
-            "held_out_documents": len(material.held_out),
+            "held_out_documents": len(corpus.held_out),
             "held_out_tokens": setup.watched.rows.numel(),
             "bytes_per_token": setup.bytes_per_token,
         },
@@ -57,16 +57,16 @@ def gather(setup, plan, outcome, checked, samples, seconds):
             **setup.options.pondering_fields,
             "seed": setup.options.seed,
             "quick": setup.options.quick,
-            "base_steps": plan.base_steps,
-            "steps": plan.steps,
-            "share_of_schedule": plan.share,
+            "base_steps": schedule.base_steps,
+            "steps": schedule.steps,
+            "share_of_schedule": schedule.share,
             "batch_size": size.batch_size,
             "block_size": size.block_size,
-            "tokens": size.tokens(plan.steps),
+            "tokens": size.tokens(schedule.steps),
             "learning_rate": setup.learning_rate,
-            "threads": plan.threads,
+            "threads": schedule.threads,
         },
-        "repeat": _repeat_command(setup.options, plan),
+        "repeat": _repeat_command(setup.options, schedule),
         "curves": {
             "base": _curve(outcome.base_run),
             "control": _curve(outcome.control_run),
@@ -93,7 +93,7 @@ def write_json(results, path):
     path.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _repeat_command(options, plan):
+def _repeat_command(options, schedule):
     """The command line that gives the same numbers on the same machine."""
     words = ["ponder-hf", "demo"]
     for field in dataclasses.fields(options):
@@ -102,19 +102,19 @@ def _repeat_command(options, plan):
             continue
         values = [] if value is True else value if isinstance(value, (list, tuple)) else [value]
         words += [f"--{field.name.replace('_', '-')}", *map(str, values)]
-    words += ["--steps", str(plan.steps)]
-    if plan.base_steps:
-        words += ["--base-steps", str(plan.base_steps)]
+    words += ["--steps", str(schedule.steps)]
+    if schedule.base_steps:
+        words += ["--base-steps", str(schedule.base_steps)]
     return shlex.join(words)
 
 
-def _describe_base(setup, plan):
+def _describe_base(setup, schedule):
     parameters = sum(parameter.numel() for parameter in setup.base.parameters())
     return {
         "name": setup.options.base or "made and trained by the demo",
         "model_type": setup.base.config.model_type,
         "parameters": parameters,
-        "tokens": None if setup.base_is_given else setup.size.tokens(plan.base_steps),
+        "tokens": None if setup.base_is_given else setup.size.tokens(schedule.base_steps),
         "learning_rate": None if setup.base_is_given else setup.size.learning_rate,
     }
 

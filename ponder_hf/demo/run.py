@@ -9,7 +9,7 @@ import torch
 from ponder_hf.conversion.writer import whole_folder
 from ponder_hf.devices import training_device
 
-from .experiment import make_plan, on_device, run_experiment, torch_threads
+from .experiment import make_schedule, on_device, run_experiment, torch_threads
 from .figure import draw_curves
 from .load_and_run import continuations
 from .prepare import prepare
@@ -59,11 +59,11 @@ def run_demo(options):
 
 def _run(setup, folder, clock):
     with clock.phase("plan", "Measuring a few steps to plan the rest."):
-        plan = make_plan(setup)
-    print(_describe(setup, plan), file=sys.stderr, flush=True)
-    with torch_threads(plan.threads):
+        schedule = make_schedule(setup)
+    print(_describe(setup, schedule), file=sys.stderr, flush=True)
+    with torch_threads(schedule.threads):
         with clock.phase("train", "Training."):
-            outcome = run_experiment(setup, plan)
+            outcome = run_experiment(setup, schedule)
         with clock.phase("save", "Saving the checkpoint and loading it in another process, from its own code."):
             outcome.pondering.save_pretrained(folder / CHECKPOINT)
             setup.tokenizer.save_pretrained(folder / CHECKPOINT)
@@ -75,14 +75,14 @@ def _run(setup, folder, clock):
                 outcome.pondering,
                 setup.watched.rows[:_CHECKED_ROWS].long(),
                 prompts=prompts,
-                threads=plan.threads,
+                threads=schedule.threads,
                 writing=writing,
             )
     samples = [
         {"prompt": prompt, "control": control, "pondering": pondering}
         for prompt, control, pondering in zip(prompts, control_texts, checked.pop("texts"), strict=True)
     ]
-    results = gather(setup, plan, outcome, checked, samples, clock.seconds)
+    results = gather(setup, schedule, outcome, checked, samples, clock.seconds)
     print("Writing the report.", file=sys.stderr, flush=True)
     (folder / CURVES).write_bytes(draw_curves(results))
     (folder / REPORT).write_text(write_report(results), encoding="utf-8")
@@ -90,16 +90,16 @@ def _run(setup, folder, clock):
     return results
 
 
-def _describe(setup, plan):
+def _describe(setup, schedule):
     """One line about what comes, before it comes."""
     size = setup.size
-    plain, pondering = plan.step_seconds
-    seconds = plan.base_steps * plain + plan.steps * (plain + pondering)
-    parts = [f"{size.tokens(plan.base_steps):,} tokens for the base, then " if plan.base_steps else ""]
-    parts.append(f"{size.tokens(plan.steps):,} for the control and the same for the pondering model")
-    if plan.share < 1:
-        parts.append(f"; the full schedule, cut to 1/{round(1 / plan.share)} because this machine is slow or busy")
-    return f"Training on {''.join(parts)}: about {seconds / 60:.1f} minutes on {plan.threads} threads."
+    plain, pondering = schedule.step_seconds
+    seconds = schedule.base_steps * plain + schedule.steps * (plain + pondering)
+    parts = [f"{size.tokens(schedule.base_steps):,} tokens for the base, then " if schedule.base_steps else ""]
+    parts.append(f"{size.tokens(schedule.steps):,} for the control and the same for the pondering model")
+    if schedule.share < 1:
+        parts.append(f"; the full schedule, cut to 1/{round(1 / schedule.share)} because this machine is slow or busy")
+    return f"Training on {''.join(parts)}: about {seconds / 60:.1f} minutes on {schedule.threads} threads."
 
 
 def _new_tokens(setup):

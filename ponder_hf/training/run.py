@@ -15,7 +15,7 @@ from ponder_hf import PonderingError
 from ponder_hf.callbacks import PonderingCallback
 from ponder_hf.conversion import load_tokenizer, open_source
 from ponder_hf.conversion.writer import check_destination
-from ponder_hf.data.loading import check_tokenizer
+from ponder_hf.data.blocks import check_tokenizer
 from ponder_hf.errors import TrainingStopped, writing
 from ponder_hf.modeling.configuration_pondering import PONDERING_FIELDS
 
@@ -23,16 +23,16 @@ from . import adapter
 from .arguments import complete_arguments, keep_token_apart, make_arguments, wrong_arguments
 from .checkpoints import checkpoint_to_resume, clean_up, last_checkpoint
 from .draft_heads import DraftHeadTrainer
-from .material import Material, block_size_of, load_material
 from .options import TrainOptions
 from .record import check_fields, make_record, resumed_options
-from .source import Start, find_start, pondering_start
+from .start import Start, find_start, pondering_start
 from .trainer import PonderingTrainer, check_smoothing
+from .training_data import TrainingData, block_size_of, load_training_data
 from .watch import Progress, ResumeProgress
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """Everything that was checked before anything is written.
 
     arguments: those of `settings` that the recipe or the user says, as JSON can hold them. checkpoint: to resume from,
@@ -43,7 +43,7 @@ class Plan:
     arguments: dict
     settings: TrainingArguments
     start: Start
-    material: Material
+    data: TrainingData
     checkpoint: Path | None
 
 
@@ -110,13 +110,13 @@ def make_plan(options):
     settings = make_arguments(options.folder, arguments)
     _check_settings(options, settings)
     check_smoothing(settings, start.config)
-    material = load_material(options, start.tokenizer, start.config, settings.data_seed or settings.seed)
-    if record is not None and record["fingerprint"] != material.fingerprint:
+    data = load_training_data(options, start.tokenizer, start.config, settings.data_seed or settings.seed)
+    if record is not None and record["fingerprint"] != data.fingerprint:
         raise PonderingError(
             f"--data is not what {checkpoint} was made with: give the same text in the same order, or start a new run "
             f"with {checkpoint} as SOURCE"
         )
-    return Plan(options, arguments, settings, start, material, checkpoint)
+    return TrainingPlan(options, arguments, settings, start, data, checkpoint)
 
 
 def _check_output(options):
@@ -205,15 +205,15 @@ def _output_folder(plan):
 
 
 def _make_trainer(plan, model):
-    options, material, settings = plan.options, plan.material, plan.settings
-    record = make_record(options, plan.arguments, material.fingerprint)
+    options, data, settings = plan.options, plan.data, plan.settings
+    record = make_record(options, plan.arguments, data.fingerprint)
     trainer_class = DraftHeadTrainer if options.draft_heads else PonderingTrainer
     with wrong_arguments():
         trainer = trainer_class(
             model=model,
             args=settings,
-            train_dataset=material.training,
-            eval_dataset=material.held_out,
+            train_dataset=data.training,
+            eval_dataset=data.held_out,
             processing_class=plan.start.tokenizer,
             data_collator=default_data_collator,
             record=record,
@@ -225,8 +225,8 @@ def _make_trainer(plan, model):
     rows = settings.train_batch_size * settings.gradient_accumulation_steps * settings.world_size
     progress = Progress(rows * block_size_of(options, plan.start.config))
     trainer.add_callback(progress)
-    if material.held_out is not None:
-        PonderingCallback(material.batch).attach(trainer)
+    if data.held_out is not None:
+        PonderingCallback(data.batch).attach(trainer)
     if plan.checkpoint is not None:
         trainer.add_callback(ResumeProgress(trainer, plan.checkpoint))
     return trainer, progress
@@ -237,7 +237,7 @@ def _train(trainer, plan):
         trainer.state = TrainerState.load_from_json(str(plan.checkpoint / "trainer_state.json"))
     if trainer.state.global_step < _total_steps(trainer):  # otherwise Trainer would take one step more
         trainer.train(resume_from_checkpoint=None if plan.checkpoint is None else str(plan.checkpoint))
-    if plan.material.held_out is not None and _last_evaluated(trainer) != trainer.state.global_step:
+    if plan.data.held_out is not None and _last_evaluated(trainer) != trainer.state.global_step:
         trainer.evaluate()
 
 

@@ -16,7 +16,6 @@ from ponder_hf.hub.training import push_in_background, push_result, write_card
 from ponder_hf.modeling import PonderingError
 
 from .checkpoints import PARTIAL, final_model, last_checkpoint, publish, remove_oldest
-from .simple import cache_setting_kept
 
 
 RECORD = "ponder_training.json"  # in every checkpoint: what it was made with
@@ -45,6 +44,20 @@ def check_smoothing(settings, config):
                 f"label_smoothing_factor goes with the logits of the last pass alone, and {name} is {value}: "
                 "set one of them to 0"
             )
+
+
+@contextlib.contextmanager
+def cache_setting_kept(config):
+    """Trainer sets `use_cache` to False, and a model that is saved afterwards would say so in its config.json."""
+    missing = object()
+    before = getattr(config, "use_cache", missing)
+    try:
+        yield
+    finally:
+        if before is not missing:
+            config.use_cache = before
+        elif hasattr(config, "use_cache"):
+            del config.use_cache
 
 
 class PonderingTrainer(Trainer):

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ponder_hf import PonderingError
-from ponder_hf.data.loading import check_apart, load_blocks, split_held_out
+from ponder_hf.data.blocks import check_apart, load_blocks, split_held_out
 
 
 MOST_TOKENS = 2048  # in a block, unless more are asked for
@@ -15,7 +15,7 @@ _SHOWN_TOKENS = 2048  # of the batch that PonderingCallback looks at
 
 
 @dataclass(frozen=True)
-class Material:
+class TrainingData:
     """training: Blocks or StreamedBlocks. held_out: Blocks, or None. fingerprint: tells other training data apart."""
 
     training: torch.utils.data.Dataset
@@ -43,7 +43,7 @@ def block_size_of(options, config):
     return options.block_size or min(MOST_TOKENS, positions or MOST_TOKENS)
 
 
-def load_material(options, tokenizer, config, seed):
+def load_training_data(options, tokenizer, config, seed):
     """Read, tokenise and pack what these TrainOptions name.
 
     Raises:
@@ -78,7 +78,7 @@ def load_material(options, tokenizer, config, seed):
     )
     if options.held_out is not None:
         training, held_out = split_held_out(training, options.held_out)
-    return Material(training, held_out, _fingerprint(training, options.streaming))
+    return TrainingData(training, held_out, _fingerprint(training, options.streaming))
 
 
 def usual_split(names):

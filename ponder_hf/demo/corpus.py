@@ -33,7 +33,7 @@ class Document:
 
 
 @dataclass(frozen=True)
-class Material:
+class Corpus:
     """Documents to train on and documents, or ends of documents, that are held out.
 
     source: what the text is, in words. held_out_rule: how it was split, in words.
@@ -50,7 +50,7 @@ class Material:
 
 
 def standard_library(limit):
-    """Source files of the running Python as Material, up to `limit` characters to train on.
+    """Source files of the running Python as a Corpus, up to `limit` characters to train on.
 
     The order, and which files are held out, follow from hashes of their names: on every machine with this Python they
     are the same.
@@ -62,11 +62,11 @@ def standard_library(limit):
     if not training or not held_out:
         raise PonderingError("this Python comes without its library's source files: give text of your own with --text")
     rule = f"whole files, about {HELD_OUT_SHARE:.0%} of them, chosen by a hash of their names"
-    return Material("source files of Python's standard library", rule, training, held_out)
+    return Corpus("source files of Python's standard library", rule, training, held_out)
 
 
 def own_text(paths, text_field, limit):
-    """The user's files as Material, at most their first `limit` characters.
+    """The user's files as a Corpus, at most their first `limit` characters.
 
     Raises:
         PonderingError: a file cannot be used.
@@ -90,10 +90,10 @@ def own_text(paths, text_field, limit):
         training = [document for document in documents if not _is_held_out(document.text)]
         if training and held_out:
             rule = f"whole documents, about {HELD_OUT_SHARE:.0%} of them, chosen by a hash of their text"
-            return Material(source, rule, training, held_out)
+            return Corpus(source, rule, training, held_out)
     halves = [_cut_end(document) for document in documents]
     training, held_out = ([half for half in side if half.text] for side in zip(*halves, strict=True))
-    return Material(source, f"the last {HELD_OUT_SHARE:.0%} of each document", training, held_out)
+    return Corpus(source, f"the last {HELD_OUT_SHARE:.0%} of each document", training, held_out)
 
 
 def pieces(documents):

@@ -4,14 +4,14 @@ import statistics
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from .evaluation import evaluate_passes
+from ponder_hf.evaluation import evaluate_passes
+from ponder_hf.training.trainer import cache_setting_kept
 
 
 # TrainingArguments' fields as training a language model here wants them; `train` takes any other value of any of them.
@@ -86,20 +86,6 @@ class _Recorder(TrainerCallback):
     def _evaluate(self, state, model):
         if self.evaluate_every:
             self.run.passes.append((state.global_step, evaluate_passes(model, self.held_out)))
-
-
-@contextmanager
-def cache_setting_kept(config):
-    """Trainer sets `use_cache` to False, and a model that is saved afterwards would say so in its config.json."""
-    missing = object()
-    before = getattr(config, "use_cache", missing)
-    try:
-        yield
-    finally:
-        if before is not missing:
-            config.use_cache = before
-        elif hasattr(config, "use_cache"):
-            del config.use_cache
 
 
 def train(model, blocks, label="training", held_out=None, evaluate_every=0, **arguments):
