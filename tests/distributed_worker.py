@@ -121,6 +121,7 @@ def main(path):
         if PartialState().is_main_process or "error" in result:
             Path(case["folder"]).mkdir(parents=True, exist_ok=True)
             (Path(case["folder"]) / "result.json").write_text(json.dumps(result))
+    torch.distributed.destroy_process_group()  # or one end in three is an abort, on a busy machine
 
 
 if __name__ == "__main__":

@@ -112,6 +112,7 @@ def run(args):
 
     with errors_named_by_flags([*options.as_dict(), *options.fields, *argument_names()]):
         result = train(options)
+    _leave_process_group()
     if is_first_process():
         _tell(result, options.output)
     return result
@@ -129,6 +130,18 @@ def make_options(given):
         arguments={name: given[name] for name in argument_names() if name in given},
         given=frozenset(names),
     )
+
+
+def _leave_process_group():
+    """Where several processes have trained, part in good order.
+
+    A process that ends while threads of its process group still listen is aborted now and then ("terminate called
+    without an active exception"), and the launcher then reports a failed run.
+    """
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _said(args):
