@@ -12,11 +12,12 @@ import pytest
 import tiny
 import transformers
 from compat import abilities
+from golden import __main__ as golden
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ponder_hf import PonderingError, PonderingForCausalLM, __version__
-from ponder_hf.hub.code import code_of, installed_code, releases, sha256
+from ponder_hf.hub.code import code_of, releases, sha256
 from ponder_hf.modeling.configuration_pondering import FORMAT_VERSION
 
 
@@ -24,7 +25,7 @@ GOLDEN = Path(__file__).with_name("golden")
 RELEASES = sorted(path for path in GOLDEN.iterdir() if path.name[0].isdigit())
 FOLDERS = sorted(path.parent for path in GOLDEN.glob("*/*/config.json"))
 
-MAX_BYTES = 800_000  # two checkpoints, each with its code
+MAX_BYTES = 700_000  # two checkpoints, each with its code once it is released
 
 NEWER_FORMAT = """
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -59,6 +60,12 @@ def test_this_library_computes_what_was_computed_then(folder, ability):
 
 @pytest.mark.parametrize("release", RELEASES, ids=name_of)
 def test_so_does_the_code_that_they_bring(release, tmp_path):
+    """Of a version that is not released yet: today's."""
+    version, release = release.name, shutil.copytree(release, tmp_path / "release")
+    checkpoints_of_release = sorted(path.parent for path in release.glob("*/config.json"))
+    if version not in releases():
+        for folder in checkpoints_of_release:
+            golden.add_code(folder)
     text = next(release.glob("*/pondering_version.py")).read_text(encoding="utf-8")
     oldest, newest = ast.literal_eval(re.search(r"^OLDEST, NEWEST = (.+)$", text, re.MULTILINE).group(1))
     installed = tuple(map(int, transformers.__version__.split(".")[:2]))
@@ -68,15 +75,14 @@ def test_so_does_the_code_that_they_bring(release, tmp_path):
     report = json.loads(elsewhere.run(program, tmp_path / "home", release, tmp_path / "copies", expectation))
     problems = [found for outcome in report["outcomes"].values() for found in outcome.values() if found]
     assert problems + report["deprecations"] == []
-    assert set(report["outcomes"]["loading"]) == {path.parent.name for path in release.glob("*/config.json")}
+    assert set(report["outcomes"]["loading"]) == {folder.name for folder in checkpoints_of_release}
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=name_of)
 def test_they_bring_the_code_of_their_release(folder):
-    """Of one that is not released yet: today's. `python -m golden` makes it again."""
+    """Of one that is not released yet: none, as it would have to change with every line of it."""
     found = {name: sha256(content) for name, content in code_of(folder).items()}
-    today = {name: sha256(content) for name, content in installed_code().items()}
-    assert found == releases().get(folder.parent.name, today)
+    assert found == releases().get(folder.parent.name, {})
 
 
 def test_the_comparison_sees_other_weights(tmp_path):
