@@ -19,7 +19,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from benchmarks.machine import described
 from ponder_hf import PonderingForCausalLM
-from ponder_hf.modeling import modeling_pondering, pondering_embedding
+from ponder_hf.modeling import modeling_pondering, pondering_vocabulary_embedding
 
 
 VARIANTS = (
@@ -75,7 +75,7 @@ class _Autograd:
     """Within it, nothing but plain autograd: every module asked, every logit kept."""
 
     def __init__(self, wanted):
-        self.modules = (modeling_pondering, pondering_embedding) if wanted else ()
+        self.modules = (modeling_pondering, pondering_vocabulary_embedding) if wanted else ()
 
     def __enter__(self):
         self.saved = [module.backbone_readout for module in self.modules]

@@ -25,7 +25,7 @@ from ponder_hf.data.text import read_text
 from ponder_hf.modeling import pondering_speculation
 from ponder_hf.modeling.pondering_backbone import backbone_logits, run_backbone
 from ponder_hf.modeling.pondering_drafts import OwnPredictions
-from ponder_hf.modeling.pondering_embedding import PonderingEmbedding
+from ponder_hf.modeling.pondering_vocabulary_embedding import PonderingEmbedding
 from ponder_hf.training.draft_heads import train_draft_heads
 
 from .machine import described

@@ -11,8 +11,8 @@ from ponder_hf import PonderingConfig, PonderingError, PonderingForCausalLM
 from ponder_hf.errors import fitting, reading, understanding
 from ponder_hf.modeling.configuration_pondering import PONDERING_FIELDS, unknown_field
 from ponder_hf.modeling.pondering_backbone import backbone_class
-from ponder_hf.modeling.pondering_base import AUTHORS_WEIGHTS, read_base_config, unflagged_weight
-from ponder_hf.modeling.pondering_base import logger as from_base_logger
+from ponder_hf.modeling.pondering_backbone_checkpoint import AUTHORS_WEIGHTS, read_base_config, unflagged_weight
+from ponder_hf.modeling.pondering_backbone_checkpoint import logger as from_base_logger
 
 from .dtype import stored_dtype
 from .headers import read_json

@@ -5,13 +5,12 @@ transformers finds what to copy).
 """
 
 from .configuration_pondering import PonderingConfig
-from .pondering_errors import PonderingError
-from .pondering_version import check_transformers
+from .pondering_errors import PonderingError, check_transformers
 
 
 try:
     from .modeling_pondering import PonderingForCausalLM, PonderingModel
-    from .pondering_output import PonderingCausalLMOutput
+    from .pondering_vocabulary_loss import PonderingCausalLMOutput
 except ImportError as error:
     check_transformers(error)  # a version that lacks what they import is outside the range, which says more
     raise

@@ -5,8 +5,7 @@ import math
 
 import transformers
 
-from .pondering_errors import PonderingError
-from .pondering_version import check_transformers
+from .pondering_errors import PonderingError, check_transformers
 
 
 try:

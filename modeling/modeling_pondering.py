@@ -25,9 +25,9 @@ from transformers.utils import logging
 
 from .configuration_pondering import PonderingConfig, check_steps, check_vocabulary
 from .pondering_adaptive import AdaptivePasses
-from .pondering_attention import vocabulary_attention  # noqa: F401
 from .pondering_backbone import (
     TESTED,
+    auxiliary_loss,
     backbone_class,
     backbone_logits,
     backbone_readout,
@@ -36,7 +36,7 @@ from .pondering_backbone import (
     verify_backbone,
     warn_of_what_never_runs,
 )
-from .pondering_base import (
+from .pondering_backbone_checkpoint import (
     NeverSaved,
     load_backbone,
     names_in_memory,
@@ -45,25 +45,29 @@ from .pondering_base import (
     understand_config,
 )
 from .pondering_cache import CACHE_NAME, are_packed, given_cache, mark_owner, pass_cache, step_cache
-
-# transformers 4.57 fetches only the files that this one imports by itself, so it must name all of them.
 from .pondering_call import current_call, keep_settings
 from .pondering_drafts import DraftHeads
-from .pondering_embedding import PonderingEmbedding, PonderingGate
-from .pondering_errors import PonderingError
-from .pondering_exit import PonderingExit  # noqa: F401
+from .pondering_errors import INSTALL_TESTED, PonderingError, untested_version
 from .pondering_generation import PonderingGenerationMixin
-from .pondering_linear import fast_layers  # noqa: F401
-from .pondering_loss import auxiliary_loss, causal_lm_loss, linear_causal_lm_loss
-from .pondering_output import PonderingCausalLMOutput, logits_on_demand
 from .pondering_paged import paged_pass
+from .pondering_vocabulary import scaled
+from .pondering_vocabulary_embedding import PonderingEmbedding, PonderingGate
+from .pondering_vocabulary_loss import (
+    PonderingCausalLMOutput,
+    causal_lm_loss,
+    linear_causal_lm_loss,
+    logits_on_demand,
+)
+
+
+# isort: split
+# Only so that these files ship: transformers 4.57 follows no imports but those of this file. pondering_vocabulary_cpu
+# also puts its functions in place when it is imported.
+from .pondering_exit import PonderingExit  # noqa: F401
 from .pondering_prompt import check_prompt  # noqa: F401
-from .pondering_readout import Readout  # noqa: F401
 from .pondering_self_check import verify_wave_once  # noqa: F401
 from .pondering_speculation import speculative_sample  # noqa: F401
-from .pondering_topk import top_k_embedding  # noqa: F401
-from .pondering_version import INSTALL_TESTED, untested_version
-from .pondering_vocabulary import vocabulary_embedding  # noqa: F401
+from .pondering_vocabulary_cpu import fast_layers  # noqa: F401
 from .pondering_wave import Wave  # noqa: F401
 from .pondering_wave_cache import WaveCache  # noqa: F401
 
@@ -170,7 +174,7 @@ class PonderingPreTrainedModel(PreTrainedModel):
 
     @property
     def pondering_kernel(self):
-        """How the pondering embedding is computed: "top_k", "vocabulary" or "plain"; see pondering_embedding.py."""
+        """How the pondering embedding is computed: "top_k", "vocabulary" or "plain"; see PonderingEmbedding."""
         return PonderingEmbedding(self.backbone, self.config).kernel
 
     def get_input_embeddings(self):
@@ -351,7 +355,7 @@ class PonderingPreTrainedModel(PreTrainedModel):
             return output
 
         pondering_embedding = PonderingEmbedding(self.backbone, config) if num_steps else None
-        hidden_inputs = _scaled(inputs_embeds, config.input_scale * config.embedding_scale)
+        hidden_inputs = scaled(inputs_embeds, config.input_scale * config.embedding_scale)
         for step in range(num_steps):
             hidden_states = run_pass(step, **only_last).last_hidden_state
             if on_hidden_states is not None:
@@ -366,7 +370,7 @@ class PonderingPreTrainedModel(PreTrainedModel):
 
     def finish_embedding(self, embedding):
         """What is added of a pondering embedding (..., d): scaled, and gated where there is a gate."""
-        embedding = _scaled(embedding, self.config.embedding_scale)
+        embedding = scaled(embedding, self.config.embedding_scale)
         return embedding if self.pondering_gate is None else self.pondering_gate(embedding)
 
     @torch.no_grad()
@@ -376,7 +380,7 @@ class PonderingPreTrainedModel(PreTrainedModel):
         wanted = [name for name in switches if kwargs.pop(name, False)]
         if wanted:
             raise PonderingError(f"`{wanted[0]}` needs the same passes for every token: leave out the exit threshold")
-        hidden_inputs = _scaled(inputs_embeds, self.config.input_scale * self.config.embedding_scale)
+        hidden_inputs = scaled(inputs_embeds, self.config.input_scale * self.config.embedding_scale)
         return AdaptivePasses(self, num_steps, past_key_values, pondering_exit).run(hidden_inputs, **kwargs)
 
     def _current_call(self):
@@ -646,11 +650,6 @@ def _in_several_processes():
 
 def _wants_tuple(return_dict, config):
     return not (config.return_dict if return_dict is None else return_dict)
-
-
-def _scaled(tensor, factor):
-    # A factor of 1 must leave every bit as it is, and cost nothing.
-    return tensor if factor == 1 else tensor * factor
 
 
 PonderingModel.register_for_auto_class("AutoModel")

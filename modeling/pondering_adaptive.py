@@ -24,10 +24,9 @@ from .pondering_backbone import (
     takes_position_ids,
 )
 from .pondering_cache import CACHE_NAME, are_packed, pass_cache, step_cache
-from .pondering_embedding import PonderingEmbedding
-from .pondering_errors import PonderingError
-from .pondering_readout import chunk_elements, chunks
-from .pondering_version import untested_version
+from .pondering_errors import PonderingError, untested_version
+from .pondering_vocabulary import chunk_elements, chunks
+from .pondering_vocabulary_embedding import PonderingEmbedding
 
 
 _MASK_ARGUMENTS = {"inputs_embeds", "attention_mask", CACHE_NAME, "position_ids", "and_mask_function"}

@@ -7,7 +7,7 @@ logits in a way of its own, extend `finish_logits` and `backbone_readout`; to re
 import functools
 import inspect
 import types
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -16,9 +16,8 @@ from transformers.utils import logging
 
 from .pondering_cache import CACHE_NAMES
 from .pondering_errors import PonderingError
-from .pondering_linear import fast_head, fast_layers
-from .pondering_loss import auxiliary_loss, causal_lm_loss
-from .pondering_readout import Readout
+from .pondering_vocabulary import Readout, replaceable
+from .pondering_vocabulary_loss import causal_lm_loss
 
 
 logger = logging.get_logger(__name__)
@@ -92,6 +91,18 @@ def finish_logits(logits, base_config):
     return logits
 
 
+@replaceable
+def decoder_context(inputs_embeds):
+    """A context to run a backbone's decoder in, on embeddings (B, T, d)."""
+    return nullcontext()
+
+
+@replaceable
+def head_context(hidden_states):
+    """A context to run a backbone's head in, on states (B, T, d)."""
+    return nullcontext()
+
+
 def backbone_logits(backbone, hidden_states):
     """(..., V), what the backbone itself would put out for its last hidden states (B, T, d) or (n, d).
 
@@ -99,7 +110,7 @@ def backbone_logits(backbone, hidden_states):
     """
     if hidden_states.ndim == 2:
         return backbone_logits(backbone, hidden_states.unsqueeze(1)).squeeze(1)
-    with fast_head(hidden_states):
+    with head_context(hidden_states):
         return finish_logits(backbone.get_output_embeddings()(hidden_states), backbone.config)
 
 
@@ -388,7 +399,7 @@ def run_backbone(backbone, inputs_embeds, position_ids=None, past_key_values=Non
         kwargs["position_ids"] = position_ids
     if past_key_values is not None:
         kwargs["cache" if "cache" in parameters else "past_key_values"] = past_key_values
-    with fast_layers(inputs_embeds):
+    with decoder_context(inputs_embeds):
         return decoder(inputs_embeds=inputs_embeds, return_dict=True, **kwargs)
 
 
@@ -470,3 +481,43 @@ def _compare_loss(backbone, ids, own, tolerance):
             f"a backbone of model_type {backbone.config.model_type!r} has {own.loss.item():.4f} as its own loss where "
             f"pondering has {expected.item():.4f}: what it adds by itself is left out"
         )
+
+
+_BALANCING_ARGUMENTS = ["num_experts", "top_k", "attention_mask"]  # after the router logits
+
+
+def auxiliary_loss(backbone, router_logits, attention_mask=None):
+    """How unevenly a mixture of experts uses its experts in one pass, and the weight of that in the loss.
+
+    It is what the backbone's own class adds to its loss, by the function in transformers' file of the backbone.
+
+    Args:
+        backbone: the model, of transformers.
+        router_logits: tuple of (B * T, experts), of each layer that has experts.
+        attention_mask: (B, T), 0 where a token is padding; None, and any other kind of mask: every token counts.
+
+    Returns:
+        (loss, weight): a scalar and a number; (None, None) where the class adds none.
+
+    Raises:
+        PonderingError: the class computes it from something else.
+    """
+    found = (getattr(inspect.getmodule(each), "load_balancing_loss_func", None) for each in type(backbone).__mro__)
+    balance = next((function for function in found if function is not None), None)
+    if balance is None:
+        return None, None
+    config = backbone.config
+    weights = [
+        getattr(place, name, None)
+        for name in ("router_aux_loss_coef", "aux_loss_coef")
+        for place in (config, backbone)
+    ]
+    weight = next((value for value in weights if value is not None), None)
+    experts = [getattr(backbone, name, None) for name in ("num_experts", "num_experts_per_tok")]
+    if list(inspect.signature(balance).parameters)[1:] != _BALANCING_ARGUMENTS or None in (*experts, weight):
+        raise PonderingError(
+            f"a backbone of model_type {config.model_type!r} balances its experts in a way of its own, which "
+            "pondering does not know: set output_router_logits=False"
+        )
+    is_mask = torch.is_tensor(attention_mask) and attention_mask.ndim == 2
+    return balance(router_logits, *experts, attention_mask if is_mask else None), weight

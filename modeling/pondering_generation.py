@@ -12,12 +12,11 @@ from transformers.utils import ModelOutput
 
 from .pondering_cache import CACHE_NAME, CACHE_NAMES, given_cache
 from .pondering_call import GenerationCall, current_call, during
-from .pondering_errors import PonderingError
+from .pondering_errors import INSTALL_TESTED, PonderingError, untested_version
 from .pondering_paged import check_prompts, start_manager
 from .pondering_prompt import check_prompt
 from .pondering_self_check import check_exits_once, check_generation_once
 from .pondering_speculation import speculative_sample
-from .pondering_version import INSTALL_TESTED, untested_version
 
 
 class PonderingGenerationMixin(GenerationMixin):

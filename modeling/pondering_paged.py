@@ -12,9 +12,8 @@ import inspect
 import torch
 from transformers import GenerationMixin
 
-from .pondering_errors import PonderingError
+from .pondering_errors import PonderingError, is_older_than
 from .pondering_prompt import check_prompt
-from .pondering_version import is_older_than
 
 
 class PassesAsLayers:

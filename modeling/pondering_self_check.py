@@ -13,9 +13,8 @@ from transformers.utils import logging
 from .pondering_backbone import TESTED, evaluating
 from .pondering_call import GenerationCall, during
 from .pondering_drafts import OwnPredictions
-from .pondering_errors import PonderingError
+from .pondering_errors import INSTALL_TESTED, PonderingError, untested_version
 from .pondering_exit import PonderingExit
-from .pondering_version import INSTALL_TESTED, untested_version
 from .pondering_wave import Flight, Wave
 
 

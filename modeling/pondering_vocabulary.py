@@ -1,157 +1,168 @@
-"""The pondering embedding over the whole vocabulary, recomputed in the backward pass.
+"""A language-modelling head taken apart, and the numerics that all products with the vocabulary share.
 
-Where there is a flash kernel for it (pondering_attention.py), that does the work. Elsewhere chunks of tokens meet the
-whole vocabulary one after another, and a (tokens, vocabulary) tensor exists for one chunk at a time only. Backward,
-with g the gradient of t:
-
-    dp = g E^T      dlogits = p * (dp - <g, t>) / temperature      dhidden = dscores W      dW = dscores^T hidden
-    dE = p^T g
+Logits are `finish(hidden_states @ weight.T + bias)`. `chunks` cuts the tokens so that one chunk's scores stay small,
+as no (tokens, vocabulary) tensor may be kept whole.
 """
 
-from functools import partial
+import functools
+from dataclasses import dataclass
 
 import torch
-from torch.autograd.function import once_differentiable
-
-from .pondering_attention import can_attend, can_go_backward, vocabulary_attention, vocabulary_attention_backward
-from .pondering_linear import few_rows_sum, is_few
-from .pondering_readout import (
-    Readout,
-    add_product,
-    chunks,
-    compute_dtype,
-    needs_plain_operations,
-    often_differentiable,
-    wide_dtype,
-    zero_gradients,
-)
+from torch.autograd import forward_ad
+from torch.nn.functional import linear
 
 
-_FEW_TOKENS = 16
+# Elements of the largest (tokens, vocabulary) tensor that lives at a time: in float32 24 MiB on a CPU, 256 on any
+# other device. Smaller chunks read and write the (V, d) sums of gradients more often; larger ones cost memory and
+# gain little time (docs/log.md).
+CHUNK_ELEMENTS = {"cpu": 6 * 2**20, "other": 2**26}
 
 
-class _VocabularyEmbedding(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden_states, weight, bias, table, cap, factor, temperature):
-        dtype = compute_dtype(hidden_states)
-        device_type = hidden_states.device.type
-        ctx.set_materialize_grads(False)
-        with torch.autocast(device_type, enabled=False):
-            inputs = [
-                tensor if tensor is None else tensor.to(dtype) for tensor in (hidden_states, weight, bias, table)
-            ]
-            hidden, readout = inputs[0], Readout(inputs[1], inputs[2], cap, factor)
-            normaliser = None
-            if can_attend(hidden, readout, inputs[3]):
-                embedding, normaliser = vocabulary_attention(hidden, readout, inputs[3], temperature)
-            else:
-                embedding = hidden.new_empty(len(hidden), table.shape[1])
-                for part in chunks(hidden, len(table)):
-                    weights = probabilities(readout.finish(readout.scores(hidden[part])), temperature)
-                    torch.mm(weights.to(dtype), inputs[3], out=embedding[part])
-        ctx.save_for_backward(hidden_states, weight, bias, table, embedding, normaliser)
-        ctx.settings = (cap, factor, temperature, dtype)
-        return embedding
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        if gradient is None:
-            return (None,) * 7
-        hidden_states, weight, bias, table, embedding, normaliser = ctx.saved_tensors
-        cap, factor, temperature, dtype = ctx.settings
-        hidden, rows, values = hidden_states.to(dtype), weight.to(dtype), table.to(dtype)
-        readout = Readout(rows, bias if bias is None else bias.to(dtype), cap, factor)
-        gradient = gradient.to(dtype)
-        needs = ctx.needs_input_grad
-        if normaliser is not None and can_go_backward(dtype, needs[:4]):
-            found = vocabulary_attention_backward(
-                gradient, hidden, readout, values, temperature, embedding, normaliser
-            )
-            tensors = zip(found, (hidden_states, weight, table), strict=True)
-            for_hidden, for_weight, for_table = (each.to(tensor.dtype) for each, tensor in tensors)
-            return for_hidden, for_weight, None, for_table, None, None, None
-        wide = wide_dtype(dtype)
-        hidden_gradient = torch.empty_like(hidden) if needs[0] else None
-        buffers = zero_gradients((rows, readout.bias, values), needs[1:4])
-        weight_gradient, bias_gradient, table_gradient = buffers
-        mean = (gradient.to(wide) * embedding.to(wide)).sum(-1, keepdim=True)
-        for part in chunks(hidden, len(table)):
-            scores = readout.scores(hidden[part])
-            weights = probabilities(readout.finish(scores), temperature)
-            if readout.cap is None:  # nothing below reads them: two tensors of a chunk's size are alive, not three
-                scores = None
-            if needs[3]:
-                add_product(table_gradient, weights.to(dtype), gradient[part])
-            if not any(needs[:3]):
-                continue
-            score_gradient = (gradient[part] @ values.t()).to(wide).sub_(mean[part]).mul_(weights).div_(temperature)
-            del weights
-            score_gradient = readout.finish_backward(score_gradient, scores)
-            if needs[2]:
-                bias_gradient += score_gradient.sum(0)
-            score_gradient = score_gradient.to(dtype)
-            if needs[0]:
-                torch.mm(score_gradient, rows, out=hidden_gradient[part])
-            if needs[1]:
-                add_product(weight_gradient, score_gradient, hidden[part])
-        gradients = (hidden_gradient, *buffers)
-        inputs = (hidden_states, weight, bias, table)
-        return *(g if g is None else g.to(i.dtype) for g, i in zip(gradients, inputs, strict=True)), None, None, None
+def chunk_elements(device):
+    """The entry of CHUNK_ELEMENTS for a device."""
+    return CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["other"])
 
 
-def _plain(hidden_states, weight, bias, table, cap, factor, temperature, dtype):
-    """The same with all probabilities at once, by operations that torch differentiates; the plain reference."""
-    with torch.autocast(hidden_states.device.type, enabled=False):
-        readout = Readout(weight.to(dtype), bias if bias is None else bias.to(dtype), cap, factor)
-        logits = readout.finish(readout.scores(hidden_states.to(dtype)))
-        return probabilities(logits, temperature).to(dtype) @ table.to(dtype)
+class replaceable:
+    """A function that is computed in a faster way where `faster` is set and knows one, and otherwise as it stands.
 
-
-def probabilities(logits, temperature):
-    """The softmax of logits / temperature, in float32 or wider."""
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        logits = logits.float()
-    return torch.softmax(logits if temperature == 1 else logits / temperature, dim=-1)
-
-
-def weighted_sum(weights, table):
-    """weights @ table: (n, V), (V, d) to (n, d), in the dtype of `table`. Few rows are summed in the fastest way."""
-    product = few_rows_sum if _are_few(weights) else torch.mm
-    return product(weights.to(table.dtype), table)
-
-
-def makes_use_of_logits(hidden_states, readout, table):
-    """Whether the embedding of hidden states (n, d_h) is computed faster from its logits, where these cost little.
-
-    Few tokens read all of head and table, whichever way, and meet them faster in two products. Unless both are the
-    same matrix: the flash kernel reads it once.
+    pondering_vocabulary_cpu.py sets `faster`, which takes the same arguments and gives None where it is no faster.
     """
-    if not can_attend(hidden_states, readout, table):
+
+    def __init__(self, function):
+        functools.update_wrapper(self, function)
+        self.function, self.faster = function, None
+
+    def __call__(self, *arguments):
+        result = None if self.faster is None else self.faster(*arguments)
+        return self.function(*arguments) if result is None else result
+
+
+@replaceable
+def product_with_head(hidden_states, weight, bias):
+    """hidden_states @ weight.T + bias: (..., d), (V, d), (V,) or None to (..., V)."""
+    return linear(hidden_states, weight, bias)
+
+
+@dataclass(frozen=True)
+class Readout:
+    """What lies between hidden states and logits.
+
+    weight: (V, d). bias: (V,) or None. cap: logits are cap * tanh(scores / cap) (Gemma), or None. factor: on the
+    logits after that (Cohere, Granite); positive.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    cap: float | None = None
+    factor: float = 1.0
+
+    def scores(self, hidden_states):
+        """(n, d) to (n, V), before cap and factor."""
+        return product_with_head(hidden_states, self.weight, self.bias)
+
+    def finish(self, scores):
+        """Scores to logits, any shape; raised to float32 where they are half precision."""
+        if scores.dtype in (torch.float16, torch.bfloat16):
+            scores = scores.float()
+        if self.cap is not None:
+            scores = torch.tanh(scores / self.cap) * self.cap
+        return scores if self.factor == 1 else scores * self.factor
+
+    def finish_backward(self, gradient, scores):
+        """The gradient of the scores from the gradient of the logits; overwrites `gradient`."""
+        if self.cap is not None:
+            gradient.mul_(1 - torch.tanh(scores.to(gradient.dtype) / self.cap).square_())
+        return gradient if self.factor == 1 else gradient.mul_(self.factor)
+
+
+def chunks(hidden_states, vocab_size):
+    """Slices over the tokens of (n, d) whose scores have at most CHUNK_ELEMENTS elements."""
+    size = max(1, chunk_elements(hidden_states.device) // vocab_size)
+    for first in range(0, len(hidden_states), size):
+        yield slice(first, first + size)
+
+
+def wide_dtype(dtype):
+    """What sums over many chunks are kept in: half precision would lose the small terms."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def zero_gradients(tensors, needed):
+    """A buffer of zeros, in `wide_dtype`, for each tensor whose gradient is needed, None for the others."""
+    return [
+        torch.zeros_like(tensor, dtype=wide_dtype(tensor.dtype)) if is_needed else None
+        for tensor, is_needed in zip(tensors, needed, strict=True)
+    ]
+
+
+def compute_dtype(tensor):
+    """The dtype that autocast would multiply this tensor's matrices in, or its own where autocast is off."""
+    device_type = tensor.device.type
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return tensor.dtype
+
+
+def add_product(total, left, right):
+    """total += left^T right, in the dtype of `total`. total: (V, d), left: (n, V), right: (n, d)."""
+    if total.dtype == left.dtype:
+        total.addmm_(left.t(), right)
+    else:
+        total += left.t() @ right
+
+
+def needs_plain_operations(*tensors):
+    """Whether someone differentiates these in a way that only torch's own operations know: torch.func, forward mode.
+
+    Where torch has no such question, torch.func ends in torch's own words about `setup_context`.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    is_transforming = getattr(torch._C, "_are_functorch_transforms_active", None)
+    if is_transforming is not None and is_transforming():
         return True
-    return _are_few(hidden_states) and readout.weight.data_ptr() != table.data_ptr()
+    return any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
-def _are_few(states):
-    return len(states) <= _FEW_TOKENS and is_few(states)
+def scaled(tensor, factor):
+    """tensor * factor. A factor of 1 leaves every bit as it is, and costs nothing."""
+    return tensor if not torch.is_tensor(factor) and factor == 1 else tensor * factor
 
 
-def vocabulary_embedding(hidden_states, readout, table, temperature):
-    """softmax over the whole vocabulary, and the weighted sum of all embeddings.
+class _OftenDifferentiable(torch.autograd.Function):
+    """Gives `value` on. Backward, the gradient goes to `value`; or, where a graph of it is made, to the inputs."""
+
+    @staticmethod
+    def forward(ctx, plain, value, *inputs):
+        ctx.plain = plain
+        ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(False)
+        return value
+
+    @staticmethod
+    def backward(ctx, gradient):
+        needed = ctx.needs_input_grad[2:]
+        if gradient is None or not torch.is_grad_enabled():
+            return None, gradient, *[None] * len(needed)
+        # Views, since head and embedding table may be one tensor.
+        inputs = [tensor if tensor is None else tensor.view_as(tensor) for tensor in ctx.saved_tensors]
+        wanted = [tensor for tensor, is_needed in zip(inputs, needed, strict=True) if is_needed]
+        found = iter(torch.autograd.grad(ctx.plain(*inputs), wanted, gradient, create_graph=True))
+        return None, None, *[next(found) if is_needed else None for is_needed in needed]
+
+
+def often_differentiable(plain, value, *inputs):
+    """`value`, which a function with a backward pass of its own gave for `inputs`, differentiable any number of times.
+
+    That function's backward pass has no derivative: torch would take what it gives for constants, without a word where
+    the gradient that comes in is one. With `create_graph` the gradients are therefore those of `plain(*inputs)`.
 
     Args:
-        hidden_states: (n, d_h), the last hidden states of a pass.
-        readout: the head as a Readout.
-        table: (V, d), a plain embedding matrix.
-        temperature: > 0.
-
-    Returns:
-        (n, d), in the dtype that the product of `hidden_states` with the head has.
+        plain: computes the same by torch's own operations.
+        value: must pass None on where its gradient is None.
+        inputs: tensors or None.
     """
-    inputs = (hidden_states, readout.weight, readout.bias, table)
-    settings = {"cap": readout.cap, "factor": readout.factor, "temperature": temperature}
-    plain = partial(_plain, **settings, dtype=compute_dtype(hidden_states))
-    if needs_plain_operations(*inputs):
-        return plain(*inputs)
-    embedding = _VocabularyEmbedding.apply(*inputs, *settings.values())
-    return often_differentiable(plain, embedding, *inputs)
+    if torch.compiler.is_compiling() or not value.requires_grad:  # a compiled graph refuses second derivatives itself
+        return value
+    return _OftenDifferentiable.apply(plain, value, *inputs)

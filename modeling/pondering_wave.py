@@ -20,8 +20,8 @@ import math
 import torch
 
 from .pondering_backbone import run_backbone
-from .pondering_embedding import PonderingEmbedding
 from .pondering_errors import PonderingError
+from .pondering_vocabulary_embedding import PonderingEmbedding
 from .pondering_wave_cache import WaveCache
 
 

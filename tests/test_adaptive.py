@@ -7,7 +7,7 @@ from transformers import DynamicCache
 from transformers.generation import utils
 
 from ponder_hf import PonderingError, PonderingForCausalLM
-from ponder_hf.modeling import pondering_readout
+from ponder_hf.modeling import pondering_vocabulary
 from ponder_hf.modeling.pondering_cache import CACHE_NAME
 from ponder_hf.modeling.pondering_exit import CRITERIA, PonderingExit
 
@@ -263,7 +263,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize("model_type", ["llama", "gemma2"])
 def test_a_criterion_sees_float32(model_type, change, chunk, monkeypatch):
-    monkeypatch.setitem(pondering_readout.CHUNK_ELEMENTS, "cpu", chunk)
+    monkeypatch.setitem(pondering_vocabulary.CHUNK_ELEMENTS, "cpu", chunk)
     model = tiny.pondering_model(model_type, torch.bfloat16, pondering_steps=2)
     change(model)
     seen = []

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from ponder_hf import PonderingError, PonderingForCausalLM
 from ponder_hf.conversion import convert
-from ponder_hf.modeling import pondering_base
+from ponder_hf.modeling import pondering_backbone_checkpoint
 
 
 FLAGS = ("ponderinglm", "recurrent_model", "pondering_steps", "scale_embeds", "mutiply_pondering_steps")
@@ -81,7 +81,7 @@ def test_a_weight_of_theirs_without_their_flags_is_said(theirs, capsys, monkeypa
     assert f"ponder-hf: warning: {WARNING}" in capsys.readouterr().err
     assert "--authors" in convert(folder, folder / "again")["warnings"][0]
     said = []
-    monkeypatch.setattr(pondering_base.logger, "warning", said.append)
+    monkeypatch.setattr(pondering_backbone_checkpoint.logger, "warning", said.append)
     PonderingForCausalLM.from_base(folder)
     assert WARNING in said.pop()
     assert run("convert", folder, folder / "theirs", "--authors") == 0

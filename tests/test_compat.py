@@ -11,7 +11,7 @@ import pytest
 from compat import __main__ as compat
 from compat import abilities, environments
 
-from ponder_hf.modeling.pondering_version import NEWEST, OLDEST, is_supported
+from ponder_hf.modeling.pondering_errors import NEWEST, OLDEST, is_supported
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -65,7 +65,7 @@ def test_a_spoiled_checkpoint_is_seen(tmp_path):
     checkpoints.change_tensors(
         folder / "gpt_neox", lambda tensors: tensors["backbone.gpt_neox.final_layer_norm.bias"].add_(0.01)
     )
-    code = folder / "gpt_neox/pondering_loss.py"
+    code = folder / "gpt_neox/pondering_vocabulary_loss.py"
     code.write_text(
         code.read_text(encoding="utf-8") + "\n\nimport warnings\n\nwarnings.warn('this is old', FutureWarning)\n"
     )

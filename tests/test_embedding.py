@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from ponder_hf.modeling.pondering_embedding import PonderingEmbedding, PonderingGate, plain_embedding
+from ponder_hf.modeling.pondering_vocabulary_embedding import PonderingEmbedding, PonderingGate, plain_embedding
 
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}

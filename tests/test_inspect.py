@@ -54,7 +54,7 @@ def test_a_folder(made, capsys):
 
 def test_for_people_and_changed_code(made, tmp_path, capsys):
     copy = shutil.copytree(made / "model", tmp_path / "copy")
-    (copy / "pondering_loss.py").write_text("raise SystemExit('it ran')")
+    (copy / "pondering_vocabulary_loss.py").write_text("raise SystemExit('it ran')")
     assert run("inspect", copy) == 0
     rows = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines() if not line.startswith(" "))
     values = {name: value.strip() for name, value in rows.items()}

@@ -9,17 +9,21 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from ponder_hf.modeling import pondering_attention, pondering_linear, pondering_readout, pondering_topk
-from ponder_hf.modeling.pondering_embedding import plain_embedding
-from ponder_hf.modeling.pondering_loss import causal_lm_loss, linear_causal_lm_loss
-from ponder_hf.modeling.pondering_readout import Readout
-from ponder_hf.modeling.pondering_topk import _largest_in_tiles, largest, top_k_embedding
-from ponder_hf.modeling.pondering_vocabulary import (
+from ponder_hf.modeling import pondering_vocabulary, pondering_vocabulary_embedding
+from ponder_hf.modeling import pondering_vocabulary_cpu as cpu
+from ponder_hf.modeling.pondering_backbone import decoder_context, head_context
+from ponder_hf.modeling.pondering_vocabulary import Readout
+from ponder_hf.modeling.pondering_vocabulary_cpu import _largest_in_tiles
+from ponder_hf.modeling.pondering_vocabulary_embedding import (
+    largest,
     makes_use_of_logits,
+    plain_embedding,
     probabilities,
+    top_k_embedding,
     vocabulary_embedding,
     weighted_sum,
 )
+from ponder_hf.modeling.pondering_vocabulary_loss import causal_lm_loss, linear_causal_lm_loss
 
 
 VOCAB_SIZE, WIDTH = 131, 24
@@ -37,14 +41,14 @@ HEADS = {
 
 @pytest.fixture(params=[2**24, 16 * VOCAB_SIZE], ids=["one chunk", "chunks of 16"])
 def _chunked(request, monkeypatch):
-    monkeypatch.setitem(pondering_readout.CHUNK_ELEMENTS, "cpu", request.param)
+    monkeypatch.setitem(pondering_vocabulary.CHUNK_ELEMENTS, "cpu", request.param)
 
 
 @pytest.fixture(params=["the flash kernel", "no flash kernel"])
 def _kernel(request, monkeypatch):
     """As on a CPU, and as on other devices and with a PyTorch that has no such kernel."""
     if request.param == "no flash kernel":
-        monkeypatch.setattr(pondering_attention, "_FORWARD", None)
+        monkeypatch.setattr(cpu, "_FORWARD", None)
 
 
 def leaves(tokens, dtype, tied=False, bias=False):
@@ -109,11 +113,11 @@ def test_embedding_in_bfloat16(tokens, top_k):
 
 def test_a_torch_without_the_flash_kernel_is_said_once(monkeypatch):
     said = []
-    monkeypatch.setattr(pondering_attention.logger, "warning_once", said.append)
+    monkeypatch.setattr(cpu.logger, "warning_once", said.append)
     hidden, weight, _, table = leaves(3, torch.float32)
     vocabulary_embedding(hidden, Readout(weight), table, 1.0)
     assert not said
-    monkeypatch.setattr(pondering_attention, "_FORWARD", None)
+    monkeypatch.setattr(cpu, "_FORWARD", None)
     vocabulary_embedding(hidden, Readout(weight), table, 1.0)
     assert "no flash attention kernel for CPUs" in said[0]
 
@@ -125,8 +129,8 @@ def test_a_torch_without_the_flash_kernel_is_said_once(monkeypatch):
 def test_the_flash_kernel_on_so_many_threads(threads, tokens, bias, dtype, monkeypatch):
     """It cuts the vocabulary into a part a thread, and what is left over; 131 is divided by none of these."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    calls, forward = [], pondering_attention._FORWARD
-    monkeypatch.setattr(pondering_attention, "_FORWARD", lambda *a, **k: calls.append(1) or forward(*a, **k))
+    calls, forward = [], cpu._FORWARD
+    monkeypatch.setattr(cpu, "_FORWARD", lambda *a, **k: calls.append(1) or forward(*a, **k))
     hidden, weight, frozen, table = leaves(tokens, dtype, bias=bias)
     frozen = None if frozen is None else frozen.detach()
     wide = None if frozen is None else frozen.double()
@@ -309,7 +313,7 @@ FUNCTIONS = {
 
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
 def test_no_tensor_of_tokens_by_vocabulary(function, monkeypatch):
-    monkeypatch.setitem(pondering_readout.CHUNK_ELEMENTS, "cpu", 16 * VOCAB_SIZE)
+    monkeypatch.setitem(pondering_vocabulary.CHUNK_ELEMENTS, "cpu", 16 * VOCAB_SIZE)
     hidden, weight, _, table = leaves(257, torch.float32)
     with LargestTensor() as largest:
         function(hidden, weight, table).backward()
@@ -480,8 +484,8 @@ UNFAIR_TILES = {
 @pytest.fixture
 def done_again(monkeypatch):
     """Of how many rows the floor was too high, call by call."""
-    counted, in_chunks = [], pondering_topk._largest_in_chunks
-    monkeypatch.setattr(pondering_topk, "_largest_in_chunks", lambda h, *a: counted.append(len(h)) or in_chunks(h, *a))
+    counted, in_chunks = [], cpu._largest_in_chunks
+    monkeypatch.setattr(cpu, "_largest_in_chunks", lambda h, *a: counted.append(len(h)) or in_chunks(h, *a))
     return counted
 
 
@@ -520,8 +524,8 @@ def test_tiles_where_most_tokens_are_forbidden(allowed):
 
 def test_tiles_that_get_larger_and_larger_are_given_up(monkeypatch):
     """All of every tile lies above what was seen before: not more than two wait at a time, and chunks take over."""
-    waiting, add = [], pondering_topk._Best.add
-    monkeypatch.setattr(pondering_topk._Best, "add", lambda best, *a: add(best, *a) or waiting.append(len(best.found)))
+    waiting, add = [], cpu._Best.add
+    monkeypatch.setattr(cpu._Best, "add", lambda best, *a: add(best, *a) or waiting.append(len(best.found)))
     scores = torch.randn(40, 63 * 32) + 9 * (torch.arange(63 * 32) % 63)
     values, _ = _largest_in_tiles(torch.eye(40), Readout(scores.t().contiguous()), 4, 32)
     assert torch.equal(values.sort().values, scores.topk(4).values.sort().values)
@@ -544,7 +548,7 @@ def test_what_is_not_a_number_is_not_lost_in_a_tile(token):
 
 @pytest.mark.parametrize("all_again", [False, True])
 def test_tiles_give_values_and_gradients(all_again, done_again, monkeypatch):
-    monkeypatch.setitem(pondering_readout.CHUNK_ELEMENTS, "cpu", 960 * 40)
+    monkeypatch.setitem(pondering_vocabulary.CHUNK_ELEMENTS, "cpu", 960 * 40)
     shapes = [(40, WIDTH), (997, WIDTH), (997,), (997, WIDTH)]
     tensors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     if all_again:  # the first of four tiles holds all large ones
@@ -559,9 +563,9 @@ def test_tiles_give_values_and_gradients(all_again, done_again, monkeypatch):
 
 
 def test_tiles_are_taken_where_the_scores_would_be_large(monkeypatch):
-    monkeypatch.setitem(pondering_readout.CHUNK_ELEMENTS, "cpu", 64 * 50)
+    monkeypatch.setitem(pondering_vocabulary.CHUNK_ELEMENTS, "cpu", 64 * 50)
     sizes = []
-    monkeypatch.setattr(pondering_topk, "largest", lambda scores, k: sizes.append(scores.shape) or largest(scores, k))
+    monkeypatch.setattr(cpu, "largest", lambda scores, k: sizes.append(scores.shape) or largest(scores, k))
     hidden, weight, _, table = leaves(50, torch.float64)
     embedding = top_k_embedding(hidden, Readout(weight), table, 1.0, 3)
     assert sizes == [(50, 32)]  # the first tile; the others are compared with what it has found
@@ -575,13 +579,13 @@ def test_linear_layers_of_few_rows(rows, dtype, threads, monkeypatch):
     """Every linear layer that runs within; many rows and other dtypes stay as they are."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     counted = []
-    on_their_side = pondering_linear.few_rows_linear
-    monkeypatch.setattr(pondering_linear, "few_rows_linear", lambda *a: counted.append(1) or on_their_side(*a))
+    on_their_side = cpu.few_rows_product
+    monkeypatch.setattr(cpu, "few_rows_product", lambda *a: counted.append(1) or on_their_side(*a))
     layers = torch.nn.Sequential(torch.nn.Linear(1024, 320), torch.nn.GELU(), torch.nn.Linear(320, 129, bias=False))
     layers, states = layers.to(dtype), torch.randn(rows, 1, 1024).to(dtype)
     with torch.no_grad():
         expected = layers(states)
-        for context in (pondering_linear.fast_layers, pondering_linear.fast_head):
+        for context in (decoder_context, head_context):
             with context(states):
                 torch.testing.assert_close(layers(states), expected)
     assert len(counted) == (4 if rows < 33 and dtype == torch.float32 else 0)
@@ -592,7 +596,8 @@ def test_linear_layers_of_few_rows(rows, dtype, threads, monkeypatch):
 def test_sums_of_few_rows(rows, threads, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     weights, table = torch.rand(rows, VOCAB_SIZE), torch.randn(VOCAB_SIZE, WIDTH)
-    torch.testing.assert_close(pondering_linear.few_rows_sum(weights, table), weights @ table)
+    with torch.no_grad():
+        torch.testing.assert_close(cpu.few_rows_sum(weights, table), weights @ table)
 
 
 @pytest.mark.parametrize("threads", [1, 3, 200])
@@ -602,7 +607,7 @@ def test_a_layer_with_fewer_outputs_than_threads(threads, monkeypatch):
     for outputs in (8, 1, 0):
         layer = torch.nn.Linear(1024, 8)
         layer.weight.data, layer.bias.data = layer.weight[:outputs], layer.bias[:outputs]
-        with torch.no_grad(), pondering_linear.fast_layers(states):
+        with torch.no_grad(), decoder_context(states):
             torch.testing.assert_close(layer(states), states @ layer.weight.t() + layer.bias)
 
 
@@ -653,16 +658,16 @@ def test_matrices_that_lie_transposed(top_k):
 
 def test_a_vector_as_weight_stays_as_it_is():
     states, weight = torch.randn(4, 1, 1024), torch.randn(1024)
-    with torch.no_grad(), pondering_linear.fast_layers(states):
+    with torch.no_grad(), decoder_context(states):
         assert torch.nn.functional.linear(states, weight).shape == (4, 1)
 
 
-@pytest.mark.parametrize("context", [pondering_linear.fast_layers, pondering_linear.fast_head])
+@pytest.mark.parametrize("context", [decoder_context, head_context])
 @pytest.mark.parametrize("case", ["gradients", "autocast", "whole texts", "narrow layers"])
 def test_linear_layers_stay_as_they_are(case, context):
     with torch.no_grad():
         assert not isinstance(context(torch.randn(4, 1, 1024)), nullcontext)
-    if case == "narrow layers" and context is pondering_linear.fast_head:
+    if case == "narrow layers" and context is head_context:
         return
     states = torch.randn(4, 3 if case == "whole texts" else 1, 24 if case == "narrow layers" else 1024)
     with torch.set_grad_enabled(case == "gradients"), torch.autocast("cpu", torch.bfloat16, case == "autocast"):
@@ -672,12 +677,12 @@ def test_linear_layers_stay_as_they_are(case, context):
 @pytest.mark.parametrize("elements", [2**24, 3 * VOCAB_SIZE], ids=["one chunk", "chunks"])
 def test_bags_whose_weights_need_gradients_in_half_precision(elements, monkeypatch):
     """What GPUs take there, as torch has no kernel for them, gives what torch gives elsewhere."""
-    monkeypatch.setitem(pondering_readout.CHUNK_ELEMENTS, "cpu", elements)
+    monkeypatch.setitem(pondering_vocabulary.CHUNK_ELEMENTS, "cpu", elements)
     token_ids = torch.randint(VOCAB_SIZE, (7, 5))
     leaves = [torch.randn(VOCAB_SIZE, WIDTH), torch.rand(7, 5)]
     direction, found = torch.randn(7, WIDTH).double(), []
     for bags in (
-        pondering_topk._Bags.apply,
+        pondering_vocabulary_embedding._Bags.apply,
         lambda ids, table, weights: functional.embedding_bag(ids, table, per_sample_weights=weights, mode="sum"),
     ):
         table, weights = (leaf.double().requires_grad_() for leaf in leaves)
@@ -691,7 +696,7 @@ def test_bags_whose_weights_need_gradients_in_half_precision(elements, monkeypat
 def test_chunks_are_larger_on_every_device_that_is_no_cpu():
     sizes = {}
     for device in ("cpu", "meta"):
-        parts = list(pondering_readout.chunks(torch.empty(10_000, 1, device=device), 50_304))
+        parts = list(pondering_vocabulary.chunks(torch.empty(10_000, 1, device=device), 50_304))
         assert parts[-1].stop >= 10_000
         sizes[device] = parts[0].stop
     assert sizes == {"cpu": 6 * 2**20 // 50_304, "meta": 2**26 // 50_304}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from ponder_hf.modeling.pondering_loss import causal_lm_loss
+from ponder_hf.modeling.pondering_vocabulary_loss import causal_lm_loss
 
 
 def example(dtype=torch.float32):

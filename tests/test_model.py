@@ -333,7 +333,7 @@ def test_what_a_step_costs_does_not_change_what_it_gives(model_type, top_k, kern
     results = []
     for expected_kernel in (kernel, "plain"):
         if expected_kernel == "plain":
-            for module in ("pondering_embedding", "modeling_pondering"):
+            for module in ("pondering_vocabulary_embedding", "modeling_pondering"):
                 monkeypatch.setattr(f"ponder_hf.modeling.{module}.backbone_readout", lambda backbone: None)
         assert model.pondering_kernel == expected_kernel
         model.zero_grad()

@@ -12,8 +12,8 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments
 
-from ponder_hf.modeling import pondering_readout
-from ponder_hf.modeling.pondering_output import LogitsOnDemand
+from ponder_hf.modeling import pondering_vocabulary
+from ponder_hf.modeling.pondering_vocabulary_loss import LogitsOnDemand
 
 
 READS = {
@@ -188,7 +188,7 @@ def test_evaluation_a_call_without_labels_and_tuples_give_tensors_at_once():
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
 def test_trainer_never_makes_them_in_training_and_gets_them_in_evaluation(tmp_path, monkeypatch, bf16):
     batch, length, vocabulary = 4, 48, 509
-    monkeypatch.setitem(pondering_readout.CHUNK_ELEMENTS, "cpu", 16 * vocabulary)
+    monkeypatch.setitem(pondering_vocabulary.CHUNK_ELEMENTS, "cpu", 16 * vocabulary)
     rows = [{"input_ids": row, "labels": row} for row in tiny.token_ids(8, length)]
     arguments = TrainingArguments(
         output_dir=str(tmp_path),

@@ -7,9 +7,9 @@ from test_kernels import TOLERANCE, VOCAB_SIZE, fast, leaves, plain
 from torch.autograd import forward_ad
 from torch.func import functional_call
 
-from ponder_hf.modeling import pondering_attention
-from ponder_hf.modeling.pondering_loss import causal_lm_loss, linear_causal_lm_loss
-from ponder_hf.modeling.pondering_readout import Readout
+from ponder_hf.modeling import pondering_vocabulary_cpu
+from ponder_hf.modeling.pondering_vocabulary import Readout
+from ponder_hf.modeling.pondering_vocabulary_loss import causal_lm_loss, linear_causal_lm_loss
 
 
 KERNELS = {"whole vocabulary": None, "top-17": 17}
@@ -39,7 +39,7 @@ def check_curvature(function, reference, tensors, constant, tolerance):
 @pytest.fixture(params=["the flash kernel", "no flash kernel"])
 def _kernel(request, monkeypatch):
     if request.param == "no flash kernel":
-        monkeypatch.setattr(pondering_attention, "_FORWARD", None)
+        monkeypatch.setattr(pondering_vocabulary_cpu, "_FORWARD", None)
 
 
 @pytest.mark.usefixtures("_kernel")

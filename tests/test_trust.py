@@ -186,14 +186,14 @@ def test_changed_code_and_where(copy, capsys):
     path.write_text("\n".join(lines) + "\n")
     (copy / "custom_generate").mkdir()
     (copy / "custom_generate/generate.py").write_text("import os")
-    (copy / "pondering_loss.py").unlink()
+    (copy / "pondering_vocabulary_loss.py").unlink()
     result = inspected(capsys, copy)
     assert (result["status"], result["release"]) == ("changed", None)
     files = {each["file"]: each for each in result["files"] if each["status"] != "same"}
     assert {name: each["status"] for name, each in files.items()} == {
         "pondering_cache.py": "changed",
         "custom_generate/generate.py": "added",
-        "pondering_loss.py": "missing",
+        "pondering_vocabulary_loss.py": "missing",
     }
     assert (files["pondering_cache.py"]["line"], files["pondering_cache.py"]["text"]) == (5, lines[4].strip())
     checkpoints.run("inspect-code", copy)
@@ -207,7 +207,7 @@ def test_an_older_releases_code(copy, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(code, "RELEASES", tmp_path / "releases.json")
     result = inspected(capsys, copy)
     assert (result["status"], result["release"]) == ("older release", "0.0.9")
-    (copy / "pondering_loss.py").write_text("# else")
+    (copy / "pondering_vocabulary_loss.py").write_text("# else")
     assert inspected(capsys, copy)["status"] == "changed"
 
 

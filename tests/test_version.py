@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicLayer
 
 from ponder_hf import PonderingError, PonderingForCausalLM
 from ponder_hf.modeling import pondering_adaptive, pondering_self_check
-from ponder_hf.modeling.pondering_version import NEWEST, OLDEST, TRANSFORMERS_RANGE, is_supported, is_tested
+from ponder_hf.modeling.pondering_errors import NEWEST, OLDEST, TRANSFORMERS_RANGE, is_supported, is_tested
 
 
 pytest_plugins = ["refusals"]

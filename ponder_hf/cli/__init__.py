@@ -11,7 +11,7 @@ import sys
 
 from ponder_hf import PonderingError, __version__
 from ponder_hf.errors import NotFinished
-from ponder_hf.modeling.pondering_version import check_transformers
+from ponder_hf.modeling.pondering_errors import check_transformers
 
 from .outcome import bad_input, interrupted, is_first_process, stopped, unexpected
 from .parser import OneLineParser, check_command

@@ -6,7 +6,7 @@ import sys
 from importlib import metadata
 
 from ponder_hf import PonderingError, __version__
-from ponder_hf.modeling.pondering_version import TRANSFORMERS_RANGE, is_supported, is_tested
+from ponder_hf.modeling.pondering_errors import TRANSFORMERS_RANGE, is_supported, is_tested
 
 
 DISTRIBUTION = "ponder-hf"

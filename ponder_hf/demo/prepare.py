@@ -15,7 +15,7 @@ from ponder_hf.data import check_tokenizer
 from ponder_hf.data.packing import Blocks, pack_all
 from ponder_hf.errors import fitting, reading, understanding
 from ponder_hf.modeling.configuration_pondering import PONDERING_FIELDS
-from ponder_hf.modeling.pondering_base import is_authors_config
+from ponder_hf.modeling.pondering_backbone_checkpoint import is_authors_config
 
 from .corpus import Corpus, own_text, pieces, standard_library, train_tokenizer
 from .experiment import FULL, QUICK, Size, make_base, spread

@@ -16,7 +16,7 @@ from ponder_hf.conversion.convert import load_converted, plain_warnings, underst
 from ponder_hf.conversion.headers import read_json
 from ponder_hf.conversion.source import CONFIG, download_small_files
 from ponder_hf.errors import understanding
-from ponder_hf.modeling.pondering_base import read_base_config
+from ponder_hf.modeling.pondering_backbone_checkpoint import read_base_config
 
 from .draft_heads import freeze_all_but_heads
 from .initialisation import check_initialisation, initialise

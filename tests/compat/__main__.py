@@ -17,7 +17,7 @@ import transformers
 from safetensors.torch import load_file
 
 from ponder_hf import PonderingForCausalLM, __version__
-from ponder_hf.modeling.pondering_version import TRANSFORMERS_RANGE, is_supported
+from ponder_hf.modeling.pondering_errors import TRANSFORMERS_RANGE, is_supported
 
 from . import abilities
 from .environments import EnvironmentFailed, build, chosen_versions

@@ -10,7 +10,7 @@ import torch
 import transformers
 from packaging.version import parse
 
-from ponder_hf.modeling.pondering_version import is_supported
+from ponder_hf.modeling.pondering_errors import is_supported
 
 
 VERSIONS = Path(__file__).with_name("versions.txt")

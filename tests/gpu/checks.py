@@ -9,12 +9,10 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from ponder_hf import PonderingForCausalLM
-from ponder_hf.modeling import pondering_readout
-from ponder_hf.modeling.pondering_embedding import plain_embedding
-from ponder_hf.modeling.pondering_loss import causal_lm_loss, linear_causal_lm_loss
-from ponder_hf.modeling.pondering_readout import Readout
-from ponder_hf.modeling.pondering_topk import top_k_embedding
-from ponder_hf.modeling.pondering_vocabulary import vocabulary_embedding
+from ponder_hf.modeling import pondering_vocabulary
+from ponder_hf.modeling.pondering_vocabulary import Readout, vocabulary_embedding
+from ponder_hf.modeling.pondering_vocabulary_embedding import plain_embedding, top_k_embedding
+from ponder_hf.modeling.pondering_vocabulary_loss import causal_lm_loss, linear_causal_lm_loss
 
 from .machine import peak_memory
 from .registry import LeftOut, check
@@ -57,7 +55,7 @@ def leaves(place, tokens, vocab_size=997, width=64, tied=False):
 
 def compare_kernel(place, fast, plain, has_bias=True, tied=False):
     """Values and gradients of `fast` on the device and `plain` on the CPU; in one chunk and in several."""
-    chunk_elements = pondering_readout.CHUNK_ELEMENTS
+    chunk_elements = pondering_vocabulary.CHUNK_ELEMENTS
     for elements in (2**26, 16 * 997):
         kept = dict(chunk_elements)
         chunk_elements.update(dict.fromkeys([*kept, place.device.type], elements))
@@ -312,11 +310,11 @@ def memory_of_a_training_step(place):
     model = tiny.pondering_model("gpt_neox", base_changes=sizes, pondering_steps=3)
     model = model.to(place.device).train()
     ids = torch.randint(3, vocab_size, (4, 2048), device=place.device)
-    kept = dict(pondering_readout.CHUNK_ELEMENTS)
-    pondering_readout.CHUNK_ELEMENTS[place.device.type] = 2**24
+    kept = dict(pondering_vocabulary.CHUNK_ELEMENTS)
+    pondering_vocabulary.CHUNK_ELEMENTS[place.device.type] = 2**24
     try:
         model(ids, labels=ids).loss.backward()
     finally:
-        pondering_readout.CHUNK_ELEMENTS.update(kept)
+        pondering_vocabulary.CHUNK_ELEMENTS.update(kept)
     one = 4 * vocab_size * tokens / 1e9
     assert peak_memory(place.device) < one, f"{peak_memory(place.device):.2f} GB, one pass's logits take {one:.2f}"

@@ -9,7 +9,7 @@ import time
 import torch
 from transformers import CompileConfig
 
-from ponder_hf.modeling import pondering_readout, pondering_speculation
+from ponder_hf.modeling import pondering_speculation, pondering_vocabulary
 
 from .generation_checks import Graph
 from .machine import forget_memory, peak_memory, seconds
@@ -91,7 +91,7 @@ def training(shape, device):
 
 @table("chunks", "How many scores are there at once: the training step by the size of a chunk")
 def chunk_sizes(shape, device):
-    sizes = pondering_readout.CHUNK_ELEMENTS
+    sizes = pondering_vocabulary.CHUNK_ELEMENTS
     kept = dict(sizes)
     try:
         for exponent in (24, 26, 28):
