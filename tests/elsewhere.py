@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import torch
+from patience import PATIENCE
 
 
 # Stands at the start of every program: ponder_hf must not be there, installed or not. What transformers deprecates is
@@ -51,7 +52,7 @@ def run_and_read(program, home, *arguments, python=sys.executable):
     variables["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     command = [str(python), "-I", "-W", "ignore", "-c", WITHOUT_PONDER_HF + program, *map(str, arguments)]
     result = subprocess.run(
-        command, cwd=home, env=variables, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300
+        command, cwd=home, env=variables, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout, result.stderr

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import hub_server
 from elsewhere import WITHOUT_PONDER_HF
+from patience import PATIENCE
 
 
 WORKER = """
@@ -96,7 +97,7 @@ class Client:
 
     def close(self):
         self.process.stdin.close()
-        self.process.wait(timeout=60)
+        self.process.wait(timeout=PATIENCE)
 
 
 def environment(hub, home):

@@ -11,6 +11,7 @@ import threading
 
 import tiny
 import torch
+from patience import PATIENCE
 from transformers import (
     ContinuousBatchingConfig,
     GenerationConfig,
@@ -102,7 +103,7 @@ def text_streamer(model):
 
 
 def iterator_streamer(model):
-    streamer = TextIteratorStreamer(_Words(), skip_prompt=True, timeout=60)
+    streamer = TextIteratorStreamer(_Words(), skip_prompt=True, timeout=PATIENCE)
     thread = threading.Thread(target=generate, args=(model,), kwargs={"streamer": streamer})
     thread.start()
     words = "".join(streamer).split()

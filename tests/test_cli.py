@@ -16,6 +16,7 @@ import torch
 import transformers
 from checkpoints import WORDS, run
 from huggingface_hub import constants
+from patience import PATIENCE
 from transformers import AutoTokenizer
 
 from ponder_hf import PonderingForCausalLM, __version__
@@ -196,7 +197,7 @@ def test_a_reader_that_is_gone(pondering):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([*IN_A_PROCESS, "doctor"], env=environment, **pipes) as process:
         process.stdout.close()
-        assert process.wait(timeout=120) == 1
+        assert process.wait(timeout=PATIENCE) == 1
         assert process.stderr.read() == ""
 
 

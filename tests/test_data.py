@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 from accelerate.data_loader import prepare_data_loader
+from patience import PATIENCE
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
@@ -250,7 +251,7 @@ def test_two_processes_share_the_blocks(jsonl, tokenizer, tmp_path, dispatch):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(program)]
     command += [str(jsonl), str(tmp_path / "tokenizer"), str(tmp_path), dispatch]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert result.returncode == 0, result.stderr
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert len(found[0]) == len(found[1]) == 24

@@ -9,6 +9,7 @@ from pathlib import Path
 import checkpoints
 import pytest
 import torch
+from patience import PATIENCE
 
 from ponder_hf import PonderingError, devices
 from ponder_hf.cli import main
@@ -122,7 +123,7 @@ def pretended():
         pytest.skip("devices that are written in Python need torch 2.9 or newer")
     tests = Path(__file__).resolve().parent
     done = subprocess.run(
-        [sys.executable, str(tests / "pretended_runs.py")], capture_output=True, text=True, timeout=1200
+        [sys.executable, str(tests / "pretended_runs.py")], capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

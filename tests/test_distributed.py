@@ -19,6 +19,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DistributedType
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from accelerate.utils.launch import prepare_multi_gpu_env
+from patience import PATIENCE
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -55,12 +56,12 @@ CASES = {
 TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def done_in_time(command, timeout):
+def output_of(command):
     """Run a program that starts processes of one thread each, and give back its standard output."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def root(tmp_path_factory):
             case["resume"] = str(root / more["resume"])
         cases.append(case)
     (root / "cases.json").write_text(json.dumps(cases))
-    done_in_time([*TWO_PROCESSES, distributed_worker.__file__, str(root / "cases.json")], timeout=240)
+    output_of([*TWO_PROCESSES, distributed_worker.__file__, str(root / "cases.json")])
     return root
 
 
@@ -192,7 +193,7 @@ def test_ponder_hf_train_in_two_processes(tmp_path):
     launched = [*TWO_PROCESSES, "--no-python", str(Path(sys.executable).with_name("ponder-hf"))]
     assert checkpoints.run(*line, "--output", tmp_path / "one", "--per-device-train-batch-size", "4") == 0
     line = [str(part) for part in [*line, "--output", tmp_path / "two", "--per-device-train-batch-size", "2"]]
-    (answer,) = done_in_time([*launched, *line], timeout=300).splitlines()
+    (answer,) = output_of([*launched, *line]).splitlines()
     assert json.loads(answer)["steps"] == 4
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert max((one[key] - two[key]).abs().max() for key in one) < 1e-3  # float32, and AdamW as above
@@ -202,7 +203,7 @@ def test_ponder_hf_train_in_two_processes(tmp_path):
     shutil.rmtree(tmp_path / "two" / "checkpoint-4")
     (tmp_path / "two" / "model.safetensors").unlink()
     resume = ["train", "--output", str(tmp_path / "two"), "--resume", "--json"]
-    (answer,) = done_in_time([*launched, *resume], timeout=300).splitlines()
+    (answer,) = output_of([*launched, *resume]).splitlines()
     assert json.loads(answer)["resumed_from"].endswith("checkpoint-2")
     resumed = load_file(tmp_path / "two" / "model.safetensors")
     assert all(torch.equal(resumed[key], two[key]) for key in two)

@@ -14,6 +14,7 @@ from pathlib import Path
 import checkpoints
 import elsewhere
 import pytest
+from patience import PATIENCE
 
 from ponder_hf.conversion import convert
 
@@ -59,7 +60,7 @@ def start(script, *arguments):
     command = [sys.executable, "-W", "error::DeprecationWarning:__main__", "-W", "error::FutureWarning:__main__"]
     command += [EXAMPLES / script, *map(str, arguments)]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def run(script, *arguments):

@@ -11,6 +11,7 @@ import gpu.__main__
 import pytest
 import torch
 from gpu import costs, registry
+from patience import PATIENCE
 
 
 TESTS = Path(__file__).resolve().parent
@@ -39,7 +40,7 @@ def test_a_device_that_is_not_here_ends_in_words(capsys):
 
 @pytest.mark.slow
 def test_every_check_and_every_table_runs_on_a_tiny_model(tmp_path):
-    done = run_gpu("--device", "cpu", "--tiny", "--output", tmp_path / "found", timeout=1200)
+    done = run_gpu("--device", "cpu", "--tiny", "--output", tmp_path / "found", timeout=PATIENCE)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "found" / "gpu.json").read_text(encoding="utf-8"))
     assert {f"{row['check']}, {row['dtype']}" for row in report["checks"]} == set(registry.all_checks())

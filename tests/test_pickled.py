@@ -11,6 +11,7 @@ import hub_server
 import pytest
 import torch
 from checkpoints import run, stored
+from patience import PATIENCE
 
 from ponder_hf import PonderingError, PonderingForCausalLM
 
@@ -31,7 +32,7 @@ def pickled(folder, shards=1):
 def follow(line, folder):
     """Run what the refusal says."""
     program = re.search(r'python -c "(.*)", and give the folder F', line).group(1)
-    subprocess.run([sys.executable, "-c", program], cwd=folder, check=True, capture_output=True, timeout=300)
+    subprocess.run([sys.executable, "-c", program], cwd=folder, check=True, capture_output=True, timeout=PATIENCE)
 
 
 @pytest.mark.parametrize("shards", [1, 3])

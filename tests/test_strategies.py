@@ -15,6 +15,7 @@ import pytest
 import strategies
 import tiny
 import torch
+from patience import PATIENCE
 from transformers import CompileConfig, StaticCache, pipeline
 
 from ponder_hf import PonderingForCausalLM, conversion
@@ -54,7 +55,7 @@ def outcome_elsewhere(name):
     paths["PATH"] = f"{place / 'bin'}{os.pathsep}{os.environ['PATH']}"
     command = [sys.executable, "-c", code, name]
     return subprocess.run(
-        command, env=os.environ | paths, check=True, stdout=subprocess.PIPE, text=True, timeout=600
+        command, env=os.environ | paths, check=True, stdout=subprocess.PIPE, text=True, timeout=PATIENCE
     ).stdout.splitlines()[-1]
 
 
@@ -155,7 +156,7 @@ def served(log, *options):
         server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
     with server:
         try:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + PATIENCE
             while "Uvicorn running" not in log.read_text():
                 assert time.monotonic() < deadline, log.read_text()
                 assert server.poll() is None, log.read_text()

@@ -12,6 +12,7 @@ from functools import partial
 import pytest
 import torch
 from checkpoints import run
+from patience import PATIENCE
 from training_runs import assert_same_model, history, train
 
 from ponder_hf.training.checkpoints import checkpoints, clean_up, last_checkpoint, remove_oldest
@@ -43,7 +44,14 @@ def after(function):
     return wrapped
 
 def slowed(function):
-    return lambda *arguments, **settings: (time.sleep(0.1), function(*arguments, **settings))[1]
+    calls = []
+    def wrapped(*arguments, **settings):
+        calls.append(1)
+        time.sleep(0.1)
+        if len(calls) == 18:
+            signal.pause()
+        return function(*arguments, **settings)
+    return wrapped
 
 for arguments, moment in json.loads(sys.argv[1]):
     child = os.fork()
@@ -58,7 +66,7 @@ for arguments, moment in json.loads(sys.argv[1]):
             checkpoints.remove = lambda path: (path.rename(path.with_name("_removed-" + path.name)), kill())
         elif moment == "while saving the model":
             checkpoints.os.replace = after(os.replace)
-        else:  # so that on no machine the run is over by then
+        else:  # so that on no machine, fast or busy, the run is over by then
             Trainer.training_step = slowed(Trainer.training_step)
         main(arguments)
         os._exit(9)
@@ -165,11 +173,13 @@ def test_interrupted(folder):
     # A test run in the background ignores SIGINT, and its children would, too.
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     running = subprocess.Popen(program, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
-    until = time.monotonic() + 120
-    while not (folder / "out/checkpoint-4").exists() and time.monotonic() < until:
+    until = time.monotonic() + PATIENCE
+    while not (folder / "out/checkpoint-4").exists():
+        assert running.poll() is None, running.communicate()[1]
+        assert time.monotonic() < until
         time.sleep(0.05)
     running.send_signal(signal.SIGINT)
-    _, errors = running.communicate(timeout=60)
+    _, errors = running.communicate(timeout=PATIENCE)
     assert running.returncode == 130, errors
     last = last_checkpoint(folder / "out")
     said = f"ponder-hf: interrupted; {last} is whole: `ponder-hf train --output out --resume` goes on from it"

@@ -8,6 +8,7 @@ import elsewhere
 import pytest
 import tiny
 import torch
+from patience import PATIENCE
 from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -157,7 +158,7 @@ def test_errors_of_its_code_are_the_librarys(tmp_path):
     checkpoints.save_base(tmp_path / "base")
     convert(tmp_path / "base", tmp_path / "made", pondering_steps=1, pondering_top_k=9)
     command = [sys.executable, "-W", "ignore", "-c", BOTH, str(tmp_path / "made")]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
     assert result.stdout.endswith("all caught\n"), result.stderr
 
 
@@ -317,5 +318,5 @@ def test_a_stream_that_is_left_ends_without_noise(tmp_path, ending):
     checkpoints.save_base(tmp_path / "base", tokenizer=True)
     program = STREAM if ending != ".parquet" else STREAM[: STREAM.index("pieces =")]
     command = [sys.executable, "-W", "ignore", "-c", program, str(tmp_path / "base"), str(path)]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
     assert (result.returncode, result.stderr) == (0, "")
