@@ -4,7 +4,7 @@ from .convert import convert
 from .export import export
 from .loading import load_pondering
 from .source import Source, open_source
-from .tokenizer import load_tokenizer
+from .tokenizer import check_tokenizer, load_tokenizer
 
 
-__all__ = ["Source", "convert", "export", "load_pondering", "load_tokenizer", "open_source"]
+__all__ = ["Source", "check_tokenizer", "convert", "export", "load_pondering", "load_tokenizer", "open_source"]

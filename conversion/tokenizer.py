@@ -1,9 +1,9 @@
-"""Load the tokenizer that lies with a checkpoint. Code of its own is never run."""
+"""The tokenizer that lies with a checkpoint, and whether it fits a model. Code of its own is never run."""
 
 import os
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ponder_hf import PonderingError
 from ponder_hf.errors import reading, understanding
@@ -34,3 +34,22 @@ def load_tokenizer(source: Source | str | os.PathLike) -> PreTrainedTokenizerBas
         raise PonderingError(f"{name} has no tokenizer: put its tokenizer.json and tokenizer_config.json there")
     with reading(name), understanding(name, "the tokenizer"):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, name: str) -> None:
+    """Refuse a tokenizer that can give ids for which the model has no embedding.
+
+    Args:
+        tokenizer: the tokenizer.
+        config: of the model.
+        name: what messages call the tokenizer.
+
+    Raises:
+        PonderingError: it has more entries than the model has embeddings.
+    """
+    num_entries = max([len(tokenizer) - 1, *tokenizer.get_vocab().values()]) + 1
+    if num_entries > config.vocab_size:
+        raise PonderingError(
+            f"the tokenizer of {name} has {num_entries} entries, the model only {config.vocab_size} embeddings: use "
+            "the model's own tokenizer"
+        )

@@ -3,9 +3,9 @@
 from contextlib import ExitStack
 
 import torch
-from torch.nn import functional
 from transformers import TrainerCallback
 
+from .evaluation import FOR_LOSS_OF_EACH_PASS
 from .modeling import PonderingError
 from .modeling.pondering_backbone import backbone_decoder, backbone_logits, evaluating
 
@@ -30,14 +30,14 @@ def pondering_statistics(model, input_ids, attention_mask=None, labels=None):
     real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     if labels is None:
         labels = input_ids.masked_fill(~real, -100)
-    inputs, passes, statistics = [], [], {}
+    inputs, entropies, statistics = [], [], {}
 
     def before_pass(decoder, arguments, keywords):
         inputs.append(keywords["inputs_embeds"])
 
     def after_pass(decoder, arguments, output):
         # Within the forward pass, where sharded weights of the head are gathered.
-        passes.append(_loss_and_entropy(backbone, output.last_hidden_state, labels, real))
+        entropies.append(_entropy(backbone, output.last_hidden_state, real))
 
     def before_gate(module, arguments):
         weight = module.weight.float()
@@ -52,12 +52,13 @@ def pondering_statistics(model, input_ids, attention_mask=None, labels=None):
         ):
             stack.callback(hook.remove)
         stack.enter_context(evaluating(model))
-        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=1)
+        output = model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **FOR_LOSS_OF_EACH_PASS)
 
     token_norm = _mean_norm(inputs[0], real)
-    for index, (loss, entropy) in enumerate(passes):
-        statistics |= {f"pass_{index}_loss": loss, f"pass_{index}_entropy": entropy}
-    for index in range(len(passes) - 1):
+    is_labelled = (labels[:, 1:] != -100).any()
+    for index, (loss, entropy) in enumerate(zip(output.pondering_losses, entropies, strict=True)):
+        statistics |= {f"pass_{index}_loss": loss.item() if is_labelled else 0.0, f"pass_{index}_entropy": entropy}
+    for index in range(len(entropies) - 1):
         statistics[f"step_{index}_norm_ratio"] = _mean_norm(inputs[index + 1] - inputs[index], real) / token_norm
     return statistics
 
@@ -66,17 +67,16 @@ def _mean_norm(vectors, real):
     return vectors.float().norm(dim=-1)[real].mean().item()
 
 
-def _loss_and_entropy(backbone, hidden_states, labels, real):
-    """Means over the labelled and over the real tokens. hidden_states: (B, T, d), labels and real: (B, T)."""
-    loss = entropy = 0.0
-    for states, targets, counts in zip(hidden_states, labels, real, strict=True):
+def _entropy(backbone, hidden_states, real):
+    """The mean over the real tokens. hidden_states: (B, T, d), real: (B, T)."""
+    entropy = 0.0
+    for states, counts in zip(hidden_states, real, strict=True):
         logits = backbone_logits(backbone, states)
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
         log_probabilities = logits.log_softmax(-1)
-        loss += functional.nll_loss(log_probabilities[:-1], targets[1:], reduction="sum").item()
         entropy -= (log_probabilities.exp() * log_probabilities).sum(-1)[counts].sum().item()
-    return loss / max(1, (labels[:, 1:] != -100).sum().item()), entropy / real.sum().item()
+    return entropy / real.sum().item()
 
 
 class PonderingCallback(TrainerCallback):

@@ -13,7 +13,8 @@ import pytest
 from torch.utils.data import DataLoader
 
 from ponder_hf import PonderingError
-from ponder_hf.data import check_tokenizer, load_blocks, text
+from ponder_hf.conversion import check_tokenizer
+from ponder_hf.data import load_blocks, text
 from ponder_hf.demo.corpus import Document, train_tokenizer
 
 

@@ -11,9 +11,10 @@ from checkpoints import run
 from torch.nn import functional
 from transformers import AutoTokenizer
 
-from ponder_hf import PonderingForCausalLM
+from ponder_hf import PonderingError, PonderingForCausalLM
 from ponder_hf.conversion import convert
 from ponder_hf.data import load_blocks
+from ponder_hf.evaluation import evaluate_text
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +82,22 @@ def test_half_precision(evaluated):
     assert result["dtype"] == "bfloat16"
     assert result["loss"] != evaluated("model")["loss"]
     assert result["loss"] == pytest.approx(evaluated("model")["loss"], rel=0.02)
+
+
+def test_from_python(made, evaluated):
+    """The same of a checkpoint and of a model that is loaded already; errors name arguments, not flags."""
+    timed = ("seconds", "tokens_per_second")
+    expected = {key: value for key, value in evaluated("model").items() if key not in timed}
+    found = evaluate_text("model", "text.txt", block_size=16)
+    assert {key: value for key, value in found.items() if key not in timed} == expected
+    model, tokenizer = PonderingForCausalLM.from_pretrained("model"), AutoTokenizer.from_pretrained("model")
+    for each in (tokenizer, "model"):
+        loaded = evaluate_text(model, ["text.txt"], tokenizer=each, block_size=16, device="cpu")
+        assert losses(loaded) == losses(found)
+    with pytest.raises(PonderingError, match="needs a `tokenizer`"):
+        evaluate_text(model, "text.txt")
+    with pytest.raises(PonderingError, match=r"^`block_size` is 65, but the model has only 64 positions"):
+        evaluate_text("model", "text.txt", block_size=65)
 
 
 def test_for_people(made, evaluated, capsys):

@@ -252,7 +252,6 @@ NOT_YET_ANNOTATED = {
     "ponder_hf/training/arguments.py",
     "ponder_hf/training/checkpoints.py",
     "ponder_hf/training/draft_heads.py",
-    "ponder_hf/evaluation.py",
     "ponder_hf/training/initialisation.py",
     "ponder_hf/training/lora.py",
     "ponder_hf/training/training_data.py",

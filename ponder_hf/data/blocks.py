@@ -1,13 +1,16 @@
 """From what a user names to what Trainer takes: blocks of token ids, some of them held out."""
 
-import os
+from transformers import PreTrainedConfig
 
 from ponder_hf.modeling import PonderingError
 
 from .packing import Blocks, not_enough, pack_all
 from .progress import read_pieces
-from .sources import find_sources
+from .sources import as_list, find_sources
 from .stream import StreamedBlocks
+
+
+MOST_TOKENS = 2048  # in a block, unless more are asked for
 
 
 def load_blocks(
@@ -60,7 +63,8 @@ def load_blocks(
         if value is not None and value < least:
             raise PonderingError(f"`{number}` must be at least {least}, got {value}")
     found = find_sources(sources, name, split, streaming)
-    label = _label(sources)
+    names = as_list(sources)
+    label = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
     if not streaming:
         pieces = read_pieces(found, text_field, progress)
         return pack_all(pieces, tokenizer, block_size, label, vocab_size, max_blocks)
@@ -76,6 +80,24 @@ def load_blocks(
         vocab_size=vocab_size,
         name=label,
     )
+
+
+def choose_block_size(block_size: int | None, config: PreTrainedConfig) -> int:
+    """Tokens in a block: as many as are asked for, or the model's positions, but then not more than MOST_TOKENS.
+
+    Args:
+        block_size: what is asked for, or None.
+        config: of the model.
+
+    Raises:
+        PonderingError: more are asked for than the model has positions.
+    """
+    positions = getattr(config, "max_position_embeddings", None)
+    if block_size and positions and block_size > positions:
+        raise PonderingError(
+            f"`block_size` is {block_size}, but the model has only {positions} positions: use at most that"
+        )
+    return block_size or min(MOST_TOKENS, positions or MOST_TOKENS)
 
 
 def split_held_out(blocks, share_or_count):
@@ -121,25 +143,3 @@ def check_apart(sources, held_out, *, name=None, split="train", held_out_name=No
     for source in find_sources(held_out, held_out_name, held_out_split, streaming=True):
         if source.place in training:
             raise PonderingError(f"{source.label} is both trained on and held out: give it on one side only")
-
-
-def check_tokenizer(tokenizer, config, name):
-    """Refuse a tokenizer that can give ids for which the model has no embedding.
-
-    Args:
-        tokenizer: of transformers. config: of the model. name: what messages call the tokenizer.
-
-    Raises:
-        PonderingError: it has more entries than the model has embeddings.
-    """
-    num_entries = max([len(tokenizer) - 1, *tokenizer.get_vocab().values()]) + 1
-    if num_entries > config.vocab_size:
-        raise PonderingError(
-            f"the tokenizer of {name} has {num_entries} entries, the model only {config.vocab_size} embeddings: use "
-            "the model's own tokenizer"
-        )
-
-
-def _label(sources):
-    sources = [sources] if isinstance(sources, (str, os.PathLike)) else [*sources]
-    return str(sources[0]) if len(sources) == 1 else f"{sources[0]} and {len(sources) - 1} more"

@@ -4,6 +4,7 @@ import difflib
 import logging
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,10 @@ _SPLITS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
+
+
+# What a user names: a path or an id, or several in the order in which they are read.
+Names = str | os.PathLike | Sequence[str | os.PathLike]
 
 
 @dataclass(frozen=True)
@@ -96,8 +101,7 @@ def find_sources(sources, name=None, split="train", streaming=False):
         PonderingError: something does not exist, or cannot be read as text.
     """
     found = []
-    sources = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
-    for source in map(str, sources):
+    for source in as_list(sources):
         place = Path(source).expanduser()
         try:
             if place.is_dir():
@@ -112,6 +116,17 @@ def find_sources(sources, name=None, split="train", streaming=False):
     if not found:
         raise PonderingError("there is no text: name at least one file, folder or data set")
     return found
+
+
+def usual_split(names: Names) -> str:
+    """The split to evaluate on where none is named: "train" of what all lies here, else "validation"."""
+    # What lies here was put together by the user, and the default of everything local is the split "train".
+    return "train" if all(Path(name).expanduser().exists() for name in as_list(names)) else "validation"
+
+
+def as_list(names: Names) -> list[str]:
+    """What a user named, as a list of text."""
+    return list(map(str, [names] if isinstance(names, (str, os.PathLike)) else names))
 
 
 def _check_file(path, name, split):

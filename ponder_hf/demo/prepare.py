@@ -9,9 +9,8 @@ from pathlib import Path
 import torch
 
 from ponder_hf import PonderingConfig, PonderingError, PonderingForCausalLM
-from ponder_hf.conversion import load_tokenizer, open_source
+from ponder_hf.conversion import check_tokenizer, load_tokenizer, open_source
 from ponder_hf.conversion.writer import check_destination
-from ponder_hf.data import check_tokenizer
 from ponder_hf.data.packing import Blocks, pack_all
 from ponder_hf.errors import fitting, reading, understanding
 from ponder_hf.modeling.configuration_pondering import PONDERING_FIELDS

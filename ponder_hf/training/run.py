@@ -13,9 +13,9 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 
 from ponder_hf import PonderingError
 from ponder_hf.callbacks import PonderingCallback
-from ponder_hf.conversion import load_tokenizer, open_source
+from ponder_hf.conversion import check_tokenizer, load_tokenizer, open_source
 from ponder_hf.conversion.writer import check_destination
-from ponder_hf.data.blocks import check_tokenizer
+from ponder_hf.data.blocks import choose_block_size
 from ponder_hf.errors import TrainingStopped, writing
 from ponder_hf.modeling.configuration_pondering import PONDERING_FIELDS
 
@@ -27,7 +27,7 @@ from .options import TrainOptions
 from .record import check_fields, make_record, resumed_options
 from .start import Start, find_start, pondering_start
 from .trainer import PonderingTrainer, check_smoothing
-from .training_data import TrainingData, block_size_of, load_training_data
+from .training_data import TrainingData, load_training_data
 from .watch import Progress, ResumeProgress
 
 
@@ -106,7 +106,7 @@ def make_plan(options):
     if options.lora:
         adapter.target_modules(options, start.config)
     check_tokenizer(start.tokenizer, start.config, options.tokenizer or start.name)
-    block_size_of(options, start.config)
+    choose_block_size(options.block_size, start.config)
     settings = make_arguments(options.folder, arguments)
     _check_settings(options, settings)
     check_smoothing(settings, start.config)
@@ -223,7 +223,7 @@ def _make_trainer(plan, model):
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     rows = settings.train_batch_size * settings.gradient_accumulation_steps * settings.world_size
-    progress = Progress(rows * block_size_of(options, plan.start.config))
+    progress = Progress(rows * choose_block_size(options.block_size, plan.start.config))
     trainer.add_callback(progress)
     if data.held_out is not None:
         PonderingCallback(data.batch).attach(trainer)

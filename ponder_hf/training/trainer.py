@@ -12,6 +12,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
 from ponder_hf.errors import TrainingStopped
+from ponder_hf.evaluation import FOR_LOSS_OF_EACH_PASS
 from ponder_hf.hub.training import push_in_background, push_result, write_card
 from ponder_hf.modeling import PonderingError
 
@@ -113,8 +114,7 @@ class PonderingTrainer(Trainer):
         # The mean over this batch: blocks are equally long, so the number of items in all batches has no say.
         kwargs.pop("num_items_in_batch", None)
         rows = len(inputs["labels"])
-        # One position's logits: only the losses are wanted, and those never need all of them at once.
-        of_passes = {**inputs, "output_pondering": True, "logits_to_keep": 1, "use_cache": False}
+        of_passes = {**inputs, **FOR_LOSS_OF_EACH_PASS}
         if self.label_smoother is None and self.compute_loss_func is None:
             loss, outputs = super().compute_loss(model, of_passes, return_outputs=True, **kwargs)
         else:  # a loss of all logits, for which the model gets no labels

@@ -2,15 +2,13 @@
 
 import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from ponder_hf import PonderingError
-from ponder_hf.data.blocks import check_apart, load_blocks, split_held_out
+from ponder_hf.data.blocks import check_apart, choose_block_size, load_blocks, split_held_out
+from ponder_hf.data.sources import usual_split
 
 
-MOST_TOKENS = 2048  # in a block, unless more are asked for
 _SHOWN_TOKENS = 2048  # of the batch that PonderingCallback looks at
 
 
@@ -29,20 +27,6 @@ class TrainingData:
         return {"input_ids": rows, "labels": rows}
 
 
-def block_size_of(options, config):
-    """Tokens in a block: as asked for, or the model's positions, but not more than MOST_TOKENS.
-
-    Raises:
-        PonderingError: more are asked for than the model has positions.
-    """
-    positions = getattr(config, "max_position_embeddings", None)
-    if options.block_size and positions and options.block_size > positions:
-        raise PonderingError(
-            f"--block-size is {options.block_size}, but the model has only {positions} positions: use at most that"
-        )
-    return options.block_size or min(MOST_TOKENS, positions or MOST_TOKENS)
-
-
 def load_training_data(options, tokenizer, config, seed):
     """Read, tokenise and pack what these TrainOptions name.
 
@@ -51,7 +35,7 @@ def load_training_data(options, tokenizer, config, seed):
     """
     common = {
         "tokenizer": tokenizer,
-        "block_size": block_size_of(options, config),
+        "block_size": choose_block_size(options.block_size, config),
         "text_field": options.text_field,
         "name": options.data_name,
         "vocab_size": config.vocab_size,
@@ -79,12 +63,6 @@ def load_training_data(options, tokenizer, config, seed):
     if options.held_out is not None:
         training, held_out = split_held_out(training, options.held_out)
     return TrainingData(training, held_out, _fingerprint(training, options.streaming))
-
-
-def usual_split(names):
-    """The split to evaluate on where none is named: "train" of what all lies here, else "validation"."""
-    # What lies here was put together by the user, and the default of everything local is the split "train".
-    return "train" if all(Path(name).expanduser().exists() for name in names) else "validation"
 
 
 def _fingerprint(blocks, is_stream):
