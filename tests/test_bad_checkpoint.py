@@ -82,8 +82,8 @@ SHORT = ["pondering", "--prompt", "cat", "--max-new-tokens", "2"]
         (["pondering", "--prompt", "cat", "--seed", "4294967296"], "--seed"),
         (["pondering", "--prompt", "cat", "--draft-source", "own"], "--num-draft-tokens"),
         ([*SHORT, "--num-draft-tokens", "2", "--draft-source", "heads"], "has none"),
-        ([*SHORT, "--num-draft-tokens", "-1"], "num_draft_tokens"),
-        ([*SHORT, "--pondering-exit-criterion", "kl"], "pondering_exit_threshold"),
+        ([*SHORT, "--num-draft-tokens", "-1"], "--num-draft-tokens"),
+        ([*SHORT, "--pondering-exit-criterion", "kl"], "--pondering-exit-threshold"),
     ],
     ids=" ".join,
 )

@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 from ponder_hf import PonderingForCausalLM, __version__
 from ponder_hf.cli import COMMANDS, build_parser, doctor
 from ponder_hf.cli.fields import FLAG_FIELDS, flag_of, given_fields
+from ponder_hf.cli.words import in_flags
 from ponder_hf.conversion import convert
 from ponder_hf.modeling.configuration_pondering import PONDERING_FIELDS
 
@@ -267,6 +268,26 @@ def test_values_of_flags(flags, expected):
     found = parse_fields(*flags.split())
     assert found == expected
     assert [type(value) for value in found.values()] == [type(value) for value in expected.values()]
+
+
+# The library's words as flags.
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("`max_shard_size` must be", "--max-shard-size must be"),
+        ("give `ignore_code=True`, or not", "give --ignore-code, or not"),
+        ("use max_shard_size=3 or less", "use --max-shard-size 3 or less"),
+        ("`revision='v1'` and `source`", "--revision v1 and SOURCE"),
+        ("`pondering_steps` of a flag needs `pondering_gate`", "--pondering-steps of a flag needs --pondering-gate"),
+        ("`pondering_gate` of config.json", None),
+        ("`use_cache=True`, `ponder-hf convert`, f(revision=None)", None),
+    ],
+)
+def test_words_of_the_library_become_flags(message, shown):
+    args = build_parser().parse_args(["convert", "a", "b", "--pondering-steps", "3"])
+    assert in_flags(message, args) == (shown or message)
 
 
 # generate

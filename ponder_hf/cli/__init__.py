@@ -16,6 +16,7 @@ from ponder_hf.modeling.pondering_errors import check_transformers
 from .outcome import bad_input, interrupted, is_first_process, stopped, unexpected
 from .parser import OneLineParser, check_command
 from .quiet import own_warnings_shown, quiet_libraries, standard_output_for_json
+from .words import errors_in_flags, in_flags
 
 
 COMMANDS = ("demo", "convert", "export", "train", "generate", "eval", "inspect", "push", "inspect-code", "doctor")
@@ -48,7 +49,7 @@ def main(argv=None):
             args.parser.refuse(unknown)
         if args.command != "doctor":  # which reports it among other things
             check_transformers()
-        with quiet_libraries(), own_warnings_shown():
+        with quiet_libraries(), own_warnings_shown(lambda text: in_flags(text, args)), errors_in_flags(args):
             if not args.json:
                 args.run(args)
             else:

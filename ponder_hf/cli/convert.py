@@ -2,8 +2,9 @@
 
 import sys
 
-from .fields import add_field_flags, errors_named_by_flags, given_fields
+from .fields import add_field_flags, given_fields
 from .outcome import warn
+from .words import in_flags
 
 
 def add_parser(subparsers):
@@ -56,17 +57,15 @@ def writing_arguments(args):
 def run(args):
     from ponder_hf.conversion import convert
 
-    fields = given_fields(args)
-    with errors_named_by_flags([*fields, "max_shard_size"]):
-        result = convert(
-            args.source,
-            args.destination,
-            **writing_arguments(args),
-            authors=args.authors,
-            ignore_fields=args.ignore_fields,
-            ignore_code=args.ignore_code,
-            **fields,
-        )
+    result = convert(
+        args.source,
+        args.destination,
+        **writing_arguments(args),
+        authors=args.authors,
+        ignore_fields=args.ignore_fields,
+        ignore_code=args.ignore_code,
+        **given_fields(args),
+    )
     steps, gate = result["pondering"]["pondering_steps"], result["pondering"]["pondering_gate"]
     print(
         f"{args.destination}: {result['model_type']} with {result['parameters']:,} parameters in {result['dtype']}, "
@@ -74,8 +73,8 @@ def run(args):
         file=sys.stderr,
     )
     for warning in result["warnings"]:
-        warn(warning)
-    may_be_theirs = result["authors_checkpoint"] or any("--authors" in warning for warning in result["warnings"])
+        warn(in_flags(warning, args))
+    may_be_theirs = result["authors_checkpoint"] or any("authors" in warning for warning in result["warnings"])
     if steps and gate == "none" and not may_be_theirs:
         print(
             "its base never learned to ponder: train it before use, or convert with --pondering-gate zero_init, which "

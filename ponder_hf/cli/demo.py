@@ -2,7 +2,7 @@
 
 import sys
 
-from .fields import add_device_flag, errors_named_by_flags
+from .fields import add_device_flag
 
 
 def add_parser(subparsers):
@@ -52,8 +52,6 @@ def add_parser(subparsers):
 def run(args):
     from ponder_hf.demo import Options, run_demo, summary
 
-    names = list(Options.__dataclass_fields__)
-    with errors_named_by_flags(names):
-        results = run_demo(Options(**{name: getattr(args, name) for name in names}))
+    results = run_demo(Options(**{name: getattr(args, name) for name in Options.__dataclass_fields__}))
     print(summary(results), file=sys.stderr)
     return results

@@ -3,7 +3,7 @@
 import sys
 
 from .data_flags import add_text_flags
-from .fields import add_device_flag, errors_named_by_flags
+from .fields import add_device_flag
 
 
 def add_parser(subparsers):
@@ -30,21 +30,20 @@ def run(args):
 
     from ponder_hf.evaluation import evaluate_text
 
-    with errors_named_by_flags(["pondering_steps", "block_size", "max_blocks", "dtype"]):
-        result = evaluate_text(
-            args.source,
-            args.data,
-            text_field=args.text_field or "text",
-            data_name=args.data_name,
-            split=args.split,
-            block_size=args.block_size,
-            max_blocks=args.max_blocks,
-            pondering_steps=args.pondering_steps,
-            dtype=None if args.dtype is None else getattr(torch, args.dtype),
-            device=args.device,
-            revision=args.revision,
-            progress=True,
-        )
+    result = evaluate_text(
+        args.source,
+        args.data,
+        text_field=args.text_field or "text",
+        data_name=args.data_name,
+        split=args.split,
+        block_size=args.block_size,
+        max_blocks=args.max_blocks,
+        pondering_steps=args.pondering_steps,
+        dtype=None if args.dtype is None else getattr(torch, args.dtype),
+        device=args.device,
+        revision=args.revision,
+        progress=True,
+    )
     if not args.json:
         _tell(result)
     return result

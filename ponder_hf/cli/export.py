@@ -3,8 +3,8 @@
 import sys
 
 from .convert import add_source_and_destination, writing_arguments
-from .fields import errors_named_by_flags
 from .outcome import warn
+from .words import in_flags
 
 
 def add_parser(subparsers):
@@ -21,12 +21,11 @@ def add_parser(subparsers):
 def run(args):
     from ponder_hf.conversion import export
 
-    with errors_named_by_flags(["max_shard_size"]):
-        result = export(args.source, args.destination, **writing_arguments(args))
+    result = export(args.source, args.destination, **writing_arguments(args))
     print(
         f"{args.destination}: {result['model_type']} with {result['parameters']:,} parameters in {result['dtype']}",
         file=sys.stderr,
     )
     for warning in result["warnings"]:
-        warn(warning)
+        warn(in_flags(warning, args))
     return result

@@ -4,9 +4,9 @@ All of it is read off the configuration class, so a new field is a new flag with
 """
 
 import inspect
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
-from ponder_hf import PonderingConfig, PonderingError
+from ponder_hf import PonderingConfig
 from ponder_hf.modeling.configuration_pondering import PONDERING_FIELDS
 
 
@@ -41,18 +41,6 @@ def given_fields(args):
     """The fields whose flags were used, as a dict."""
     given = {name: getattr(args, name) for name in FLAG_FIELDS if getattr(args, name, None) is not None}
     return {name: _unwrap(name, value) for name, value in given.items()}
-
-
-@contextmanager
-def errors_named_by_flags(fields):
-    """A context in which errors about these fields name the flags that set them."""
-    try:
-        yield
-    except PonderingError as error:
-        message = str(error)
-        for name in fields:
-            message = message.replace(f"`{name}`", flag_of(name))
-        raise type(error)(message) from error
 
 
 class _Null:

@@ -2,7 +2,6 @@
 
 import sys
 import time
-from contextlib import contextmanager
 
 from ponder_hf import PonderingError
 from ponder_hf.errors import reading
@@ -75,17 +74,16 @@ def run(args):
     sampling |= {name: getattr(args, name) for name in ("temperature", "top_p") if getattr(args, name) is not None}
     pondering = {name: getattr(args, name) for name in PONDERING if getattr(args, name) is not None}
     start = time.perf_counter()
-    with _errors_named_by_flags():
-        output = model.generate(
-            **inputs.to(model.device),
-            max_new_tokens=args.max_new_tokens,
-            pad_token_id=_pad_token(model, tokenizer),
-            num_beams=1,  # whatever generation_config.json says: text cannot come as it is made otherwise
-            streamer=None if args.json else TextStreamer(tokenizer, skip_special_tokens=True),
-            return_dict_in_generate=True,
-            **sampling,
-            **pondering,
-        )
+    output = model.generate(
+        **inputs.to(model.device),
+        max_new_tokens=args.max_new_tokens,
+        pad_token_id=_pad_token(model, tokenizer),
+        num_beams=1,  # whatever generation_config.json says: text cannot come as it is made otherwise
+        streamer=None if args.json else TextStreamer(tokenizer, skip_special_tokens=True),
+        return_dict_in_generate=True,
+        **sampling,
+        **pondering,
+    )
     seconds = time.perf_counter() - start
     tokens = output.sequences[0]
     new_tokens = len(tokens) - inputs["input_ids"].shape[1]
@@ -130,15 +128,6 @@ def _read_prompt(prompt):
     if not prompt.strip():
         raise PonderingError("the prompt is empty: give some text with --prompt, or on standard input with --prompt -")
     return prompt
-
-
-@contextmanager
-def _errors_named_by_flags():
-    """A context in which errors of `model.generate` name the flag; it checks itself whether the text is too long."""
-    try:
-        yield
-    except PonderingError as error:
-        raise type(error)(str(error).replace("max_new_tokens=", "--max-new-tokens ")) from error
 
 
 def _pad_token(model, tokenizer):

@@ -52,17 +52,11 @@ def standard_output_for_json():
         yield output
 
 
-class _OneLine(logging.Handler):
-    """Shows a warning of the library as one line on standard error."""
-
-    def emit(self, record):
-        warn(" ".join(record.getMessage().split()))
-
-
 @contextlib.contextmanager
-def own_warnings_shown():
-    """A context in which each warning that ponder_hf logs is one line on standard error."""
-    logger, handler = logging.getLogger("ponder_hf"), _OneLine(logging.WARNING)
+def own_warnings_shown(in_flags):
+    """A context in which each warning that ponder_hf logs is one line on standard error, as `in_flags` words it."""
+    logger, handler = logging.getLogger("ponder_hf"), logging.Handler(logging.WARNING)
+    handler.emit = lambda record: warn(in_flags(" ".join(record.getMessage().split())))
     logger.addHandler(handler)
     try:
         yield

@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from .data_flags import add_text_flags
-from .fields import add_device_flag, add_field_flags, errors_named_by_flags, given_fields
+from .fields import add_device_flag, add_field_flags, given_fields
 from .outcome import is_first_process
 from .training_flags import add_training_flags, read_arguments_file
 
@@ -101,17 +101,16 @@ def run(args):
     given = dict(vars(args))
     if "arguments" in given:
         given = {**_said(read_arguments_file(args.arguments, args.parser)), **_said(args)}
+        vars(args).update(given)  # so that errors name its flags, too
     if "device" in given:
         from ponder_hf.devices import training_device
 
         if training_device(given["device"]).type == "cpu":
             given["use_cpu"] = True
     options = make_options(given)
-    from ponder_hf.training.arguments import argument_names
     from ponder_hf.training.run import train
 
-    with errors_named_by_flags([*options.as_dict(), *options.fields, *argument_names()]):
-        result = train(options)
+    result = train(options)
     _leave_process_group()
     if is_first_process():
         _tell(result, options.output)

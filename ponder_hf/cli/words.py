@@ -1,0 +1,52 @@
+"""The library's words for what it is given become the command line's: `block_size` is --block-size.
+
+The library never speaks of flags. Its errors and warnings name what Python users write, between backticks: a name, or
+a name with its value.
+"""
+
+import argparse
+import contextlib
+import re
+from collections.abc import Iterator
+
+from ponder_hf import PonderingError
+
+from .fields import FLAG_FIELDS
+from .generate import PONDERING
+
+
+# `name`, `name=value`, `name="value"`; with a number also without backticks.
+_WORDS = re.compile(r"`(?P<name>[a-z]\w*)(?:=[\"']?(?P<value>[^`\"']*)[\"']?)?`|\b(?P<bare>[a-z]\w*)=(?P<number>\d+)")
+# What config.json and generation_config.json may say as well as a flag.
+_IN_FILES = {*FLAG_FIELDS, *PONDERING}
+
+
+def in_flags(message: str, args: argparse.Namespace) -> str:
+    """The message with every name that is a flag of this command as that flag.
+
+    Where it names only what a file of a checkpoint may say, and no flag said it here, the error is about that file.
+    """
+    shown = {
+        action.dest: action.option_strings[0] if action.option_strings else action.metavar
+        for action in args.parser._actions
+    }
+    names = {found["name"] or found["bare"] for found in _WORDS.finditer(message)} & set(shown)
+    if names <= _IN_FILES and all(getattr(args, name, None) is None for name in names):
+        return message
+
+    def translated(found: re.Match) -> str:
+        name, value = found["name"] or found["bare"], found["value"] or found["number"]
+        if name not in shown:
+            return found[0]
+        return shown[name] if value in (None, "True") else f"{shown[name]} {value}"
+
+    return _WORDS.sub(translated, message)
+
+
+@contextlib.contextmanager
+def errors_in_flags(args: argparse.Namespace) -> Iterator[None]:
+    """A context in which errors, and what an interruption says on how to go on, speak of flags."""
+    try:
+        yield
+    except (PonderingError, KeyboardInterrupt) as error:
+        raise type(error)(in_flags(str(error), args)) from error
