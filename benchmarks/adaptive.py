@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.machine import described
 from ponder_hf import PonderingForCausalLM
-from ponder_hf.modeling.pondering_exit import CRITERIA, PonderingExit
+from ponder_hf.modeling.pondering_generate_exits import CRITERIA, PonderingExit
 
 
 THRESHOLDS = {

@@ -22,9 +22,9 @@ from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from ponder_hf import PonderingForCausalLM
 from ponder_hf.data.text import read_text
-from ponder_hf.modeling import pondering_speculation
+from ponder_hf.modeling import pondering_generate_speculation
 from ponder_hf.modeling.pondering_backbone import backbone_logits, run_backbone
-from ponder_hf.modeling.pondering_drafts import OwnPredictions
+from ponder_hf.modeling.pondering_generate_drafts import OwnPredictions
 from ponder_hf.modeling.pondering_vocabulary_embedding import PonderingEmbedding
 from ponder_hf.training.draft_heads import train_draft_heads
 
@@ -50,17 +50,17 @@ def prompts_of(ids, number, length):
 def generate(model, prompt, settings, **drafting):
     """(tokens, the finished Speculation or None)."""
     kept = []
-    run = pondering_speculation.Speculation.run
+    run = pondering_generate_speculation.Speculation.run
 
     def run_and_keep(speculation):
         kept.append(speculation)
         return run(speculation)
 
-    pondering_speculation.Speculation.run = run_and_keep
+    pondering_generate_speculation.Speculation.run = run_and_keep
     try:
         tokens = model.generate(prompt, **settings, **drafting)
     finally:
-        pondering_speculation.Speculation.run = run
+        pondering_generate_speculation.Speculation.run = run
     return tokens, kept[0] if kept else None
 
 
@@ -197,11 +197,11 @@ def always_right(steps=3):
 @contextlib.contextmanager
 def corrections(are_made):
     """Within it, later passes replace guesses that they do not predict, or do not."""
-    pondering_speculation.Speculation.corrects = are_made
+    pondering_generate_speculation.Speculation.corrects = are_made
     try:
         yield
     finally:
-        pondering_speculation.Speculation.corrects = True
+        pondering_generate_speculation.Speculation.corrects = True
 
 
 SOURCES = {

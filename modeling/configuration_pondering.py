@@ -190,7 +190,7 @@ class PonderingConfig(PretrainedConfig):
         input_scale: factor on the token embedding before pass 0 (S in the authors' larger models).
         pondering_gate: "none": x + t as in the paper. "zero_init": x + g * t with a learned g that starts at 0.
         intermediate_loss_weight: weight of the mean of the losses of passes 0 .. S-1 in the training loss.
-        draft_heads: for how many passes there is a draft head (pondering_drafts.py); one for each of S is best.
+        draft_heads: how many passes have a draft head (pondering_generate_drafts.py); one for each of S is best.
         pondering_format_version: of the checkpoint format; a newer one than this code knows is refused.
         kwargs: fields of the backbone.
 

@@ -24,7 +24,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, MoeModelOutpu
 from transformers.utils import logging
 
 from .configuration_pondering import PonderingConfig, check_steps, check_vocabulary
-from .pondering_adaptive import AdaptivePasses
 from .pondering_backbone import (
     TESTED,
     auxiliary_loss,
@@ -44,12 +43,11 @@ from .pondering_backbone_checkpoint import (
     split_arguments,
     understand_config,
 )
-from .pondering_cache import CACHE_NAME, are_packed, given_cache, mark_owner, pass_cache, step_cache
-from .pondering_call import current_call, keep_settings
-from .pondering_drafts import DraftHeads
+from .pondering_cache import CACHE_NAME, are_packed, given_cache, mark_owner, paged_pass, pass_cache, step_cache
 from .pondering_errors import INSTALL_TESTED, PonderingError, untested_version
-from .pondering_generation import PonderingGenerationMixin
-from .pondering_paged import paged_pass
+from .pondering_generate import PonderingGenerationMixin, current_call, keep_settings
+from .pondering_generate_drafts import DraftHeads
+from .pondering_generate_exits import AdaptivePasses
 from .pondering_vocabulary import scaled
 from .pondering_vocabulary_embedding import PonderingEmbedding, PonderingGate
 from .pondering_vocabulary_loss import (
@@ -63,13 +61,10 @@ from .pondering_vocabulary_loss import (
 # isort: split
 # Only so that these files ship: transformers 4.57 follows no imports but those of this file. pondering_vocabulary_cpu
 # also puts its functions in place when it is imported.
-from .pondering_exit import PonderingExit  # noqa: F401
-from .pondering_prompt import check_prompt  # noqa: F401
-from .pondering_self_check import verify_wave_once  # noqa: F401
-from .pondering_speculation import speculative_sample  # noqa: F401
+from .pondering_generate_speculation import speculative_sample  # noqa: F401
+from .pondering_generate_tokens import TokenChooser  # noqa: F401
+from .pondering_generate_wave import Wave  # noqa: F401
 from .pondering_vocabulary_cpu import fast_layers  # noqa: F401
-from .pondering_wave import Wave  # noqa: F401
-from .pondering_wave_cache import WaveCache  # noqa: F401
 
 
 try:
@@ -284,7 +279,7 @@ class PonderingPreTrainedModel(PreTrainedModel):
         return loaded
 
     def add_draft_heads(self, num_passes=None):
-        """Give the first `num_passes` passes new draft heads (pondering_drafts.py), by default all but the last pass.
+        """Give the first `num_passes` passes new draft heads (pondering_generate_drafts.py), or all but the last.
 
         They start as the passes' own predictions; `ponder_hf.training.draft_heads` trains them.
         """

@@ -418,6 +418,30 @@ def evaluating(module):
             part.training = training
 
 
+def check_inputs(model):
+    """Token ids (2, 6) and their mask: the second row is left-padded by two."""
+    ids = torch.arange(2, 14, device=model.device).view(2, 6) % model.config.vocab_size
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    return ids, mask
+
+
+def positions_of(mask):
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def are_close(found, expected):
+    """Whether two tensors are equal but for rounding. What is not a number is not."""
+    tolerance = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 1e-1
+    return found.shape == expected.shape and bool(
+        (found - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1e-6)
+    )
+
+
+def first_line(error):
+    return f"{type(error).__name__}: {error}".split("\n")[0]
+
+
 def verify_backbone(backbone):
     """Hold an untested backbone against itself: embedding, passes and head taken apart must give its own logits.
 
@@ -521,3 +545,78 @@ def auxiliary_loss(backbone, router_logits, attention_mask=None):
         )
     is_mask = torch.is_tensor(attention_mask) and attention_mask.ndim == 2
     return balance(router_logits, *experts, attention_mask if is_mask else None), weight
+
+
+# What plain generation calls of the model for each token, and drafts do not.
+_PASSED_BY = ("forward", "__call__", "ponder", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
+_PACKAGE = __name__.rpartition(".")[0]
+_HOMES = (
+    f"{_PACKAGE}.modeling_pondering",
+    f"{_PACKAGE}.pondering_generate",
+    "transformers.generation",
+    "torch.nn.modules",
+)
+_INSTEAD = "do so on the head (`get_output_embeddings()`) or in a logits processor, or set num_draft_tokens=0"
+
+
+def check_wrapping(model):
+    """Raise unless what stands around the model, which drafts do not call, leaves its logits as they are.
+
+    Raises:
+        PonderingError: a hook on the model, or on all modules, or a replaced method might change them.
+    """
+    for hook in hooks_of(model):
+        if not is_about_weights(hook) or hook_origin(hook).startswith("peft."):
+            raise PonderingError(
+                f"`num_draft_tokens` does not run the hook {_name(hook)} on the model, which may change what it "
+                f"gives: {_INSTEAD}"
+            )
+    every = torch.nn.modules.module
+    for hooks in (getattr(every, "_global_forward_pre_hooks", {}), getattr(every, "_global_forward_hooks", {})):
+        if hooks:
+            raise PonderingError(
+                f"`num_draft_tokens` does not run the hook {_name(next(iter(hooks.values())))} of all modules on the "
+                "model: remove it, or set num_draft_tokens=0"
+            )
+    for hook in _offloading_hooks(getattr(model, "_hf_hook", None)):
+        if not type(hook).__module__.startswith("accelerate."):
+            raise PonderingError(
+                f"`num_draft_tokens` does not run accelerate's hook {type(hook).__name__} on the model, which may "
+                f"change what it gives: {_INSTEAD}"
+            )
+    for name in _PASSED_BY:
+        method = getattr(model, name, None)
+        if method is not None and not _is_adapters(method) and not is_original(method, _HOMES):
+            raise _replaced(name, method)
+
+
+def _replaced(name, method):
+    configuration = getattr(getattr(method, "__self__", None), "active_peft_config", None)
+    if getattr(configuration, "is_prompt_learning", False):
+        kind = getattr(configuration.peft_type, "value", configuration.peft_type)
+        return PonderingError(
+            f"`num_draft_tokens` does not go with PEFT's {kind}, whose virtual tokens drafts do not see: set "
+            "num_draft_tokens=0"
+        )
+    return PonderingError(
+        f"`num_draft_tokens` does not call the model's `{name}`, which was replaced ({_name(method)}) and may change "
+        f"what it gives: {_INSTEAD}"
+    )
+
+
+def _is_adapters(method):
+    # PEFT puts its own `prepare_inputs_for_generation` in, also where it only calls the model's.
+    configuration = getattr(getattr(method, "__self__", None), "active_peft_config", None)
+    return configuration is not None and not configuration.is_prompt_learning
+
+
+def _offloading_hooks(hook):
+    if hook is None:
+        return []
+    return [one for part in hook.hooks for one in _offloading_hooks(part)] if hasattr(hook, "hooks") else [hook]
+
+
+def _name(function):
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__qualname__", type(function).__name__)

@@ -15,7 +15,7 @@ class PonderingError(_UnusableInput):
 
 
 # Minor versions with all their patch releases. The code was run on the oldest, the newest and some between them. An
-# older one is refused; a newer one is warned of, and models check themselves on it (pondering_self_check.py).
+# older one is refused; a newer one is warned of, and models check themselves on it (check_generation_once).
 OLDEST, NEWEST = (4, 57), (5, 24)
 TRANSFORMERS_RANGE = f">={OLDEST[0]}.{OLDEST[1]},<{NEWEST[0]}.{NEWEST[1] + 1}"
 INSTALL_TESTED = f'pip install "transformers{TRANSFORMERS_RANGE}"'

@@ -9,7 +9,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from pretended import Pretended, Watch, put
 
 from ponder_hf import PonderingForCausalLM
-from ponder_hf.modeling import pondering_backbone, pondering_speculation
+from ponder_hf.modeling import pondering_backbone, pondering_generate_speculation
 
 
 EAGER = {"attn_implementation": "eager"}  # the others choose a kernel by the device
@@ -121,14 +121,14 @@ def waits_a_tick():
     pondering_backbone._is_bare = lambda module: type(module.weight) is Pretended  # so that the kernels are used
     model = put(model_of(FIELDS["top 20"]), "pretend:0")
     assert model.pondering_kernel == "top_k"
-    run, ticks, found = pondering_speculation.Speculation.run, [], {}
+    run, ticks, found = pondering_generate_speculation.Speculation.run, [], {}
 
     def run_and_count(speculation):
         run(speculation)
         ticks.append(speculation.wave.num_ticks)
         return speculation
 
-    pondering_speculation.Speculation.run = run_and_count
+    pondering_generate_speculation.Speculation.run = run_and_count
     with Watch() as watch:
         ids = tiny.token_ids(2, 6).to("pretend:0")
         calls = {"plain": (model.to_base(), {})} | {name: (model, settings) for name, settings in CALLS.items()}

@@ -9,7 +9,7 @@ from transformers.generation import utils
 from ponder_hf import PonderingError, PonderingForCausalLM
 from ponder_hf.modeling import pondering_vocabulary
 from ponder_hf.modeling.pondering_cache import CACHE_NAME
-from ponder_hf.modeling.pondering_exit import CRITERIA, PonderingExit
+from ponder_hf.modeling.pondering_generate_exits import CRITERIA, PonderingExit
 
 
 STEPS = 3

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel as Plain
 
 from ponder_hf import PonderingError, PonderingForCausalLM
 from ponder_hf.modeling.modeling_pondering import _SAID_BY_CLASSES
-from ponder_hf.modeling.pondering_exit import PonderingExit
+from ponder_hf.modeling.pondering_generate_exits import PonderingExit
 
 
 LIMIT = 16  # from here on the rotations of LONGROPE are others

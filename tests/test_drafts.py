@@ -10,7 +10,7 @@ from training_runs import SMALL, history, train, train_json, weights
 from transformers import AutoModelForCausalLM
 
 from ponder_hf import PonderingConfig, PonderingError, PonderingForCausalLM
-from ponder_hf.modeling.pondering_drafts import DraftHeads, OwnPredictions, PromptLookup, read_source
+from ponder_hf.modeling.pondering_generate_drafts import DraftHeads, OwnPredictions, PromptLookup, read_source
 from ponder_hf.training.draft_heads import draft_head_loss, train_draft_heads
 
 

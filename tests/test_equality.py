@@ -12,7 +12,7 @@ import torch
 from drafting import HalfWrong
 
 from ponder_hf.modeling.pondering_cache import CACHE_NAME
-from ponder_hf.modeling.pondering_speculation import Noise
+from ponder_hf.modeling.pondering_generate_tokens import Noise
 
 
 COUNT = 6  # new tokens

@@ -11,7 +11,7 @@ from transformers.models.mixtral import modeling_mixtral
 from ponder_hf import PonderingError, PonderingForCausalLM
 from ponder_hf.modeling import PonderingModel, pondering_backbone
 from ponder_hf.modeling.pondering_backbone import verify_backbone
-from ponder_hf.modeling.pondering_exit import CRITERIA, PonderingExit
+from ponder_hf.modeling.pondering_generate_exits import CRITERIA, PonderingExit
 
 
 _COMMON = {

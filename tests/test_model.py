@@ -12,7 +12,7 @@ from ponder_hf.callbacks import pondering_statistics
 from ponder_hf.data.packing import Blocks
 from ponder_hf.evaluation import evaluate_passes
 from ponder_hf.modeling.pondering_backbone import verify_backbone
-from ponder_hf.modeling.pondering_speculation import verify_wave_once
+from ponder_hf.modeling.pondering_generate_wave import verify_wave_once
 from ponder_hf.training.draft_heads import train_draft_heads
 
 

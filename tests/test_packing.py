@@ -9,7 +9,7 @@ import torch
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from ponder_hf.modeling import pondering_cache
-from ponder_hf.modeling.pondering_exit import PonderingExit
+from ponder_hf.modeling.pondering_generate_exits import PonderingExit
 
 
 LENGTHS = (5, 9, 2, 7)

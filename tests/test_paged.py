@@ -6,7 +6,7 @@ import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from ponder_hf import PonderingError
-from ponder_hf.modeling.pondering_paged import paged_pass
+from ponder_hf.modeling.pondering_cache import paged_pass
 
 
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}

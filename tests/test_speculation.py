@@ -12,9 +12,9 @@ from transformers.generation import LogitsProcessor, StoppingCriteria
 from transformers.utils import ModelOutput
 
 from ponder_hf import PonderingError, PonderingForCausalLM
-from ponder_hf.modeling import pondering_speculation
+from ponder_hf.modeling import pondering_generate_speculation
 from ponder_hf.modeling.pondering_cache import CACHE_NAME
-from ponder_hf.modeling.pondering_speculation import Noise
+from ponder_hf.modeling.pondering_generate_tokens import Noise
 
 
 @pytest.fixture(scope="module")
@@ -141,8 +141,8 @@ def test_a_wrong_rule_of_acceptance_is_noticed(small_model, monkeypatch):
             predicted = {**predicted, num_steps: self.tokens[1]}
         return settle(self, predicted, num_steps, *args, **kwargs)
 
-    settle = pondering_speculation.Flight.settle
-    monkeypatch.setattr(pondering_speculation.Flight, "settle", lenient)
+    settle = pondering_generate_speculation.Flight.settle
+    monkeypatch.setattr(pondering_generate_speculation.Flight, "settle", lenient)
     prompt = torch.tensor([[5, 3, 6, 4]])
     torch.manual_seed(0)
     counts = sampled_pairs(small_model, prompt, NUM_SAMPLES, num_draft_tokens=2)

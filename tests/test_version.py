@@ -17,7 +17,7 @@ from transformers import GenerationMixin
 from transformers.cache_utils import DynamicLayer
 
 from ponder_hf import PonderingError, PonderingForCausalLM
-from ponder_hf.modeling import pondering_adaptive, pondering_self_check
+from ponder_hf.modeling import pondering_generate, pondering_generate_exits, pondering_generate_wave
 from ponder_hf.modeling.pondering_errors import NEWEST, OLDEST, TRANSFORMERS_RANGE, is_supported, is_tested
 
 
@@ -184,8 +184,8 @@ def test_a_model_checks_itself_once_and_is_left_as_it_was(newer, monkeypatch):
     model.backbone.model.norm.eval()  # as somebody may have frozen it
     settings = model.generation_config
     calls = []
-    check = pondering_self_check._generate
-    monkeypatch.setattr(pondering_self_check, "_generate", lambda *a, **k: calls.append(k) or check(*a, **k))
+    check = pondering_generate._generate
+    monkeypatch.setattr(pondering_generate, "_generate", lambda *a, **k: calls.append(k) or check(*a, **k))
     first = generated(model)
     assert calls == [{"use_cache": False}, {"use_cache": True}]
     assert torch.equal(generated(model), first)
@@ -257,10 +257,10 @@ def test_where_generate_is_another_it_is_said(newer, monkeypatch):
 def test_where_exits_or_drafts_are_others_they_are_refused(newer, monkeypatch):
     model = tiny.pondering_model("llama", pondering_steps=2)
     generated(model)
-    monkeypatch.setattr(pondering_adaptive._Chosen, "put", lambda self, old, new: old * 0)
+    monkeypatch.setattr(pondering_generate_exits._Chosen, "put", lambda self, old, new: old * 0)
     with pytest.raises(PonderingError, match=r"`pondering_exit_threshold` does not work under transformers 5\.31"):
         generated(model, **EXIT)
-    monkeypatch.setattr(pondering_self_check, "_compare_wave", lambda model: (torch.zeros(2), torch.ones(2)))
+    monkeypatch.setattr(pondering_generate_wave, "_compare_wave", lambda model: (torch.zeros(2), torch.ones(2)))
     with pytest.raises(PonderingError, match=r"`num_draft_tokens` does not work under transformers 5\.31"):
         generated(model, num_draft_tokens=2)
 

@@ -9,12 +9,11 @@ import torch
 from drafting import GREEDY, Guesses, check_same
 
 from ponder_hf import PonderingError
-from ponder_hf.modeling import pondering_self_check, pondering_speculation
+from ponder_hf.modeling import pondering_generate_speculation, pondering_generate_wave
 from ponder_hf.modeling.pondering_backbone import TESTED
 from ponder_hf.modeling.pondering_cache import CACHE_NAME
-from ponder_hf.modeling.pondering_self_check import verify_wave_once
-from ponder_hf.modeling.pondering_wave import SOURCE, Flight, Wave
-from ponder_hf.modeling.pondering_wave_cache import WaveCache
+from ponder_hf.modeling.pondering_generate_drafts import SOURCE, Flight
+from ponder_hf.modeling.pondering_generate_wave import Wave, WaveCache, verify_wave_once
 
 
 def random_prompts(chance, batch_size):
@@ -198,7 +197,7 @@ class WrongAtFirst(Guesses):
 
 @pytest.mark.parametrize(("corrects", "ticks_per_token"), [(True, 2), (False, 4)])
 def test_a_later_pass_corrects_a_wrong_draft(corrects, ticks_per_token, monkeypatch):
-    monkeypatch.setattr(pondering_speculation.Speculation, "corrects", corrects)
+    monkeypatch.setattr(pondering_generate_speculation.Speculation, "corrects", corrects)
     model = tiny.pondering_model("llama", torch.float64, pondering_steps=3)
     input_ids = tiny.token_ids(1, 6)
     truth = model.generate(input_ids, max_new_tokens=13, **GREEDY).tolist()
@@ -302,7 +301,7 @@ def test_thousands_of_random_flights_land_where_they_should(num_steps):
 
 @pytest.mark.parametrize("model_type", [*tiny.SPINE, "falcon", "gpt_bigcode"])
 def test_the_check_of_untested_backbones_passes_those_that_are_right(model_type, monkeypatch):
-    monkeypatch.setattr(pondering_self_check, "TESTED", frozenset())
+    monkeypatch.setattr(pondering_generate_wave, "TESTED", frozenset())
     for dtype in (torch.float32, torch.bfloat16):
         model = tiny.pondering_model(model_type, dtype)
         verify_wave_once(model)
@@ -336,8 +335,8 @@ def test_an_untested_backbone_on_which_the_wave_is_wrong_is_refused(damage, monk
             super().__init__(*args)
             damage(self)
 
-    monkeypatch.setattr(pondering_self_check, "TESTED", frozenset())
-    monkeypatch.setattr(pondering_self_check, "Wave", Damaged)
+    monkeypatch.setattr(pondering_generate_wave, "TESTED", frozenset())
+    monkeypatch.setattr(pondering_generate_wave, "Wave", Damaged)
     # gpt2 learns its positions: rotations would not notice that all of them are one on.
     model = tiny.pondering_model("gpt2")
     with pytest.raises(
@@ -347,7 +346,7 @@ def test_an_untested_backbone_on_which_the_wave_is_wrong_is_refused(damage, monk
 
 
 def test_an_untested_backbone_on_which_the_wave_fails_is_refused(monkeypatch):
-    monkeypatch.setattr(pondering_self_check, "TESTED", frozenset())
+    monkeypatch.setattr(pondering_generate_wave, "TESTED", frozenset())
     monkeypatch.setattr(Wave, "tick", lambda *args: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(PonderingError, match=r"does not work with model_type 'llama' \(.*\): set num_draft_tokens=0"):
         tiny.pondering_model("llama").generate(tiny.token_ids(1, 5), num_draft_tokens=2, max_new_tokens=4)

@@ -17,7 +17,7 @@ from torch.nn.utils import spectral_norm
 from ponder_hf import PonderingError
 from ponder_hf.modeling import pondering_backbone
 from ponder_hf.modeling.pondering_backbone import backbone_logits, bare_table, embedding_table
-from ponder_hf.modeling.pondering_exit import CRITERIA, PonderingExit
+from ponder_hf.modeling.pondering_generate_exits import CRITERIA, PonderingExit
 
 
 # Rows of the embedding table are the rows of the module, whatever hooks say about tokens that are fed in.

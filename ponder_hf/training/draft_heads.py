@@ -1,8 +1,8 @@
 """Train draft heads: small networks on the earlier passes that guess what the last pass will predict.
 
-The model is frozen; only its `draft_heads` (modeling/pondering_drafts.py) learn, by the Kullback-Leibler divergence of
-their distributions from the last pass's. What the model generates stays the same; with `num_draft_tokens` it comes
-sooner.
+The model is frozen; only its `draft_heads` (modeling/pondering_generate_drafts.py) learn, by the Kullback-Leibler
+divergence of their distributions from the last pass's. What the model generates stays the same; with
+`num_draft_tokens` it comes sooner.
 """
 
 import torch

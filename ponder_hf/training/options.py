@@ -38,7 +38,7 @@ class TrainOptions:
         held_out: without `validation`, the share of the blocks, or their number, to keep apart and evaluate on.
         lora: train a low-rank adapter in place of all weights.
         lora_r, lora_alpha, lora_dropout, lora_target_modules: of the adapter; see peft's LoraConfig.
-        draft_heads: train draft heads (modeling/pondering_drafts.py) for a pondering model that stays as it is.
+        draft_heads: train draft heads (modeling/pondering_generate_drafts.py) for a pondering model that stays as is.
         merge: at the end, save the model with the adapter merged into it.
         resume: continue the run in `output`: "last", or the folder of one of its checkpoints.
         overwrite: replace `output` where it is not empty.

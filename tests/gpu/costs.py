@@ -9,7 +9,7 @@ import time
 import torch
 from transformers import CompileConfig
 
-from ponder_hf.modeling import pondering_speculation, pondering_vocabulary
+from ponder_hf.modeling import pondering_generate_speculation, pondering_vocabulary
 
 from .generation_checks import Graph
 from .machine import forget_memory, peak_memory, seconds
@@ -198,17 +198,17 @@ def decoding(shape, device):
 def ticks_a_token(model, ids, **settings):
     """Ticks for each token behind the first, and the share of right drafts."""
     kept = []
-    run = pondering_speculation.Speculation.run
+    run = pondering_generate_speculation.Speculation.run
 
     def run_and_keep(speculation):
         kept.append(speculation)
         return run(speculation)
 
-    pondering_speculation.Speculation.run = run_and_keep
+    pondering_generate_speculation.Speculation.run = run_and_keep
     try:
         output = model.generate(ids, **settings)
     finally:
-        pondering_speculation.Speculation.run = run
+        pondering_generate_speculation.Speculation.run = run
     return kept[0].wave.num_ticks / (output.shape[1] - ids.shape[1] - 1), kept[0].acceptance_rate
 
 

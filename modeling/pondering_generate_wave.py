@@ -10,110 +10,149 @@ is replaced, what was in flight behind it is abandoned, and the replacement begi
     pass 1      t + 1       t + 2     t + 3       -
     pass 2        t         t + 1     t + 2       -
 
-Passes are batch rows (pondering_wave_cache.py); masks and positions are those of an ordinary left-padded batch.
+The cache of the wave is the step cache turned on its side, one batch row a pass. In the step cache pass i of layer l
+has a slot of its own (pondering_cache.py). Here all passes of a layer lie in one tensor, so that one forward pass may
+run several of them. With B prompts, pass i of prompt b is row
+
+    row(i, b) = i * B + b
+
+and the token of column c lies at the same place in every row: at c, as in an ordinary left-padded batch, whose masks
+and positions these are. A token that takes the place of an abandoned draft overwrites what that draft has left.
 """
 
 import inspect
-import itertools
-import math
 
 import torch
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from .pondering_backbone import run_backbone
-from .pondering_errors import PonderingError
+from .pondering_backbone import (
+    TESTED,
+    are_close,
+    check_inputs,
+    evaluating,
+    first_line,
+    positions_of,
+    run_backbone,
+)
+from .pondering_errors import PonderingError, untested_version
+from .pondering_generate_drafts import Flight, OwnPredictions
+from .pondering_vocabulary import scaled
 from .pondering_vocabulary_embedding import PonderingEmbedding
-from .pondering_wave_cache import WaveCache
 
 
-SOURCE = 0.5  # the rank of a draft that its source puts in place of pass 0's prediction; pass i has rank i
+_GROWTH = 256  # columns that are added at least when there are too few
 
 
-class Flight:
-    """The tokens of one prompt that are under way: the newest true one and the drafts behind it, oldest first.
+class _WaveLayer(DynamicLayer):
+    """Keys and values of one layer in all rows. `place` says what the running tick writes and reads."""
 
-    column: of the first. tokens: their ids, in successive columns. stages: the pass that each runs next, falling.
-    ranks: who gave each of them. opinions: what else was said of its place so far, {rank: token}.
-    num_verdicts, num_hits: how often the last pass met a draft, and how often the draft was right.
+    def __init__(self, place, keys, values):
+        super().__init__()
+        self.place, self.all_keys, self.all_values = place, keys, values
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        place = self.place
+        row_ids, columns = place.on(self.all_keys.device)
+        # Under autocast a layer may compute them in another dtype than it did for the prompt.
+        self.all_keys[row_ids, :, columns] = key_states[:, :, 0].to(self.all_keys.dtype)
+        self.all_values[row_ids, :, columns] = value_states[:, :, 0].to(self.all_values.dtype)
+        return self.all_keys[place.rows, :, : place.length], self.all_values[place.rows, :, : place.length]
+
+    def get_seq_length(self):
+        return self.place.length - 1
+
+    def get_mask_sizes(self, *args, **kwargs):
+        return self.place.length, 0
+
+
+class _Place:
+    """Where a tick reads and writes. rows: a slice. row_ids, columns: (n,). length: columns that are read."""
+
+    rows = row_ids = columns = length = copies = None
+
+    def on(self, device):
+        """(row_ids, columns) on a device: with a device_map layers lie on several."""
+        if device not in self.copies:
+            self.copies[device] = self.row_ids.to(device), self.columns.to(device)
+        return self.copies[device]
+
+
+class WaveCache:
+    """A filled step cache as rows, and back.
+
+    Args:
+        past_key_values: a step cache after the prompt. It keeps its tokens as a view of the rows.
+        num_layers: L.
+        num_passes: S + 1.
+        num_columns: how many columns there will be at most.
     """
 
-    worth = 0.3  # a draft is worth its row in the batch where the ones before it have this chance to be right
-    memory = 0.9  # how much of a running mean a new observation leaves
+    def __init__(self, past_key_values, num_layers, num_passes, num_columns):
+        self.step_cache, self.num_layers, self.num_passes = past_key_values, num_layers, num_passes
+        self.prompt_length = past_key_values.get_seq_length()
+        self.batch_size = past_key_values.layers[0].keys.shape[0]
+        self.max_columns = num_columns
+        self.capacity = min(num_columns, self.prompt_length + _GROWTH)
+        self._place = _Place()
+        self.layers = Cache(layers=[self._take(layer) for layer in range(num_layers)])
 
-    def __init__(self, column, token):
-        self.column, self.tokens, self.stages, self.ranks, self.opinions = column, [token], [0], [None], [{}]
-        self.num_verdicts = self.num_hits = 0
-        self.hit_rate = 1.0  # of late
-        # (later rank, earlier rank): where they differ, how much more often the later one is right, -1 .. 1.
-        self.advantages = {}
+    def _take(self, index):
+        slots = [self.step_cache.layers[i * self.num_layers + index] for i in range(self.num_passes)]
+        rows = {}
+        for name in ("keys", "values"):
+            states = torch.cat([getattr(slot, name) for slot in slots])
+            # One column more than can be used: rows without a token write there, and nothing reads it. Zeros, since
+            # a masked value still must be a number.
+            rows[name] = states.new_zeros(*states.shape[:2], self.capacity + 1, states.shape[3])
+            first = self.prompt_length - states.shape[2]  # a sliding window has dropped the columns before
+            rows[name][:, :, first : self.prompt_length] = states
+            for i, slot in enumerate(slots):
+                part = rows[name][i * self.batch_size : (i + 1) * self.batch_size]
+                setattr(slot, name, part[:, :, first : self.prompt_length])
+        return _WaveLayer(self._place, **rows)
 
-    def advantage(self, rank, other):
-        """How much better than `other` this rank is where they differ. Later passes begin with a good name."""
-        return self.advantages.get((rank, other), 0.5 if SOURCE not in (rank, other) else 0.0)
+    def reserve(self, length):
+        """Make room for so many columns. Gives the column that rows without a token write to."""
+        if length > self.capacity:
+            self._grow(min(2 * self.capacity, max(length, self.max_columns)))
+        return self.capacity
 
-    @property
-    def num_worthwhile(self):
-        """How many drafts in a row are worth their rows, at the rate of late; never fewer than two."""
-        if self.hit_rate >= 1:
-            return math.inf
-        return 1 + int(math.log(self.worth) / math.log(max(self.hit_rate, self.worth)))
+    def set_place(self, rows, row_ids, columns, length):
+        """Say what the next forward pass writes and reads; see _Place."""
+        place = self._place
+        place.rows, place.row_ids, place.columns, place.length = rows, row_ids, columns, length
+        place.copies = {row_ids.device: (row_ids, columns)}
 
-    def settle(self, predicted, num_steps, num_drafts, num_columns, corrects=True, drafted=None):
-        """Move on by one tick.
+    def _grow(self, capacity):
+        self.capacity = capacity
+        for layer in self.layers.layers:
+            for name in ("all_keys", "all_values"):
+                old = getattr(layer, name)
+                new = old.new_zeros(*old.shape[:2], self.capacity + 1, old.shape[3])
+                new[:, :, : old.shape[2]] = old
+                setattr(layer, name, new)
 
-        Args:
-            predicted: for each pass, the token that it now predicts to follow the one that it has just run.
-            num_steps: S.
-            num_drafts: how many drafts may be under way.
-            num_columns: drafts stay below this column.
-            corrects: whether a pass before the last one may replace a draft that it does not predict. It does so
-                unless it was wrong more often than not of late where it differed from whoever gave the draft.
-            drafted: the draft that its source would put in place of what pass 0 predicts, or None.
+    def give_back(self, length):
+        """Append columns up to `length`, which every row must have, to the step cache."""
+        new = slice(self.prompt_length, length)
+        for index, layer in enumerate(self.layers.layers):
+            for i in range(self.num_passes):
+                rows = slice(i * self.batch_size, (i + 1) * self.batch_size)
+                slot = self.step_cache.layers[i * self.num_layers + index]
+                slot.update(layer.all_keys[rows, :, new], layer.all_values[rows, :, new])
+        return self.step_cache
 
-        Returns:
-            The next true token, where a token has come out of pass S, or None.
-        """
-        tokens, stages = self.tokens, self.stages
-        final = predicted[num_steps] if stages[0] == num_steps else None
-        settled = 0 if final is None else 1
-        if final is not None and len(tokens) > 1:
-            self._learn(final)
-        for index, stage in enumerate(stages):
-            is_last, is_final = index + 1 == len(tokens), stage == num_steps
-            token, rank = predicted[stage], stage
-            opinions = {} if is_last else self.opinions[index + 1]
-            opinions[rank] = token
-            if is_last:
-                may = is_final or (index + 1 - settled <= num_drafts and self.column + index + 1 < num_columns)
-                if stage == 0 and not is_final and drafted not in (None, token):
-                    opinions[SOURCE] = drafted
-                    if self.advantage(SOURCE, 0) >= 0:
-                        token, rank = drafted, SOURCE
-            else:
-                may = tokens[index + 1] != token and (
-                    is_final or (corrects and self.advantage(rank, self.ranks[index + 1]) >= 0)
-                )
-            if may:
-                behind = slice(index + 1, None)
-                tokens[behind], stages[behind] = [token], [-1]
-                self.ranks[behind], self.opinions[behind] = [rank], [opinions]
-            if may or is_last:
-                break
-        self.stages = [stage + 1 for stage in stages[settled:]]
-        self.tokens, self.ranks, self.opinions = tokens[settled:], self.ranks[settled:], self.opinions[settled:]
-        self.column += settled
-        return final
 
-    def _learn(self, final):
-        """From the true token in the place of the first draft: how good the draft and the opinions of it were."""
-        is_right, opinions = self.tokens[1] == final, self.opinions[1]
-        self.num_verdicts += 1
-        self.num_hits += is_right
-        self.hit_rate += (1 - self.memory) * (is_right - self.hit_rate)
-        for other, rank in itertools.combinations(sorted(opinions), 2):
-            if opinions[rank] != opinions[other]:
-                now = (opinions[rank] == final) - (opinions[other] == final)
-                before = self.advantage(rank, other)
-                self.advantages[rank, other] = before + (1 - self.memory) * (now - before)
+def check_step_cache(past_key_values):
+    """Raise unless the wave can take this cache."""
+    kinds = {type(layer) for layer in past_key_values.layers} - {DynamicLayer, DynamicSlidingWindowLayer}
+    if kinds or getattr(past_key_values, "offloading", False):
+        name = next(iter(kinds)).__name__ if kinds else "offloaded"
+        raise PonderingError(
+            f"`num_draft_tokens` works with transformers' dynamic cache, not with {name} slots: leave out "
+            "`past_key_values`, or set num_draft_tokens=0"
+        )
 
 
 class Wave:
@@ -126,7 +165,7 @@ class Wave:
         attention_mask: (B, T) of the prompt, or None.
         position_ids: (B, T) of the prompt, or None.
         num_columns: how many columns there will be at most.
-        draft_source: see pondering_drafts.py.
+        draft_source: see pondering_generate_drafts.py.
         autocast: (whether it is on, its dtype) in which the model's forward pass computes; None: as here and now.
     """
 
@@ -204,7 +243,7 @@ class Wave:
             embedded = self.input_embeddings(entering.unsqueeze(1)).squeeze(1)
             if self.inputs is None:
                 self.inputs = embedded.new_zeros(len(self.row_ids), embedded.shape[1])
-            self.inputs[:size] = _scaled(embedded, config.input_scale * config.embedding_scale)
+            self.inputs[:size] = scaled(embedded, config.input_scale * config.embedding_scale)
         hidden_states = run_backbone(
             self.backbone,
             self.inputs[rows].unsqueeze(1),
@@ -330,5 +369,54 @@ def mask_kind(backbone):
     return "mixed" if kinds else "window"
 
 
-def _scaled(tensor, factor):
-    return tensor if factor == 1 else tensor * factor
+def verify_wave_once(model):
+    """Check the wave against plain pondering at the first drafted call of an untested backbone or transformers.
+
+    Raises:
+        PonderingError: the wave does not give what plain pondering gives.
+    """
+    name, version = model.backbone.config.model_type, untested_version()
+    if (name in TESTED and version is None) or getattr(model, "_wave_is_verified", False):
+        return
+    where = f"with model_type {name!r}" if version is None else f"under transformers {version}"
+    try:
+        with evaluating(model):
+            found, expected = _compare_wave(model)
+    except PonderingError:  # which says it already
+        raise
+    except Exception as error:
+        raise PonderingError(
+            f"`num_draft_tokens` does not work {where} ({first_line(error)}): set num_draft_tokens=0"
+        ) from error
+    if not are_close(found, expected):
+        raise PonderingError(
+            f"`num_draft_tokens` does not work {where}, where passes of several tokens in one batch "
+            "give something else than by themselves: set num_draft_tokens=0"
+        )
+    model._wave_is_verified = True
+
+
+@torch.no_grad()
+def _compare_wave(model):
+    """Logits (2, 2, V) of two tokens behind two prompts, one of them padded: by the wave, and by whole passes."""
+    ids, mask = check_inputs(model)
+    position_ids = positions_of(mask)
+    whole = model(ids, attention_mask=mask, position_ids=position_ids, use_cache=False, pondering_steps=1).logits
+    prompt, new = slice(0, 4), ids[:, 4:]
+    cache = model(
+        ids[:, prompt],
+        attention_mask=mask[:, prompt],
+        position_ids=position_ids[:, prompt],
+        use_cache=True,
+        pondering_steps=1,
+    ).past_key_values
+    wave = Wave(model, cache, 1, mask[:, prompt], None, 6, OwnPredictions())
+    flights = [Flight(4, token) for token in new[:, 0].tolist()]
+    wave.tick(flights, new[:, 0])
+    for flight, token in zip(flights, new[:, 1].tolist(), strict=True):
+        flight.tokens, flight.stages = [flight.tokens[0], token], [1, 0]
+    first = wave.tick(flights, new[:, 1])[1][1]
+    for flight in flights:
+        flight.column, flight.tokens, flight.stages = 5, flight.tokens[1:], [1]
+    second = wave.tick(flights, new[:, 1])[1][0]
+    return torch.stack([first, second], dim=1), whole[:, 4:]

@@ -1,0 +1,597 @@
+"""`generate` for pondering models: transformers' own, and what is said about pondering beside it.
+
+Five settings go with a call, each given to `generate` or set on a GenerationConfig (and so in generation_config.json):
+
+    pondering_steps             S for this call
+    pondering_exit_threshold    stop pondering a token that has converged (pondering_generate_exits.py); None: never
+    pondering_exit_criterion    how convergence is measured: "kl", "entropy", "argmax", or an object
+    num_draft_tokens            > 0: guess up to so many tokens ahead with the model itself
+                                (pondering_generate_speculation.py)
+    draft_source                where the guesses come from: "own", "heads", "prompt_lookup", or an object
+                                (pondering_generate_drafts.py)
+
+How a call goes: settings and prompt are checked before any work. transformers runs its own loop, in which
+`prepare_inputs_for_generation` gives the settings to each forward pass, and `_sample` goes over to drafting where that
+is asked for. At the end the output is told what happened.
+
+While the call lasts its settings stand in a context variable of its thread, from which every forward pass of the call
+gets them. So strategies that hand on their arguments (to an assistant, say) do not hand these on.
+"""
+
+import contextlib
+import contextvars
+import difflib
+import functools
+
+import torch
+from transformers import GenerationConfig, GenerationMixin
+from transformers.cache_utils import Cache
+from transformers.utils import ModelOutput, logging
+
+from .configuration_pondering import check_steps
+from .pondering_backbone import (
+    are_close,
+    check_inputs,
+    evaluating,
+    first_line,
+    num_positions,
+    positions_of,
+)
+from .pondering_cache import CACHE_NAME, CACHE_NAMES, check_owner, given_cache, start_manager, step_cache
+from .pondering_errors import INSTALL_TESTED, PonderingError, untested_version
+from .pondering_generate_drafts import read_source
+from .pondering_generate_exits import PonderingExit, check_exits_once
+from .pondering_generate_speculation import speculative_sample
+
+
+logger = logging.get_logger(__name__)
+
+
+SETTINGS = (
+    "pondering_steps",
+    "pondering_exit_threshold",
+    "pondering_exit_criterion",
+    "num_draft_tokens",
+    "draft_source",
+)
+_OF_FORWARD = ("output_pondering", "pondering_exit")  # of forward, which transformers hands on
+_CALL = contextvars.ContextVar("pondering_generation_call", default=None)
+
+
+class GenerationCall:
+    """One call of `generate`: its settings, and what is recorded while it lasts.
+
+    Attributes:
+        steps: S of this call.
+        exit: a PonderingExit, or None where every token takes all S steps.
+        num_draft_tokens: how far ahead the model may guess; 0: not at all.
+        draft_source: where the guesses come from (pondering_generate_drafts.py); None without guesses.
+        model: whose call it is.
+        autocast: (whether it was on, its dtype) within the model's forward pass, as the last one saw it.
+        acceptance_rate: the share of guesses that proved right, told by whoever drafts.
+        steps_used: list of (first slot, (B, T) steps that each position took), one entry a forward pass; filled only
+            where tokens may take fewer than S.
+    """
+
+    def __init__(self, steps, exit=None, num_draft_tokens=0, draft_source=None, model=None):
+        self.model = model
+        self.steps, self.exit = steps, exit
+        self.num_draft_tokens, self.draft_source = num_draft_tokens, draft_source
+        self.acceptance_rate, self.autocast = 0.0, None
+        self.steps_used = []
+        self.slot_offset = None  # of the first token of `input_ids`, where the prompt was embeddings or cached before
+
+    @classmethod
+    def read(cls, kwargs, generation_config, model):
+        """Take the settings out of `kwargs`, or else from the generation configurations, and check them.
+
+        Raises:
+            PonderingError: one of them is wrong, or they do not go together.
+        """
+        _check_names(kwargs, generation_config, model.generation_config)
+        values, criterion_of_call = {}, kwargs.get("pondering_exit_criterion")
+        for name in SETTINGS:
+            sources = [kwargs.pop(name, None), getattr(generation_config, name, None)]
+            sources.append(getattr(model.generation_config, name, None))
+            values[name] = next((value for value in sources if value is not None), None)
+        steps, threshold, criterion, num_draft_tokens, draft_source = values.values()
+        steps = model.config.pondering_steps if steps is None else steps
+        check_steps("pondering_steps", steps)
+        num_draft_tokens = 0 if num_draft_tokens is None else num_draft_tokens
+        if isinstance(num_draft_tokens, bool) or not isinstance(num_draft_tokens, int) or num_draft_tokens < 0:
+            raise PonderingError(
+                f"`num_draft_tokens` must be an integer >= 0 (0: no drafts), got {num_draft_tokens!r}"
+            )
+        exit = PonderingExit.read(criterion, threshold)
+        default = getattr(model.generation_config, "pondering_exit_criterion", None)
+        if exit is None and (criterion_of_call is not None or (criterion is not None and default is None)):
+            # As a default of the model it may wait for a call's threshold.
+            raise PonderingError(
+                "`pondering_exit_criterion` needs `pondering_exit_threshold`, the distance below which a token stops: "
+                "give both or none"
+            )
+        if num_draft_tokens and exit is not None:
+            raise PonderingError(
+                "`num_draft_tokens` and `pondering_exit_threshold` do not go together, as drafts run ahead on "
+                "the very passes that an exit leaves out: use one of them"
+            )
+        source = read_source(draft_source, model)
+        return cls(steps, exit, num_draft_tokens, source if num_draft_tokens else None, model)
+
+
+def _check_names(kwargs, *generation_configs):
+    """Raise for a setting about pondering or drafts that does not exist, whoever makes it."""
+    names = [*kwargs]
+    for config in generation_configs:
+        names += [] if config is None else [*config.__dict__]
+    for name in names:
+        is_ours = "ponder" in name or name == "num_steps"
+        is_near = "draft" in name and difflib.get_close_matches(name, SETTINGS, n=1, cutoff=0.8)
+        if not (is_ours or is_near) or name in (*SETTINGS, *_OF_FORWARD) or hasattr(GenerationConfig(), name):
+            continue
+        near = difflib.get_close_matches(name, SETTINGS, n=1, cutoff=0.5)
+        hint = f"did you mean `{near[0]}`?" if near else f"the settings are {', '.join(SETTINGS)}"
+        raise PonderingError(f"`{name}` is no setting of generate: {hint}")
+
+
+def current_call():
+    """The GenerationCall that this thread is in, or None outside `generate`."""
+    return _CALL.get()
+
+
+def keep_settings(generation_config):
+    """Make transformers read these settings back from generation_config.json.
+
+    From a file that is marked as made from a model's configuration it takes only what it knows itself.
+    """
+    if any(getattr(generation_config, name, None) is not None for name in SETTINGS):
+        generation_config._from_model_config = False
+
+
+@contextlib.contextmanager
+def during(call):
+    """Within it, `call` is this thread's current call."""
+    token = _CALL.set(call)
+    try:
+        yield call
+    finally:
+        _CALL.reset(token)
+
+
+class PonderingGenerationMixin(GenerationMixin):
+    """transformers' GenerationMixin with the settings above."""
+
+    @torch.no_grad()
+    def generate(self, inputs=None, generation_config=None, *args, **kwargs):
+        """transformers' `generate`, and the settings at the head of pondering_generate.py.
+
+        Returns:
+            What transformers returns. With `return_dict_in_generate=True` the output also has `pondering_steps_used`
+            (B, new tokens), the number of pondering steps from which each new token was predicted, and where tokens
+            were drafted `draft_acceptance_rate`, the share of guesses that proved right.
+
+        Raises:
+            PonderingError: a setting or the prompt cannot be used; nothing has been computed then.
+        """
+        _take_cache(kwargs)
+        call = GenerationCall.read(kwargs, generation_config, self)
+        check_prompt(self, inputs, call.steps, generation_config, kwargs)
+        self._check_itself(call, kwargs)
+        with during(call):
+            output = super().generate(inputs, generation_config, *args, **kwargs)
+        if isinstance(output, ModelOutput):
+            self._report(call, output, self._num_prompt_tokens(inputs, kwargs))
+        return output
+
+    def _check_itself(self, call, kwargs):
+        """What an untested transformers calls for; changes `kwargs` where only caches do not work there."""
+        if not check_generation_once(self):
+            needing = {
+                "past_key_values": given_cache(kwargs) is not None,
+                "num_draft_tokens": call.num_draft_tokens,
+                "pondering_exit_threshold": call.exit,
+            }
+            for name, is_set in needing.items():
+                if is_set:
+                    raise PonderingError(
+                        f"`{name}` needs a cache, which does not work under transformers {untested_version()}: leave "
+                        f"it out, or {INSTALL_TESTED}"
+                    )
+            kwargs["use_cache"] = False
+        if call.exit is not None:
+            check_exits_once(self)
+
+    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
+        call = current_call()
+        if call is not None and call.num_draft_tokens:
+            _check_drafts(generation_mode, generation_config)
+        if call is not None and call.exit is not None:
+            for name in ("output_hidden_states", "output_attentions"):
+                if getattr(generation_config, name, None):
+                    raise PonderingError(
+                        f"`{name}` needs the same passes for every token: leave out `pondering_exit_threshold`"
+                    )
+            generation_config.disable_compile = True  # how many passes run is known only while they run
+        if str(generation_config.cache_implementation).startswith("offloaded") and self.device.type == "cpu":
+            raise PonderingError(
+                "an offloaded cache moves from the GPU to memory, but the model is in memory: leave out "
+                "`cache_implementation`"
+            )
+        super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
+
+    # transformers reads the parameters of this method to learn what the model takes.
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
+        # The backbone's own, which may know more than transformers' usual one: Phi-3 drops its cache where the text
+        # grows past the length from which other rotations hold, BLOOM makes masks of its own for static caches.
+        prepare = getattr(self.backbone, "prepare_inputs_for_generation", super().prepare_inputs_for_generation)
+        model_inputs = prepare(input_ids, *args, **kwargs)
+        if _is_called_for_virtual_tokens(self):
+            # PEFT looks under one of the names. Where it finds none it would put its tokens in again and again.
+            model_inputs.update(dict.fromkeys(CACHE_NAMES, given_cache(model_inputs)))
+        call = current_call()
+        if call is None:
+            return model_inputs
+        model_inputs["pondering_steps"] = call.steps
+        if call.exit is not None:
+            cache, given = given_cache(model_inputs), model_inputs.get("input_ids")
+            given = model_inputs["inputs_embeds"] if given is None else given
+            first_slot = 0 if cache is None else int(cache.get_seq_length())
+            last_slot = first_slot + given.shape[1] - 1
+            if call.slot_offset is None:
+                call.slot_offset = last_slot + 1 - input_ids.shape[1]
+            # Without a cache the whole text runs again for every token: only its end is new.
+            new = (last_slot, slice(-1, None)) if cache is None else (first_slot, slice(None))
+            model_inputs["pondering_exit"] = call.exit.recording(
+                lambda steps: call.steps_used.append((new[0], steps[:, new[1]]))
+            )
+        return model_inputs
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        if model_kwargs.get("use_cache") is False and _is_called_for_virtual_tokens(self):
+            # PEFT gives its prefix, a filled cache, to each forward pass by itself.
+            for name in CACHE_NAMES:
+                model_kwargs.pop(name, None)
+        return model_kwargs
+
+    def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, *args, **model_kwargs):
+        call = current_call()
+        if call is None or not call.num_draft_tokens:
+            return super()._sample(
+                input_ids, logits_processor, stopping_criteria, generation_config, *args, **model_kwargs
+            )
+        output, speculation = speculative_sample(
+            self, input_ids, logits_processor, stopping_criteria, generation_config, call, *args, **model_kwargs
+        )
+        call.acceptance_rate = speculation.acceptance_rate
+        return output
+
+    def generate_batch(self, inputs, generation_config=None, *args, **kwargs):
+        """transformers' continuous batching, and `pondering_steps`: S of all requests.
+
+        Raises:
+            PonderingError: a setting or a prompt cannot be used; nothing has been computed then.
+        """
+        call = current_call() or GenerationCall.read(kwargs, generation_config, self)
+        if not check_generation_once(self):
+            raise PonderingError(
+                f"continuous batching needs a cache, which does not work under transformers {untested_version()}: "
+                f"use `generate`, or {INSTALL_TESTED}"
+            )
+        check_prompts(self, inputs, call.steps, generation_config, kwargs)
+        with during(call):
+            return super().generate_batch(inputs, generation_config, *args, **kwargs)
+
+    def init_continuous_batching(self, generation_config=None, *args, **kwargs):
+        """transformers' own, over a paged cache with pages for every pass (pondering_cache.py)."""
+        call = current_call() or GenerationCall.read({}, generation_config, self)
+        return start_manager(self, call, generation_config, *args, **kwargs)
+
+    def _num_prompt_tokens(self, inputs, kwargs):
+        """How many of the tokens in the output's `sequences` are the prompt's."""
+        prompt = inputs if inputs is not None else kwargs.get("input_ids")
+        if prompt is not None:
+            return prompt.shape[1]
+        return 0 if kwargs.get("inputs_embeds") is not None else 1  # otherwise transformers begins with one token
+
+    def _report(self, call, output, num_prompt_tokens):
+        sequences = output.sequences
+        shape = (len(sequences), sequences.shape[1] - num_prompt_tokens)
+        if "pondering_steps_used" not in output:
+            used = torch.full(shape, call.steps, device=sequences.device)
+            if call.steps_used:
+                used = _steps_of_new_tokens(call, output, num_prompt_tokens, used)
+            output["pondering_steps_used"] = used
+        if call.num_draft_tokens:
+            output["draft_acceptance_rate"] = call.acceptance_rate
+
+
+def _take_cache(arguments):
+    """Rename the cache to what transformers calls it, whichever name it was given under."""
+    cache = given_cache(arguments)
+    for name in CACHE_NAMES:
+        arguments.pop(name, None)
+    if cache is not None:
+        arguments[CACHE_NAME] = cache
+
+
+def _is_called_for_virtual_tokens(model):
+    """Whether PEFT's prompt learning has put itself around the model's `prepare_inputs_for_generation`."""
+    wrapper = getattr(model.__dict__.get("prepare_inputs_for_generation"), "__self__", None)
+    return bool(getattr(getattr(wrapper, "active_peft_config", None), "is_prompt_learning", False))
+
+
+def _check_drafts(generation_mode, generation_config):
+    mode = getattr(generation_mode, "value", generation_mode)
+    if mode not in ("greedy_search", "sample"):
+        advice = "leave out `num_draft_tokens`, or use greedy search or sampling"
+        raise PonderingError(f"`num_draft_tokens` does not go with {str(mode).replace('_', ' ')}: {advice}")
+    if generation_config.use_cache is False:
+        raise PonderingError("`num_draft_tokens` needs the cache: leave out `use_cache=False`")
+    kind = generation_config.cache_implementation
+    if kind not in (None, "dynamic", "dynamic_full"):  # the last one in transformers 4.57
+        raise PonderingError(
+            f"`num_draft_tokens` works with transformers' dynamic cache, not with a {kind} one: leave out "
+            "`cache_implementation`, or set num_draft_tokens=0"
+        )
+
+
+def _steps_of_new_tokens(call, output, num_prompt_tokens, used):
+    """(B, new tokens): what was recorded in the slots that each new token was predicted from.
+
+    More forward passes may have run than tokens were kept (guesses that proved wrong, a stop that is noticed late,
+    processes that wait for each other): what is wrong is overwritten by what came later in its slot, and what is
+    behind the last token is left out.
+    """
+    count = used.shape[1]
+    num_rows = len(call.steps_used[-1][1])
+    width = max(first + steps.shape[1] for first, steps in call.steps_used)
+    recorded = used.new_full((num_rows, width), call.steps)
+    for first, steps in call.steps_used:
+        recorded[:, first : first + steps.shape[1]] = steps
+    first = call.slot_offset + num_prompt_tokens - 1
+    recorded = recorded[:, first : first + count]
+    beam_indices = getattr(output, "beam_indices", None)
+    if beam_indices is None:
+        return recorded
+    return recorded.gather(0, beam_indices[:, :count].clamp(min=0))  # rows change places from token to token
+
+
+def check_prompt(model, inputs, num_steps, generation_config, kwargs):
+    """Raise unless the model can go on from this prompt.
+
+    Args:
+        inputs, generation_config, kwargs: as `generate` got them.
+        num_steps: S of the call.
+
+    Raises:
+        PonderingError: the prompt is empty, has ids outside the vocabulary or, with the tokens to come, more tokens
+            than the model has positions, the mask does not fit, or the cache was filled by another model, with another
+            number of passes or with other rows.
+    """
+    sources = (kwargs, generation_config, model)
+    past_length, past_rows = _check_cache(model, given_cache(kwargs), num_steps)
+    embeds = kwargs.get("inputs_embeds")
+    prompt = inputs if inputs is not None else kwargs.get("input_ids")
+    if embeds is not None:
+        _check_embeds(embeds, model.embedding_size)
+        shape = embeds.shape[:2]
+    elif prompt is not None:
+        _check_token_ids(prompt, model.get_input_embeddings().weight.shape[0])
+        shape = prompt.shape
+    else:
+        _check_beginning(past_length, sources)
+        return
+    mask = kwargs.get("attention_mask")
+    length = shape[1]
+    if mask is not None:
+        length = _check_mask(mask, shape, past_length)
+    _check_positions(num_positions(model.backbone), length, shape[1], sources)
+    if past_length:
+        # A mask that also covers the cache says that the prompt is only what follows.
+        covers_cache = mask is not None and mask.shape[1] > shape[1]
+        if covers_cache and embeds is not None:
+            raise PonderingError(
+                "`inputs_embeds` must hold the whole text, also what `past_key_values` holds, and `attention_mask` "
+                "must be as long as they are"
+            )
+        _check_continuation(shape, 0 if covers_cache else past_length, past_rows, sources)
+
+
+def _check_cache(model, past_key_values, num_steps):
+    """How many tokens it holds, and in how many rows (None where its slots do not tell)."""
+    if past_key_values is None:
+        return 0, None
+    if isinstance(past_key_values, Cache) and past_key_values.get_seq_length() == 0:
+        return 0, None
+    step_cache(past_key_values, model.config.base_config, num_steps + 1)
+    check_owner(past_key_values, model.backbone)
+    keys = getattr(past_key_values.layers[0], "keys", None)
+    rows = keys.shape[0] if torch.is_tensor(keys) and keys.ndim == 4 else None
+    return int(past_key_values.get_seq_length()), rows
+
+
+def _check_beginning(past_length, sources):
+    """Without a prompt transformers begins with the token that begins a text."""
+    if past_length:
+        raise PonderingError("`past_key_values` needs the text that it holds, and more: give `input_ids`")
+    if _setting("bos_token_id", *sources) is None:
+        raise PonderingError(
+            "the prompt is empty, and no `bos_token_id` says what begins a text: give at least one token"
+        )
+
+
+def _check_continuation(shape, past_length, past_rows, sources):
+    """What a prompt of this shape needs of a cache that holds `past_length` of its tokens."""
+    if shape[1] <= past_length:
+        raise PonderingError(
+            f"`past_key_values` holds {past_length} tokens, but the prompt has only {shape[1]}: give the whole text, "
+            "what the cache holds and at least one token more"
+        )
+    repeats = max(_setting(name, *sources) or 1 for name in ("num_beams", "num_return_sequences"))
+    if past_rows is not None and past_rows != shape[0] * repeats:
+        raise PonderingError(
+            f"`past_key_values` holds {past_rows} rows, but {shape[0] * repeats} are generated: go on with as many "
+            "prompts, beams and sequences as it was filled with, or leave it out"
+        )
+
+
+def _check_token_ids(input_ids, vocab_size):
+    if not torch.is_tensor(input_ids):
+        hint = "unpack it, `generate(**inputs)`" if hasattr(input_ids, "keys") else "make it one"
+        raise PonderingError(f"`input_ids` must be a tensor, got {type(input_ids).__name__}: {hint}")
+    if torch.is_floating_point(input_ids) or input_ids.dtype == torch.bool:
+        raise PonderingError(f"`input_ids` must be integers, got {input_ids.dtype}")
+    if input_ids.ndim != 2:
+        raise PonderingError(
+            f"`input_ids` must have the shape (batch, tokens), got {tuple(input_ids.shape)}: "
+            "make one prompt a batch of one"
+        )
+    if input_ids.numel() == 0:
+        raise PonderingError("the prompt is empty: give at least one token")
+    low, high = input_ids.min().item(), input_ids.max().item()
+    if low < 0 or high >= vocab_size:
+        raise PonderingError(
+            f"the prompt has token id {low if low < 0 else high}, but the vocabulary goes from 0 to {vocab_size - 1}: "
+            f"use the model's own tokenizer, whose {vocab_size} entries it knows"
+        )
+
+
+def _check_embeds(embeds, embedding_size):
+    if not torch.is_tensor(embeds) or not torch.is_floating_point(embeds):
+        kind = embeds.dtype if torch.is_tensor(embeds) else type(embeds).__name__
+        raise PonderingError(f"`inputs_embeds` must be a tensor of floating-point numbers, got {kind}")
+    if embeds.ndim != 3 or embeds.shape[-1] != embedding_size:
+        raise PonderingError(
+            f"`inputs_embeds` must have the shape (batch, tokens, {embedding_size}), got {tuple(embeds.shape)}"
+        )
+    if embeds.numel() == 0:
+        raise PonderingError("the prompt is empty: give at least one token")
+
+
+def _check_mask(mask, shape, past_length):
+    """The number of tokens in the longest row, what the cache holds among them."""
+    if not torch.is_tensor(mask) or mask.ndim != 2:
+        kind = f"the shape {tuple(mask.shape)}" if torch.is_tensor(mask) else type(mask).__name__
+        raise PonderingError(f"`attention_mask` must be a tensor of the shape {tuple(shape)}, got {kind}")
+    if mask.shape[0] != shape[0] or mask.shape[1] not in (shape[1], past_length + shape[1]):
+        raise PonderingError(
+            f"`attention_mask` has the shape {tuple(mask.shape)}, which does not fit a prompt of {tuple(shape)} "
+            f"after {past_length} cached tokens"
+        )
+    counts = (mask != 0).sum(1)
+    if (counts == 0).any():
+        row = (counts == 0).nonzero()[0].item()
+        raise PonderingError(f"row {row} of the prompt is empty: its attention mask leaves no token")
+    return int(counts.max())
+
+
+def _check_positions(limit, length, width, sources):
+    """`length` tokens of the longest row and those to come must have positions; `width` counts padding as well."""
+    if limit is None:
+        return
+    if length > limit:
+        raise PonderingError(
+            f"the prompt has {length} tokens, but the model has only {limit} positions: give a shorter text"
+        )
+    num_new = _setting("max_new_tokens", *sources)
+    if num_new is None:
+        max_length = _setting("max_length", *sources)
+        num_new = None if max_length is None else max_length - width
+    if num_new is not None and length + num_new - 1 > limit:  # the last token needs none
+        raise PonderingError(
+            f"{length} tokens of prompt and {num_new} new ones are more than the {limit} positions of the model: "
+            f"use max_new_tokens={limit - length + 1} or less"
+        )
+
+
+def _setting(name, kwargs, generation_config, model):
+    sources = (kwargs.get(name), getattr(generation_config, name, None), getattr(model.generation_config, name, None))
+    return next((value for value in sources if value is not None), None)
+
+
+def check_prompts(model, inputs, num_steps, generation_config, kwargs):
+    """Raise unless every prompt of `inputs`, a list of lists of token ids, is one that `generate` would take."""
+    mask = kwargs.get("attention_mask")
+    if mask is not None and not mask.bool().all():
+        raise PonderingError("continuous batching takes no padding: give `generate_batch` lists of different lengths")
+    kwargs = {name: value for name, value in kwargs.items() if name != "attention_mask"}
+    for token_ids in inputs:
+        prompt = torch.as_tensor(token_ids, dtype=None if len(token_ids) else torch.long)
+        check_prompt(model, prompt.unsqueeze(0), num_steps, generation_config, kwargs)
+
+
+_NUM_NEW = 3
+
+
+def check_generation_once(model):
+    """Under an untested transformers, hold cached against uncached generation and that against the model's logits.
+
+    Returns:
+        Whether caches work. If they do not, it has been said, and the model must generate without.
+
+    Raises:
+        PonderingError: `generate` does not give what the model predicts, or the backbone is not what it was.
+    """
+    version = untested_version()
+    if version is None:
+        return True
+    known = getattr(model, "_caches_work", None)
+    if known is not None:
+        return known
+    wrong = f"under transformers {version}, which is newer than what this code is tested with, "
+    with evaluating(model), _plain_generation(model), torch.no_grad():
+        ids, mask = check_inputs(model)
+        try:
+            expected = model(
+                ids, attention_mask=mask, position_ids=positions_of(mask), use_cache=False, pondering_steps=1
+            ).logits[:, -1]
+            uncached = _generate(model, ids, mask, use_cache=False)
+        except PonderingError:  # which says it already
+            raise
+        except Exception as error:
+            raise PonderingError(f"{wrong}`generate` does not work ({first_line(error)}): {INSTALL_TESTED}") from error
+        if not are_close(uncached[:, 0], expected):
+            raise PonderingError(f"{wrong}`generate` does not give what the model predicts: {INSTALL_TESTED}")
+        try:
+            problem = None if are_close(_generate(model, ids, mask, use_cache=True), uncached) else "other logits"
+        except Exception as error:
+            problem = first_line(error)
+    if problem is not None:
+        logger.warning(
+            f"{wrong}a cache does not work ({problem}): generating without, which is slower. {INSTALL_TESTED}"
+        )
+    model._caches_work = problem is None
+    return model._caches_work
+
+
+def _generate(model, ids, mask, use_cache):
+    """(2, _NUM_NEW, V), the logits that transformers' `generate` chooses from, with S = 1."""
+    settings = GenerationConfig(
+        max_new_tokens=_NUM_NEW,
+        do_sample=False,
+        use_cache=use_cache,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    with during(GenerationCall(1, model=model)):
+        output = GenerationMixin.generate(model, ids, settings, attention_mask=mask)
+    return torch.stack(output.logits, dim=1)
+
+
+@contextlib.contextmanager
+def _plain_generation(model):
+    """Within it, `generate` finds no defaults of the model: no sampling, beams or caches of a special kind.
+
+    Nor what PEFT puts in the place of a method, to add a learned prompt.
+    """
+    settings, model.generation_config = model.generation_config, GenerationConfig()
+    replaced = model.__dict__.pop("prepare_inputs_for_generation", None)
+    try:
+        yield
+    finally:
+        model.generation_config = settings
+        if replaced is not None:
+            model.prepare_inputs_for_generation = replaced
