@@ -1,43 +1,38 @@
 """Make a pondering checkpoint from a plain one, or from one that the method's authors wrote."""
 
 import json
+import os
 import re
-from contextlib import contextmanager
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
 
-import torch
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
-from ponder_hf import PonderingConfig, PonderingError, PonderingForCausalLM
-from ponder_hf.errors import fitting, reading, understanding
+from ponder_hf import PonderingError
 from ponder_hf.modeling.configuration_pondering import PONDERING_FIELDS, unknown_field
-from ponder_hf.modeling.pondering_backbone import backbone_class
-from ponder_hf.modeling.pondering_backbone_checkpoint import AUTHORS_WEIGHTS, read_base_config, unflagged_weight
-from ponder_hf.modeling.pondering_backbone_checkpoint import logger as from_base_logger
 
-from .dtype import stored_dtype
-from .headers import read_json
-from .source import open_source
-from .travel import TOKENIZER_CONFIG, TOKENIZER_FILES, copy_files, travelling_files
-from .writer import check_destination, check_space, whole_folder
+from .checkpoint import Checkpoint, open_checkpoint
+from .files import TOKENIZER_CONFIG, copy_files, has_tokenizer, read_json, travelling_files
+from .load_model import load_plain, plain_warnings, understand_plain
+from .whole_folder import check_destination, check_space, whole_folder
 
 
 SHARD_SIZE = "5GB"
-# Buffers that transformers once saved and that not every class lists as ignored.
-_BUFFERS = (r"\.masked_bias$", r"rotary_emb\.inv_freq$")
 
 
 def convert(
-    source,
-    destination,
+    source: str | os.PathLike,
+    destination: str | os.PathLike,
     *,
-    overwrite=False,
-    max_shard_size=SHARD_SIZE,
-    revision=None,
-    authors=False,
-    ignore_fields=(),
-    ignore_code=False,
-    **pondering_fields,
-):
+    overwrite: bool = False,
+    max_shard_size: int | str = SHARD_SIZE,
+    revision: str | None = None,
+    authors: bool = False,
+    ignore_fields: Collection[str] = (),
+    ignore_code: bool = False,
+    **pondering_fields: Any,
+) -> dict[str, Any]:
     """Write a pondering checkpoint that holds the weights of a plain one, in their dtype.
 
     Args:
@@ -65,7 +60,7 @@ def convert(
         PONDERING_FIELDS[name][1](name, value)
     check_shard_size(max_shard_size)
     check_destination(destination, overwrite)
-    found = open_source(source, revision)
+    found = open_checkpoint(source, revision)
     path = check_destination(destination, overwrite, found.folder)
     if found.is_pondering:
         raise PonderingError(
@@ -73,11 +68,11 @@ def convert(
             f"`ponder-hf export {found.name} DEST`"
         )
     reading_arguments = {"authors": authors, "ignore_fields": ignore_fields, "ignore_code": ignore_code}
-    authors_fields, empty_model = understand_plain(found, pondering_fields, **reading_arguments)
+    authors_fields, empty_backbone = understand_plain(found, pondering_fields, **reading_arguments)
     names = travelling_files(found.folder)
     check_space(path, found.num_bytes)
-    model = load_converted(found, empty_model, {**pondering_fields, **reading_arguments})
-    tokenizer_class = _unnamed_tokenizer(found) if any(name.name in TOKENIZER_FILES for name in names) else None
+    model = load_plain(found, empty_backbone, {**pondering_fields, **reading_arguments})
+    tokenizer_class = _unnamed_tokenizer(found) if has_tokenizer(found.folder) else None
     if tokenizer_class is not None:
         model.config.tokenizer_class = tokenizer_class
     with whole_folder(destination, overwrite) as folder:
@@ -99,79 +94,7 @@ def convert(
     }
 
 
-@contextmanager
-def _no_second_warning():
-    """Within it `from_base` does not log what `plain_warnings` says, so that nobody reads it twice."""
-    was_disabled, from_base_logger.disabled = from_base_logger.disabled, True
-    try:
-        yield
-    finally:
-        from_base_logger.disabled = was_disabled
-
-
-def plain_warnings(found, authors_fields):
-    """What may be another model than it is taken for: lines about the plain checkpoint `found`, a Source."""
-    warnings = [unflagged_weight(found.tensors, authors_fields)]
-    tokenizer_config = found.folder / TOKENIZER_CONFIG
-    code = read_json(tokenizer_config).get("auto_map") if tokenizer_config.is_file() else None
-    if code:
-        warnings.append(
-            f"the tokenizer of {found.name} has code of its own (`auto_map` in {TOKENIZER_CONFIG}), which is never "
-            "run and stays behind: where transformers has no class for it, use the tokenizer of the source"
-        )
-    return [warning for warning in warnings if warning is not None]
-
-
-def load_converted(found, empty_model, arguments, dtype=None):
-    """The PonderingForCausalLM that holds the weights of the plain checkpoint `found`, a Source.
-
-    What may not be as it was meant, `plain_warnings` says.
-
-    Args:
-        empty_model: as understand_plain gives it.
-        arguments: of from_base: pondering fields, and how to read config.json.
-        dtype: of the weights; None: as they are stored.
-
-    Raises:
-        PonderingError: the weights cannot be used.
-    """
-    stored = stored_dtype(found, _unused(found.tensors, empty_model))
-    with reading(found.name), fitting(found.name), _no_second_warning():
-        model = PonderingForCausalLM.from_base(found.folder, dtype=dtype or stored, **arguments)
-    # The base's id on the Hub, for the model card; a path of this machine says nothing elsewhere.
-    model.config.base_config._name_or_path = found.name if found.revision else ""
-    return model
-
-
-def understand_plain(found, pondering_fields, **reading_arguments):
-    """What an authors' checkpoint says of pondering, and the backbone without weights; raise if none can be built.
-
-    reading_arguments: `authors`, `ignore_fields` and `ignore_code`, as convert takes them.
-    """
-    with understanding(found.name):
-        base_config, authors_fields = read_base_config(found.folder, pondering_fields, **reading_arguments)
-        PonderingConfig(base_config, **{**authors_fields, **pondering_fields})
-        model_class = backbone_class(base_config)
-        with torch.device("meta"):
-            empty_model = model_class(base_config)
-    return authors_fields, empty_model
-
-
-def _unused(names, empty_model):
-    """Those of the stored `names` that are no weights: the model's class ignores them, or they are dropped here."""
-    expected = set(empty_model.state_dict())
-    prefix = empty_model.base_model_prefix
-    ignored = (*(empty_model._keys_to_ignore_on_load_unexpected or ()), *_BUFFERS, *map(re.escape, AUTHORS_WEIGHTS))
-    return {
-        name
-        for name in names
-        if any(re.search(pattern, name) for pattern in ignored)
-        # The patterns are loose: "attn.bias", a mask of GPT-2's, is also found in "c_attn.bias", a weight.
-        and not {name, f"{prefix}.{name}"} & expected
-    }
-
-
-def _unnamed_tokenizer(found):
+def _unnamed_tokenizer(found: Checkpoint) -> str | None:
     """The class of the tokenizer where its own files do not name it, but config.json or the model_type; or None."""
     tokenizer_config = found.folder / TOKENIZER_CONFIG
     if tokenizer_config.is_file() and read_json(tokenizer_config).get("tokenizer_class") is not None:
@@ -180,13 +103,13 @@ def _unnamed_tokenizer(found):
     return "PreTrainedTokenizerFast" if named == "TokenizersBackend" else named  # as transformers 4.57 calls it, too
 
 
-def _name_tokenizer(path, tokenizer_class):
+def _name_tokenizer(path: Path, tokenizer_class: str) -> None:
     """Name the class in tokenizer_config.json, where every transformers finds it without the model's configuration."""
     settings = read_json(path) if path.is_file() else {}
     path.write_text(json.dumps({**settings, "tokenizer_class": tokenizer_class}, indent=2) + "\n", encoding="utf-8")
 
 
-def check_shard_size(size):
+def check_shard_size(size: int | str) -> None:
     """Raise a PonderingError unless `size` is a number of bytes, or one with a unit such as "5GB"."""
     if not (isinstance(size, int) and size > 0) and not re.fullmatch(r"[1-9]\d*(\.\d+)?\s*[KMGT]B", str(size), re.I):
         raise PonderingError(f"`max_shard_size` must be a size such as 5GB or 500MB, got {size!r}")

@@ -1,15 +1,25 @@
 """Write the plain backbone of a pondering checkpoint as its own checkpoint."""
 
-from ponder_hf import PonderingError
+import os
+from typing import Any
 
+from ponder_hf import PonderingError, PonderingForCausalLM
+
+from .checkpoint import open_checkpoint
 from .convert import SHARD_SIZE, check_shard_size
-from .loading import load_pondering, quantised_by
-from .source import open_source
-from .travel import copy_files, travelling_files
-from .writer import check_destination, check_space, whole_folder
+from .files import copy_files, travelling_files
+from .load_model import load_pondering, quantised_by
+from .whole_folder import check_destination, check_space, whole_folder
 
 
-def export(source, destination, *, overwrite=False, max_shard_size=SHARD_SIZE, revision=None):
+def export(
+    source: str | os.PathLike,
+    destination: str | os.PathLike,
+    *,
+    overwrite: bool = False,
+    max_shard_size: int | str = SHARD_SIZE,
+    revision: str | None = None,
+) -> dict[str, Any]:
     """Write the plain backbone of a pondering checkpoint, with the names and the dtype of its official checkpoints.
 
     Args:
@@ -28,7 +38,7 @@ def export(source, destination, *, overwrite=False, max_shard_size=SHARD_SIZE, r
     """
     check_shard_size(max_shard_size)
     check_destination(destination, overwrite)
-    found = open_source(source, revision)
+    found = open_checkpoint(source, revision)
     path = check_destination(destination, overwrite, found.folder)
     if not found.is_pondering:
         raise PonderingError(f"{found.name} is a plain checkpoint already: there is nothing to export")
@@ -55,7 +65,7 @@ def export(source, destination, *, overwrite=False, max_shard_size=SHARD_SIZE, r
     }
 
 
-def lost_by_export(model):
+def lost_by_export(model: PonderingForCausalLM) -> list[str]:
     """One line for each way in which the plain backbone of `model` predicts differently from it.
 
     Nothing is lost where pondering changes nothing: without steps, or behind a gate that is still closed.

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ponder_hf.conversion import Source, check_tokenizer, load_pondering, load_tokenizer, open_source
-from ponder_hf.conversion.convert import load_converted, plain_warnings, understand_plain
+from ponder_hf.conversion import Checkpoint, check_tokenizer, load_pondering, load_tokenizer, open_checkpoint
+from ponder_hf.conversion.load_model import load_plain, plain_warnings, understand_plain
 from ponder_hf.data import Blocks, load_blocks
 from ponder_hf.data.blocks import choose_block_size
 from ponder_hf.data.sources import Names, as_list, find_sources, usual_split
@@ -87,7 +87,7 @@ def evaluate_text(
             raise PonderingError("a loaded model needs a `tokenizer`, and takes no `dtype` and no `revision`")
         name, commit = model.config._name_or_path or type(model).__name__, None
     else:
-        source = open_source(model, revision)
+        source = open_checkpoint(model, revision)
         name, commit = source.name, source.revision
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         tokenizer = load_tokenizer(source if tokenizer is None else tokenizer)
@@ -155,15 +155,15 @@ def evaluate_passes(
     return [total / len(blocks) for total in totals]
 
 
-def _load(source: Source, dtype: torch.dtype | None, pondering_steps: int | None) -> PreTrainedModel:
+def _load(source: Checkpoint, dtype: torch.dtype | None, pondering_steps: int | None) -> PreTrainedModel:
     """The model in `source`. A plain one is one that ponders 0 steps, unless others are asked for."""
     if source.is_pondering:
         return load_pondering(source, dtype)
-    authors_fields, empty_model = understand_plain(source, {})
+    authors_fields, empty_backbone = understand_plain(source, {})
     for warning in plain_warnings(source, authors_fields):
         logger.warning(warning)
     fields = {} if authors_fields else {"pondering_steps": pondering_steps or 0}
-    return load_converted(source, empty_model, fields, dtype).eval()
+    return load_plain(source, empty_backbone, fields, dtype)
 
 
 def _figures(losses: list[float], blocks: Blocks, seconds: float) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 from checkpoints import listing
 
 from ponder_hf import PonderingError
-from ponder_hf.conversion.writer import check_destination, check_space, whole_folder
+from ponder_hf.conversion.whole_folder import check_destination, check_space, whole_folder
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def test_a_folder_that_a_killed_run_had_put_aside_comes_back(tmp_path, dead_pid)
 @pytest.mark.skipif(os.name != "posix", reason="processes are killed differently there")
 def test_a_killed_process_leaves_only_what_the_next_run_removes(tmp_path):
     program = (
-        "import sys, time\nfrom ponder_hf.conversion.writer import whole_folder\n"
+        "import sys, time\nfrom ponder_hf.conversion.whole_folder import whole_folder\n"
         "with whole_folder(sys.argv[1]) as folder:\n"
         "    (folder / 'file').write_text('half')\n    print('ready', flush=True)\n    time.sleep(60)"
     )

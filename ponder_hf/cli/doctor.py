@@ -167,9 +167,9 @@ def try_checkpoint(name):
     """
     import torch
 
-    from ponder_hf.conversion import load_pondering, open_source
+    from ponder_hf.conversion import load_pondering, open_checkpoint
 
-    model = load_pondering(open_source(name))
+    model = load_pondering(open_checkpoint(name))
     with torch.no_grad():
         logits = model(torch.zeros(1, 1, dtype=torch.long)).logits
     if not logits.isfinite().all():

@@ -57,11 +57,11 @@ def run(args):
 
     from transformers import TextStreamer, set_seed
 
-    from ponder_hf.conversion import load_pondering, load_tokenizer, open_source
+    from ponder_hf.conversion import load_pondering, load_tokenizer, open_checkpoint
     from ponder_hf.devices import read_device
 
     device = read_device(args.device)
-    source = open_source(args.source, args.revision)
+    source = open_checkpoint(args.source, args.revision)
     tokenizer = load_tokenizer(source)
     model = load_pondering(source)
     model = model.to(device)

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from ponder_hf import PonderingConfig, PonderingError, PonderingForCausalLM
-from ponder_hf.conversion import check_tokenizer, load_tokenizer, open_source
-from ponder_hf.conversion.writer import check_destination
+from ponder_hf.conversion import check_tokenizer, load_tokenizer, open_checkpoint
+from ponder_hf.conversion.whole_folder import check_destination
 from ponder_hf.data.packing import Blocks, pack_all
 from ponder_hf.errors import fitting, reading, understanding
 from ponder_hf.modeling.configuration_pondering import PONDERING_FIELDS
@@ -137,7 +137,7 @@ def _check_options(options):
 
 def _load_base(options):
     """The tokenizer and the plain model, in float32, of the checkpoint that the user named."""
-    found = open_source(options.base)
+    found = open_checkpoint(options.base)
     if found.is_pondering or is_authors_config(found.config):
         raise PonderingError(f"{found.name} ponders already: give a plain checkpoint as the base")
     tokenizer = load_tokenizer(found)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ponder_hf.conversion.writer import whole_folder
+from ponder_hf.conversion.whole_folder import whole_folder
 from ponder_hf.devices import training_device
 
 from .experiment import make_schedule, on_device, run_experiment, torch_threads

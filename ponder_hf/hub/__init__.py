@@ -4,7 +4,7 @@ from .code import inspect_code
 from .inspection import inspect_checkpoint
 from .model import push_model
 from .push import push
-from .training import CodeOnPush
+from .trainer_uploads import CodeOnPush
 
 
 __all__ = ["CodeOnPush", "inspect_checkpoint", "inspect_code", "push", "push_model"]

@@ -4,12 +4,10 @@ import hashlib
 import json
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-
 import ponder_hf.modeling
-from ponder_hf import PonderingError, __version__
-from ponder_hf.conversion.checksums import check_files
-from ponder_hf.conversion.headers import read_json
+from ponder_hf import __version__
+from ponder_hf.conversion.checkpoint import download, find_folder
+from ponder_hf.conversion.files import read_json
 from ponder_hf.errors import reading
 
 
@@ -89,15 +87,10 @@ def inspect_code(source, revision=None):
 
 
 def _find(source, revision):
-    folder = Path(str(source)).expanduser()
-    if folder.is_dir():
-        if revision is not None:
-            raise PonderingError(f"{source} is a folder, which has no revisions: leave the revision out")
+    folder = find_folder(str(source), revision)
+    if folder is not None:
         return folder, None
-    with reading(source):
-        patterns = ["*.py", *_CONFIGS]  # "*" reaches into folders
-        folder = Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
-    check_files(str(source), [path for path in folder.rglob("*") if path.is_file()])
+    folder = download(str(source), ["*.py", *_CONFIGS], revision)
     return folder, folder.name
 
 

@@ -10,8 +10,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from huggingface_hub.utils import EntryNotFoundError, validate_repo_id
 
 from ponder_hf import __version__
-from ponder_hf.conversion.headers import read_headers, read_json, shard_names
-from ponder_hf.conversion.travel import TOKENIZER_FILES
+from ponder_hf.conversion.files import has_tokenizer, read_json
+from ponder_hf.conversion.stored_weights import read_headers, shard_names
 from ponder_hf.modeling.configuration_pondering import PONDERING_FIELDS, PonderingConfig
 
 from .code import code_of, installed_code, sha256
@@ -90,7 +90,7 @@ def facts_of_folder(folder, repository=None):
     known = Facts(
         name=(repository or folder.resolve().name).rpartition("/")[2],
         repository=repository,
-        has_tokenizer=any((folder / name).is_file() for name in TOKENIZER_FILES),
+        has_tokenizer=has_tokenizer(folder),
     )
     if (folder / "adapter_config.json").is_file():
         base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")

@@ -1,16 +1,15 @@
 """What a pondering checkpoint is, told by its files without loading or downloading its weights."""
 
 import math
-from pathlib import Path
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 
 from ponder_hf import PonderingConfig, PonderingError
-from ponder_hf.conversion.headers import StoredTensor, read_headers, read_json, shard_names
-from ponder_hf.conversion.loading import check_pondering
-from ponder_hf.conversion.source import CONFIG, download_small_files, open_source
-from ponder_hf.conversion.travel import TOKENIZER_FILES
+from ponder_hf.conversion.checkpoint import download_small_files, find_folder, not_a_model
+from ponder_hf.conversion.files import CONFIG, has_tokenizer, read_json
+from ponder_hf.conversion.load_model import check_pondering
+from ponder_hf.conversion.stored_weights import num_bytes, read_headers, shard_names
 from ponder_hf.errors import reading, understanding
 from ponder_hf.modeling.configuration_pondering import PONDERING_FIELDS
 
@@ -51,22 +50,23 @@ def inspect_checkpoint(source, revision=None):
         "weights": {
             "parameters": sum(math.prod(tensor.shape) for tensor in tensors.values()),
             "dtypes": sorted({DTYPES.get(tensor.dtype, tensor.dtype) for tensor in tensors.values()}),
-            "bytes": sum(tensor.num_bytes for tensor in tensors.values()),
+            "bytes": num_bytes(tensors),
             "files": files,
         },
-        "tokenizer": any((folder / name).is_file() for name in TOKENIZER_FILES),
+        "tokenizer": has_tokenizer(folder),
         "code": inspect_code(source, commit),
     }
 
 
 def _find(source, revision):
     """The folder with the small files of a checkpoint, and its commit where it is on the Hub, else None."""
-    if Path(str(source)).expanduser().is_dir() or str(source).startswith((".", "~", "/")):
-        return open_source(source, revision).folder, None
-    folder = download_small_files(source, revision)
+    folder, commit = find_folder(str(source), revision), None
+    if folder is None:
+        folder = download_small_files(str(source), revision)
+        commit = folder.name
     if not (folder / CONFIG).is_file():
-        raise PonderingError(f"{source} is not a model: it has no {CONFIG}")
-    return folder, folder.name
+        raise PonderingError(not_a_model(str(source), folder))
+    return folder, commit
 
 
 def _backbone(config):
@@ -76,9 +76,7 @@ def _backbone(config):
 
 
 def _headers(source, folder, commit):
-    """Map each stored weight to a StoredTensor, and list the files. Of files that lie on the Hub only, the first bytes
-    are asked for.
-    """
+    """Map each stored weight to its TensorInfo, and list the files. Of those on the Hub, the headers are asked for."""
     names = shard_names(folder)
     if commit is None or (names and all((folder / name).is_file() for name in names)):
         return read_headers(folder), names
@@ -87,9 +85,5 @@ def _headers(source, folder, commit):
             found = HfApi().get_safetensors_metadata(source, revision=commit)
         except (NotASafetensorsRepoError, SafetensorsParsingError) as error:
             raise PonderingError(f"{source} has no weights in safetensors files that can be read") from error
-    tensors = {
-        name: StoredTensor(info.dtype, tuple(info.shape), info.data_offsets[1] - info.data_offsets[0])
-        for file in found.files_metadata.values()
-        for name, info in file.tensors.items()
-    }
+    tensors = {name: tensor for file in found.files_metadata.values() for name, tensor in file.tensors.items()}
     return tensors, sorted(found.files_metadata)

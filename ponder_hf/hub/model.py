@@ -6,8 +6,8 @@ from pathlib import Path
 from huggingface_hub import CommitInfo
 
 from ponder_hf import PonderingError
-from ponder_hf.conversion.source import download_small_files
-from ponder_hf.conversion.travel import copy_files, travelling_files
+from ponder_hf.conversion.checkpoint import download_small_files
+from ponder_hf.conversion.files import copy_files, travelling_files
 
 from .push import push
 

@@ -12,8 +12,8 @@ from huggingface_hub.utils import RevisionNotFoundError, validate_repo_id
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
 from ponder_hf import PonderingError
-from ponder_hf.conversion import open_source
-from ponder_hf.conversion.headers import read_json
+from ponder_hf.conversion import open_checkpoint
+from ponder_hf.conversion.files import read_json
 
 from . import card as cards
 from .code import installed_code
@@ -114,7 +114,7 @@ def _checked(folder):
         if not (folder / "adapter_model.safetensors").is_file():
             raise PonderingError(f"{folder} has no adapter_model.safetensors: it is not a whole adapter")
         return folder
-    found = open_source(folder)
+    found = open_checkpoint(folder)
     if not found.is_pondering:
         raise PonderingError(f"{folder} is a plain checkpoint: convert it first, with `ponder-hf convert`")
     return folder

@@ -5,7 +5,7 @@ import difflib
 import torch
 
 from ponder_hf import PonderingError, PonderingForCausalLM
-from ponder_hf.conversion.writer import whole_folder
+from ponder_hf.conversion.whole_folder import whole_folder
 from ponder_hf.errors import reading
 
 from .lora import default_target_modules

@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ponder_hf import PonderingError
-from ponder_hf.conversion.source import CONFIG
-from ponder_hf.conversion.writer import flush, flush_entry
+from ponder_hf.conversion.files import CONFIG
+from ponder_hf.conversion.whole_folder import flush, flush_entry
 from ponder_hf.errors import writing
 
 

@@ -13,8 +13,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 
 from ponder_hf import PonderingError
 from ponder_hf.callbacks import PonderingCallback
-from ponder_hf.conversion import check_tokenizer, load_tokenizer, open_source
-from ponder_hf.conversion.writer import check_destination
+from ponder_hf.conversion import check_tokenizer, load_tokenizer, open_checkpoint
+from ponder_hf.conversion.whole_folder import check_destination
 from ponder_hf.data.blocks import choose_block_size
 from ponder_hf.errors import TrainingStopped, writing
 from ponder_hf.modeling.configuration_pondering import PONDERING_FIELDS
@@ -161,9 +161,9 @@ def _check_settings(options, settings):
 def _resumed_start(options, checkpoint):
     tokenizer = load_tokenizer(checkpoint)
     if not options.lora:
-        found = open_source(checkpoint)
+        found = open_checkpoint(checkpoint)
         return pondering_start(found, tokenizer, replace(options, dtype="auto", fields={}))
-    return pondering_start(open_source(adapter.stored_base(checkpoint)), tokenizer, replace(options, fields={}))
+    return pondering_start(open_checkpoint(adapter.stored_base(checkpoint)), tokenizer, replace(options, fields={}))
 
 
 def _adapted(plan, model):

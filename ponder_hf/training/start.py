@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 from ponder_hf import PonderingConfig, PonderingError, PonderingForCausalLM
-from ponder_hf.conversion import load_pondering, load_tokenizer, open_source
-from ponder_hf.conversion.convert import load_converted, plain_warnings, understand_plain
-from ponder_hf.conversion.headers import read_json
-from ponder_hf.conversion.source import CONFIG, download_small_files
+from ponder_hf.conversion import load_pondering, load_tokenizer, open_checkpoint
+from ponder_hf.conversion.checkpoint import download_small_files
+from ponder_hf.conversion.files import CONFIG, read_json
+from ponder_hf.conversion.load_model import load_plain, plain_warnings, understand_plain
 from ponder_hf.errors import understanding
 from ponder_hf.modeling.pondering_backbone_checkpoint import read_base_config
 
@@ -51,7 +51,7 @@ def find_start(options):
     """
     if options.config is not None:
         return _from_scratch(options)
-    found = open_source(options.source, options.revision)
+    found = open_checkpoint(options.source, options.revision)
     tokenizer = load_tokenizer(found if options.tokenizer is None else options.tokenizer)
     if found.is_pondering:
         return pondering_start(found, tokenizer, options)
@@ -59,22 +59,22 @@ def find_start(options):
         raise PonderingError(
             f"{found.name} is a plain model, which has no passes to put draft heads on: train it to ponder first"
         )
-    authors_fields, empty_model = understand_plain(found, options.fields)
+    authors_fields, empty_backbone = understand_plain(found, options.fields)
     for warning in plain_warnings(found, authors_fields):
         logger.warning(warning)
-    config = PonderingConfig(empty_model.config, **{**authors_fields, **options.fields})
+    config = PonderingConfig(empty_backbone.config, **{**authors_fields, **options.fields})
     return Start(
         kind="plain",
         name=found.name,
         config=config,
         num_parameters=_count(config),
-        load=lambda: load_converted(found, empty_model, options.fields, _dtype(options)),
+        load=lambda: load_plain(found, empty_backbone, options.fields, _dtype(options)),
         tokenizer=tokenizer,
     )
 
 
 def pondering_start(found, tokenizer, options):
-    """The Start that continues the pondering checkpoint `found`, a Source."""
+    """The Start that continues the pondering checkpoint `found`, a Checkpoint."""
     with understanding(found.name):
         config = PonderingConfig.from_pretrained(found.folder)
     _set_fields(config, options.fields, found.name)

@@ -13,7 +13,7 @@ from transformers.utils.hub import PushInProgress
 
 from ponder_hf.errors import TrainingStopped
 from ponder_hf.evaluation import FOR_LOSS_OF_EACH_PASS
-from ponder_hf.hub.training import push_in_background, push_result, write_card
+from ponder_hf.hub.trainer_uploads import push_in_background, push_result, write_card
 from ponder_hf.modeling import PonderingError
 
 from .checkpoints import PARTIAL, final_model, last_checkpoint, publish, remove_oldest

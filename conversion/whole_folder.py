@@ -7,6 +7,7 @@ end. A folder that is replaced steps aside as `.NAME.replaced-PID` for the momen
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from ponder_hf import PonderingError
 from ponder_hf.errors import writing
 
 
-def check_destination(destination, overwrite=False, source=None):
+def check_destination(
+    destination: str | os.PathLike, overwrite: bool = False, source: str | os.PathLike | None = None
+) -> Path:
     """The absolute path of `destination`, if it may be written.
 
     Args:
@@ -46,14 +49,14 @@ def check_destination(destination, overwrite=False, source=None):
     return path
 
 
-def _keep_apart(destination, path, source):
+def _keep_apart(destination: str | os.PathLike, path: Path, source: Path) -> None:
     if path == source:
         raise PonderingError(f"{destination} is the source itself: give another destination")
     if path in source.parents:
         raise PonderingError(f"{destination} contains the source: give another destination")
 
 
-def _check_replaceable(destination, path):
+def _check_replaceable(destination: str | os.PathLike, path: Path) -> None:
     for place, what in ((Path.cwd(), "the current folder"), (Path.home(), "the home folder")):
         place = Path(os.path.realpath(place))
         if path == place or path in place.parents:
@@ -62,7 +65,7 @@ def _check_replaceable(destination, path):
         raise PonderingError(f"{destination} is a mount point, which cannot be replaced: give a folder in it")
 
 
-def check_space(destination, num_bytes):
+def check_space(destination: Path, num_bytes: int) -> None:
     """Raise a PonderingError unless the disk of `destination`, a path as check_destination gives it, has room."""
     place = next(folder for folder in destination.parents if folder.is_dir())
     with writing(destination):
@@ -75,7 +78,7 @@ def check_space(destination, num_bytes):
 
 
 @contextmanager
-def whole_folder(destination, overwrite=False):
+def whole_folder(destination: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
     """A context that gives an empty folder to write into and puts it in the place of `destination` at the end.
 
     If the block raises anything, KeyboardInterrupt included, nothing is left of it and the destination is as before.
@@ -86,7 +89,7 @@ def whole_folder(destination, overwrite=False):
     """
     path = check_destination(destination, overwrite)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    created = []
+    created: list[Path] = []
     try:
         with writing(destination):
             _make_parents(path.parent, created)
@@ -103,7 +106,7 @@ def whole_folder(destination, overwrite=False):
                     folder.rmdir()
 
 
-def _make_parents(folder, created):
+def _make_parents(folder: Path, created: list[Path]) -> None:
     """Create `folder` and its missing parents, and add each to the list `created`, outermost first."""
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
     for place in reversed(missing):
@@ -111,7 +114,7 @@ def _make_parents(folder, created):
         created.append(place)
 
 
-def _put_in_place(partial, path):
+def _put_in_place(partial: Path, path: Path) -> None:
     if not path.exists():
         partial.rename(path)
     else:
@@ -127,7 +130,7 @@ def _put_in_place(partial, path):
     flush_entry(path.parent)
 
 
-def flush(folder):
+def flush(folder: Path) -> None:
     """Have every file below `folder` on the disk, so that a power cut after the rename cannot leave empty files."""
     readable = folder.stat().st_mode & 0o666
     for parent, _, names in os.walk(folder):
@@ -138,7 +141,8 @@ def flush(folder):
         flush_entry(parent)
 
 
-def flush_entry(folder):
+def flush_entry(folder: str | os.PathLike) -> None:
+    """Have what was renamed in `folder` on the disk."""
     if os.name == "nt":  # a folder cannot be opened there
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -148,7 +152,7 @@ def flush_entry(folder):
         os.close(descriptor)
 
 
-def _clean_up_after_killed_runs(path):
+def _clean_up_after_killed_runs(path: Path) -> None:
     pattern = re.compile(re.escape(f".{path.name}.") + r"(partial|replaced)-(\d+)")
     for leftover in path.parent.iterdir():
         match = pattern.fullmatch(leftover.name)
@@ -160,7 +164,7 @@ def _clean_up_after_killed_runs(path):
             shutil.rmtree(leftover)
 
 
-def _is_running(pid):
+def _is_running(pid: int) -> bool:
     """Whether another process with this id runs. A folder with our own id was left by a namesake of ours."""
     if pid == os.getpid():
         return False

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from transformers.dynamic_module_utils import custom_object_save
 
 from ponder_hf import PonderingError
-from ponder_hf.conversion.headers import read_json
+from ponder_hf.conversion.files import read_json
 
 from .card import CARD, render
 from .facts import facts_of_folder, hub_id, with_training
