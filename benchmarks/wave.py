@@ -74,9 +74,8 @@ def measure(model, prompts, settings, **drafting):
         ticks += speculation.wave.num_ticks
         rows += speculation.wave.num_rows_run
         tokens += output.shape[1] - prompt.shape[1] - 1  # the first new token comes of the prompt
-        flights = [*speculation.finished_flights, *filter(None, speculation.flights)]
-        hits += sum(flight.num_hits for flight in flights)
-        verdicts += sum(flight.num_verdicts for flight in flights)
+        hits += sum(pending.num_hits for pending in speculation.pending)
+        verdicts += sum(pending.num_verdicts for pending in speculation.pending)
     return ticks / tokens, hits / max(verdicts, 1), rows / ticks
 
 

@@ -261,11 +261,9 @@ class PonderingGenerationMixin(GenerationMixin):
             return super()._sample(
                 input_ids, logits_processor, stopping_criteria, generation_config, *args, **model_kwargs
             )
-        output, speculation = speculative_sample(
+        return speculative_sample(
             self, input_ids, logits_processor, stopping_criteria, generation_config, call, *args, **model_kwargs
         )
-        call.acceptance_rate = speculation.acceptance_rate
-        return output
 
     def generate_batch(self, inputs, generation_config=None, *args, **kwargs):
         """transformers' continuous batching, and `pondering_steps`: S of all requests.

@@ -1,13 +1,17 @@
-"""Where drafts come from, and which of them are kept: guesses of tokens that a pass makes before the last one does.
+"""Drafts: where guesses of coming tokens are from, and which of them are run on.
 
 A source is called with the last hidden states of passes before the last one, and gives hidden states for the model's
 own head to read its drafts from, or None where the passes' own are to be read. It may have a method `token`, which
 may put another token in place of a prediction. A draft never changes what is generated, only how fast.
+
+PendingTokens is the policy, for one prompt: a pass that predicts another token than the one that is under way may
+replace it, if it has been right often enough where they differed.
 """
 
 import itertools
 import math
 from array import array
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -17,14 +21,15 @@ from .pondering_errors import PonderingError
 
 
 _BYTES = array("q").itemsize
-SOURCE = 0.5  # the rank of a draft that its source puts in place of pass 0's prediction; pass i has rank i
 
 
-def read_source(source, model):
+def read_source(source: str | Callable | None, model: nn.Module) -> Callable:
     """The object that `draft_source` means.
 
-    None: the model's trained heads where it has them, else the passes' own predictions. "own", "heads": these.
-    "prompt_lookup": what the text repeats, else as None. An object is taken as it is.
+    Args:
+        source: None: the model's trained heads where it has them, else the passes' own predictions. "own", "heads":
+            these. "prompt_lookup": what the text repeats, else as None. An object is taken as it is.
+        model: a PonderingForCausalLM.
 
     Raises:
         PonderingError: none of these.
@@ -50,8 +55,8 @@ def read_source(source, model):
 class OwnPredictions:
     """Each pass's own prediction, nothing trained for it: good on models trained with `intermediate_loss_weight`."""
 
-    def __call__(self, hidden_states, first_pass):
-        return None
+    def __call__(self, hidden_states: torch.Tensor, first_pass: int) -> None:
+        """As at the head of this file."""
 
 
 class DraftHeads(nn.Module):
@@ -61,7 +66,7 @@ class DraftHeads(nn.Module):
     predictions.
     """
 
-    def __init__(self, num_passes, hidden_size):
+    def __init__(self, num_passes: int, hidden_size: int) -> None:
         super().__init__()
         inner_size = 2 * hidden_size
         self.up = nn.Parameter(torch.empty(num_passes, hidden_size, inner_size))
@@ -70,41 +75,40 @@ class DraftHeads(nn.Module):
         self.down_bias = nn.Parameter(torch.empty(num_passes, 1, hidden_size))
         self.reset()
 
-    def reset(self):
+    def reset(self) -> None:
         """Begin anew."""
         nn.init.normal_(self.up, std=self.up.shape[1] ** -0.5)
         for parameter in (self.up_bias, self.down, self.down_bias):
             nn.init.zeros_(parameter)
 
-    def forward(self, hidden_states, first_pass=0):
+    def forward(self, hidden_states: torch.Tensor, first_pass: int = 0) -> torch.Tensor:
         """hidden_states: (n, N, d), of passes first_pass, first_pass + 1, .... Returns the same shape.
 
         A pass that has no head keeps its own.
         """
-        num_passes = len(hidden_states)
-        num_heads = min(num_passes, max(0, len(self.up) - first_pass))
-        if num_heads < num_passes:
-            if num_heads == 0:
-                return hidden_states
-            return torch.cat([self(hidden_states[:num_heads], first_pass), hidden_states[num_heads:]])
+        num_heads = min(len(hidden_states), max(0, len(self.up) - first_pass))
+        if num_heads == 0:
+            return hidden_states
         weights = self.up, self.up_bias, self.down, self.down_bias
         if num_heads < len(self.up):
-            weights = (weight[first_pass : first_pass + num_heads] for weight in weights)
+            weights = tuple(weight[first_pass : first_pass + num_heads] for weight in weights)
         up, up_bias, down, down_bias = weights
-        inner = functional.gelu(torch.baddbmm(up_bias, hidden_states, up))
-        return hidden_states + torch.baddbmm(down_bias, inner, down)
+        states, others = hidden_states[:num_heads], hidden_states[num_heads:]
+        inner = functional.gelu(torch.baddbmm(up_bias, states, up))
+        drafted = states + torch.baddbmm(down_bias, inner, down)
+        return torch.cat([drafted, others]) if len(others) else drafted
 
 
 class PromptLookup:
     """Drafts what followed the last time that the text's newest tokens stood together, as text often repeats itself.
 
     Args:
-        source: what to fall back on, and what corrects the drafts.
+        source: what to fall back on, and what corrects the drafts; None: the passes' own predictions.
         max_ngram_size: how many of the newest tokens are looked up together at most.
         min_ngram_size: at least.
     """
 
-    def __init__(self, source=None, max_ngram_size=4, min_ngram_size=2):
+    def __init__(self, source: Callable | None = None, max_ngram_size: int = 4, min_ngram_size: int = 2) -> None:
         if not 1 <= min_ngram_size <= max_ngram_size:
             raise PonderingError(
                 f"`min_ngram_size` and `max_ngram_size` must be integers with 1 <= min <= max, got {min_ngram_size} "
@@ -113,11 +117,12 @@ class PromptLookup:
         self.source = OwnPredictions() if source is None else source
         self.sizes = range(max_ngram_size, min_ngram_size - 1, -1)
 
-    def __call__(self, hidden_states, first_pass):
+    def __call__(self, hidden_states: torch.Tensor, first_pass: int) -> torch.Tensor | None:
+        """As of the source to fall back on."""
         return self.source(hidden_states, first_pass)
 
-    def token(self, prompt, pass_index, token_ids, predicted):
-        """The draft that follows `token_ids` (a list) of this prompt, where the pass predicts `predicted`."""
+    def token(self, prompt: int, pass_index: int, token_ids: list[int], predicted: int) -> int:
+        """The draft that follows `token_ids` of this prompt, where the pass predicts `predicted`."""
         if pass_index > 0:
             return predicted
         # As bytes, which are searched in no time however long the text is.
@@ -132,36 +137,53 @@ class PromptLookup:
         return predicted
 
 
-class Flight:
+SOURCE = 0.5  # the rank of a draft that its source puts in place of pass 0's prediction; pass i has rank i
+
+
+class PendingTokens:
     """The tokens of one prompt that are under way: the newest true one and the drafts behind it, oldest first.
 
-    column: of the first. tokens: their ids, in successive columns. stages: the pass that each runs next, falling.
-    ranks: who gave each of them. opinions: what else was said of its place so far, {rank: token}.
-    num_verdicts, num_hits: how often the last pass met a draft, and how often the draft was right.
+    Attributes:
+        column: of the first one in the cache.
+        tokens: their ids, in successive columns.
+        next_passes: the pass that each runs next, falling.
+        drafters: the rank of who gave each of them; None for the true one.
+        guesses: what has been predicted for the place of each so far, {rank: token}.
+        num_verdicts, num_hits: how often the last pass met a draft, and how often the draft was right.
     """
 
     worth = 0.3  # a draft is worth its row in the batch where the ones before it have this chance to be right
     memory = 0.9  # how much of a running mean a new observation leaves
 
-    def __init__(self, column, token):
-        self.column, self.tokens, self.stages, self.ranks, self.opinions = column, [token], [0], [None], [{}]
+    def __init__(self, column: int, token: int) -> None:
+        self.column, self.tokens, self.next_passes = column, [token], [0]
+        self.drafters: list[float | None] = [None]
+        self.guesses: list[dict[float, int]] = [{}]
         self.num_verdicts = self.num_hits = 0
         self.hit_rate = 1.0  # of late
         # (later rank, earlier rank): where they differ, how much more often the later one is right, -1 .. 1.
-        self.advantages = {}
+        self.advantages: dict[tuple[float, float], float] = {}
 
-    def advantage(self, rank, other):
+    def advantage(self, rank: float, other: float) -> float:
         """How much better than `other` this rank is where they differ. Later passes begin with a good name."""
         return self.advantages.get((rank, other), 0.5 if SOURCE not in (rank, other) else 0.0)
 
     @property
-    def num_worthwhile(self):
+    def num_worthwhile(self) -> float:
         """How many drafts in a row are worth their rows, at the rate of late; never fewer than two."""
         if self.hit_rate >= 1:
             return math.inf
         return 1 + int(math.log(self.worth) / math.log(max(self.hit_rate, self.worth)))
 
-    def settle(self, predicted, num_steps, num_drafts, num_columns, corrects=True, drafted=None):
+    def advance(
+        self,
+        predicted: dict[int, int],
+        num_steps: int,
+        num_drafts: float,
+        num_columns: int,
+        corrects: bool = True,
+        drafted: int | None = None,
+    ) -> int | None:
         """Move on by one tick.
 
         Args:
@@ -176,45 +198,45 @@ class Flight:
         Returns:
             The next true token, where a token has come out of pass S, or None.
         """
-        tokens, stages = self.tokens, self.stages
-        final = predicted[num_steps] if stages[0] == num_steps else None
+        tokens, passes = self.tokens, self.next_passes
+        final = predicted[num_steps] if passes[0] == num_steps else None
         settled = 0 if final is None else 1
         if final is not None and len(tokens) > 1:
             self._learn(final)
-        for index, stage in enumerate(stages):
-            is_last, is_final = index + 1 == len(tokens), stage == num_steps
-            token, rank = predicted[stage], stage
-            opinions = {} if is_last else self.opinions[index + 1]
-            opinions[rank] = token
+        for index, rank in enumerate(passes):
+            is_last, is_final = index + 1 == len(tokens), rank == num_steps
+            token, drafter = predicted[rank], rank
+            guesses = {} if is_last else self.guesses[index + 1]
+            guesses[rank] = token
             if is_last:
                 may = is_final or (index + 1 - settled <= num_drafts and self.column + index + 1 < num_columns)
-                if stage == 0 and not is_final and drafted not in (None, token):
-                    opinions[SOURCE] = drafted
+                if rank == 0 and not is_final and drafted not in (None, token):
+                    guesses[SOURCE] = drafted
                     if self.advantage(SOURCE, 0) >= 0:
-                        token, rank = drafted, SOURCE
+                        token, drafter = drafted, SOURCE
             else:
                 may = tokens[index + 1] != token and (
-                    is_final or (corrects and self.advantage(rank, self.ranks[index + 1]) >= 0)
+                    is_final or (corrects and self.advantage(rank, self.drafters[index + 1]) >= 0)
                 )
             if may:
                 behind = slice(index + 1, None)
-                tokens[behind], stages[behind] = [token], [-1]
-                self.ranks[behind], self.opinions[behind] = [rank], [opinions]
+                tokens[behind], passes[behind] = [token], [-1]
+                self.drafters[behind], self.guesses[behind] = [drafter], [guesses]
             if may or is_last:
                 break
-        self.stages = [stage + 1 for stage in stages[settled:]]
-        self.tokens, self.ranks, self.opinions = tokens[settled:], self.ranks[settled:], self.opinions[settled:]
+        self.next_passes = [number + 1 for number in passes[settled:]]
+        self.tokens, self.drafters, self.guesses = tokens[settled:], self.drafters[settled:], self.guesses[settled:]
         self.column += settled
         return final
 
     def _learn(self, final):
-        """From the true token in the place of the first draft: how good the draft and the opinions of it were."""
-        is_right, opinions = self.tokens[1] == final, self.opinions[1]
+        """From the true token in the place of the first draft: how good the draft and the other guesses were."""
+        is_right, guesses = self.tokens[1] == final, self.guesses[1]
         self.num_verdicts += 1
         self.num_hits += is_right
         self.hit_rate += (1 - self.memory) * (is_right - self.hit_rate)
-        for other, rank in itertools.combinations(sorted(opinions), 2):
-            if opinions[rank] != opinions[other]:
-                now = (opinions[rank] == final) - (opinions[other] == final)
+        for other, rank in itertools.combinations(sorted(guesses), 2):
+            if guesses[rank] != guesses[other]:
+                now = (guesses[rank] == final) - (guesses[other] == final)
                 before = self.advantage(rank, other)
                 self.advantages[rank, other] = before + (1 - self.memory) * (now - before)

@@ -6,14 +6,19 @@ tick runs the next pass of each (pondering_generate_wave.py), tokens are chosen 
 and a new draft enters pass 0.
 """
 
+from typing import Any
+
 import torch
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.streamers import BaseStreamer
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .pondering_backbone import AdapterRows, changing_rotations, check_wrapping, takes_cache
 from .pondering_cache import CACHE_NAME, given_cache
 from .pondering_errors import PonderingError
-from .pondering_generate_drafts import Flight
-from .pondering_generate_tokens import Record, TokenChooser
+from .pondering_generate_drafts import PendingTokens
+from .pondering_generate_tokens import GrowingText, TokenChooser
 from .pondering_generate_wave import Wave, check_step_cache, mask_kind, verify_wave_once, without_inference_tensors
 
 
@@ -23,7 +28,9 @@ _MODEL_ARGUMENTS = frozenset(
 )
 
 
-def prefill(model, input_ids, generation_config, model_kwargs):
+def prefill(
+    model: PreTrainedModel, input_ids: torch.Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
+) -> CausalLMOutputWithPast:
     """Run the prompt through all passes, as transformers does it. Returns the model's output."""
     if hasattr(model, "_prefill"):
         return model._prefill(input_ids, generation_config, model_kwargs)
@@ -37,189 +44,172 @@ class Speculation:
     """One call of `generate` with drafts.
 
     Args:
-        call: the GenerationCall.
-        record: a Record.
+        call: the GenerationCall, with its `steps`, `num_draft_tokens` and `draft_source`.
+        text: a GrowingText of the prompts.
         others: as in transformers' `_sample`.
     """
 
     corrects = True  # a pass before the last one replaces a draft that it does not predict
 
-    def __init__(self, model, input_ids, logits_processor, generation_config, call, record, model_kwargs):
-        self.record, self.num_steps = record, call.steps
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        generation_config: GenerationConfig,
+        call: Any,
+        text: GrowingText,
+        model_kwargs: dict[str, Any],
+    ) -> None:
+        self.text, self.num_steps = text, call.steps
         self.num_drafts = min(call.num_draft_tokens, call.steps)
         self.source, self.chooses_drafts = call.draft_source, hasattr(call.draft_source, "token")
         # For such sources, which look at the text each tick: reading it off the device would wait.
         self.known_tokens = input_ids.tolist() if self.chooses_drafts else None
-        self.chooser = TokenChooser(logits_processor, generation_config.do_sample, record.token_ids)
-        self.max_length = record.stopping_criteria.max_length
-        if self.max_length is None:
-            self.max_length = 1 << 62
+        self.chooser = TokenChooser(
+            logits_processor, generation_config.do_sample, text.batch_size, text.token_ids.device
+        )
+        max_length = text.stopping_criteria.max_length
         output = prefill(model, input_ids, generation_config, model_kwargs)
         cache = output.past_key_values
         # Columns of the cache count what went through the model, which is more than `input_ids` where the prompt was
         # given as embeddings or goes on from a cache.
-        self.shift = cache.get_seq_length() - record.prompt_length
+        self.shift = cache.get_seq_length() - text.prompt_length
+        self.num_columns = (1 << 62 if max_length is None else max_length) + self.shift
         self.wave = Wave(
             model,
             cache,
             self.num_steps,
             model_kwargs.get("attention_mask"),
             model_kwargs.get("position_ids"),
-            self.max_length + self.shift,
+            self.num_columns,
             self.source,
             call.autocast,
         )
-        self.finished_flights = []
-        self._begin(output.logits[:, -1])
-
-    def _begin(self, logits):
         # As transformers does: with a device_map the head may lie elsewhere than the text.
-        logits = logits.to(self.record.token_ids.device, torch.float32, copy=True)
-        places = [(row, self.record.prompt_length) for row in range(self.record.batch_size)]
-        tokens, scores = self.chooser(logits, places, [True] * len(places))
-        self._write([(row, self.record.prompt_length, token) for row, token in enumerate(tokens)])
-        self.flights = [Flight(self.record.prompt_length + self.shift, token) for token in tokens]
-        self.record.accept(range(len(tokens)), scores, logits)
-        self._retire()
+        logits = output.logits[:, -1].to(text.token_ids.device, torch.float32, copy=True)
+        places = [(row, text.prompt_length) for row in range(text.batch_size)]
+        tokens, scores = self.chooser(logits, places, [True] * len(places), text.token_ids)
+        self.pending = [PendingTokens(text.prompt_length + self.shift, token) for token in tokens]
+        for row, token in enumerate(tokens):
+            self._write(row, text.prompt_length, token)
+        text.accept(range(len(tokens)), scores, logits)
 
-    def _write(self, entries):
-        """Put tokens into the text: (row, column, token) each."""
-        if entries:
-            self.record.reserve(max(column for _, column, _ in entries) + 1)
-            self.chooser.token_ids = self.record.token_ids
-        for row, column, token in entries:
-            self.record.token_ids[row, column] = token
-            if self.known_tokens is not None:
-                self.known_tokens[row][column:] = [token]
-
-    def _retire(self):
-        for row, flight in enumerate(self.flights):
-            if flight is not None and self.record.is_done(row):
-                self.finished_flights.append(flight)
-                self.flights[row] = None
+    def _write(self, row, column, token):
+        """Put a token into the text, true or a draft."""
+        self.text.reserve(column + 1)
+        self.text.token_ids[row, column] = token
+        if self.known_tokens is not None:
+            self.known_tokens[row][column:] = [token]
 
     @property
-    def acceptance_rate(self):
+    def acceptance_rate(self) -> float:
         """The share of the true tokens that a draft was under way for, and that it had right."""
-        flights = [*self.finished_flights, *(flight for flight in self.flights if flight is not None)]
-        num_verdicts = sum(flight.num_verdicts for flight in flights)
-        return sum(flight.num_hits for flight in flights) / num_verdicts if num_verdicts else 0.0
+        num_verdicts = sum(pending.num_verdicts for pending in self.pending)
+        return sum(pending.num_hits for pending in self.pending) / num_verdicts if num_verdicts else 0.0
 
-    def run(self):
-        """Tick until every row is done."""
-        while not self.record.all_done:
+    def run(self) -> "Speculation":
+        """Tick until every row is done. Gives back itself."""
+        while not self.text.all_done:
             self.step()
         return self
 
-    def step(self):
+    def step(self) -> None:
         """One tick, and what follows from it."""
-        entering = torch.tensor(
-            [0 if flight is None else flight.tokens[-1] for flight in self.flights], device=self.wave.device
-        )
-        first, logits = self.wave.tick(self.flights, entering)
+        text = self.text
+        running = [None if text.is_done(row) else pending for row, pending in enumerate(self.pending)]
+        first, columns, logits = self.wave.tick(running)
         _, size, vocab_size = logits.shape
-        logits = logits.reshape(-1, vocab_size).to(self.record.token_ids.device, torch.float32)
-        places = [None] * len(logits)
-        for row, flight in enumerate(self.flights):
-            if flight is not None:
-                for index, stage in enumerate(flight.stages):
-                    places[(stage - first) * size + row] = (row, flight.column - self.shift + index + 1)
+        logits = logits.reshape(-1, vocab_size).to(text.token_ids.device, torch.float32)
+        places = [
+            None if column < 0 else (index % size, column - self.shift + 1) for index, column in enumerate(columns)
+        ]
         is_final = [first + index // size == self.num_steps for index in range(len(places))]
-        tokens, scores = self.chooser(logits, places, is_final)
-        finals = self._settle(tokens, first)
+        tokens, scores = self.chooser(logits, places, is_final, text.token_ids)
+        finals = [
+            row
+            for row, pending in enumerate(running)
+            if pending is not None and self._advance(row, pending, tokens[row::size], first)
+        ]
         if finals:
             last = (self.num_steps - first) * size
-            self.record.accept(finals, scores[last:], logits[last:])
-            self._retire()
+            text.accept(finals, scores[last:], logits[last:])
 
-    def _settle(self, tokens, first):
-        """Move every flight on. Returns the rows that have a new true token."""
-        size, finals, entries = len(self.flights), [], []
-        for row, flight in enumerate(self.flights):
-            if flight is None:
-                continue
-            predicted = {stage: tokens[(stage - first) * size + row] for stage in flight.stages}
-            drafted = self._ask_source(row, flight, predicted) if self.chooses_drafts else None
-            limit = self.max_length + self.shift - 1  # the last token of all needs no pass
-            num_drafts = min(self.num_drafts, flight.num_worthwhile)
-            final = flight.settle(predicted, self.num_steps, num_drafts, limit, self.corrects, drafted)
-            if final is not None:
-                finals.append(row)
-                if self.chooser.noise is not None:
-                    self.chooser.noise.forget((row, flight.column - self.shift))
-            if flight.stages[-1] == 0:
-                column = flight.column - self.shift + len(flight.tokens) - 1
-                entries.append((row, column, flight.tokens[-1]))
-        self._write(entries)
-        return finals
+    def _advance(self, row, pending, tokens, first):
+        """Move a prompt on. tokens: what each pass predicts, from pass `first` on. Whether it has a new true token."""
+        predicted = {index: tokens[index - first] for index in pending.next_passes}
+        drafted = self._ask_source(row, pending, predicted) if self.chooses_drafts else None
+        limit = self.num_columns - 1  # the last token of all needs no pass
+        num_drafts = min(self.num_drafts, pending.num_worthwhile)
+        final = pending.advance(predicted, self.num_steps, num_drafts, limit, self.corrects, drafted)
+        if final is not None and self.chooser.noise is not None:
+            self.chooser.noise.forget((row, pending.column - self.shift))
+        if pending.next_passes[-1] == 0:  # a token that has just come
+            self._write(row, pending.column - self.shift + len(pending.tokens) - 1, pending.tokens[-1])
+        return final is not None
 
-    def _ask_source(self, row, flight, predicted):
+    def _ask_source(self, row, pending, predicted):
         """The source's token in place of pass 0's, or None. Those in place of later passes' go into `predicted`."""
-        column = flight.column - self.shift
-        known = self.known_tokens[row][:column]
+        known = self.known_tokens[row][: pending.column - self.shift]
         drafted = None
-        for index, stage in enumerate(flight.stages):
-            if stage < self.num_steps:
-                token = self.source.token(row, stage, known + flight.tokens[: index + 1], predicted[stage])
-                if token is None:
-                    continue
-                if stage == 0:
+        for index, pass_index in enumerate(pending.next_passes):
+            if pass_index < self.num_steps:
+                token = self.source.token(row, pass_index, known + pending.tokens[: index + 1], predicted[pass_index])
+                if token is not None and pass_index == 0:
                     drafted = int(token)
-                else:
-                    predicted[stage] = int(token)
+                elif token is not None:
+                    predicted[pass_index] = int(token)
         return drafted
 
 
 def speculative_sample(
-    model,
-    input_ids,
-    logits_processor,
-    stopping_criteria,
-    generation_config,
-    call,
-    synced_gpus=False,
-    streamer=None,
-    **model_kwargs,
-):
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    call: Any,
+    synced_gpus: bool = False,
+    streamer: BaseStreamer | None = None,
+    **model_kwargs: Any,
+) -> GenerateDecoderOnlyOutput | torch.Tensor:
     """transformers' `_sample` by the wave.
 
     Args:
-        call: the GenerationCall, with its `steps`, `num_draft_tokens` and `draft_source`.
+        call: the GenerationCall; is told the `acceptance_rate`.
         others: as `_sample` has them.
 
     Returns:
-        (output, speculation): what `_sample` returns, and the finished Speculation.
+        What `_sample` returns.
 
     Raises:
         PonderingError: something that drafts do not go with.
     """
-    _check(generation_config, synced_gpus, model_kwargs)
+    _check_call(generation_config, synced_gpus, model_kwargs)
     _check_backbone(model.backbone, input_ids.shape[1], stopping_criteria.max_length, model_kwargs)
     check_wrapping(model)
-    mask_kind(model.backbone)  # raises where the wave cannot make one, before the prompt runs
-    record = Record(input_ids, stopping_criteria, generation_config, streamer)
+    text = GrowingText(input_ids, stopping_criteria, generation_config, streamer)
     try:
         verify_wave_once(model)
         with AdapterRows(model):
             speculation = Speculation(
-                model, input_ids, logits_processor, generation_config, call, record, model_kwargs
-            )
-            speculation.run()
+                model, input_ids, logits_processor, generation_config, call, text, model_kwargs
+            ).run()
     finally:
         without_inference_tensors(model)
+    call.acceptance_rate = speculation.acceptance_rate
     if streamer is not None:
         streamer.end()
-    sequences = record.sequences()
+    sequences = text.sequences()
     if not generation_config.return_dict_in_generate:
-        return sequences, speculation
-    length = min([*record.lengths, sequences.shape[1]]) + speculation.shift - 1
-    output = GenerateDecoderOnlyOutput(
+        return sequences
+    length = min([*text.lengths, sequences.shape[1]]) + speculation.shift - 1
+    return GenerateDecoderOnlyOutput(
         sequences=sequences,
-        scores=record.columns_of(record.scores, sequences.shape[1]),
-        logits=record.columns_of(record.logits, sequences.shape[1]),
+        scores=text.up_to(sequences.shape[1], text.scores),
+        logits=text.up_to(sequences.shape[1], text.logits),
         **{CACHE_NAME: speculation.wave.cache.give_back(length)},
     )
-    return output, speculation
 
 
 def _check_backbone(backbone, prompt_length, max_length, model_kwargs):
@@ -227,6 +217,7 @@ def _check_backbone(backbone, prompt_length, max_length, model_kwargs):
     name = backbone.config.model_type
     if not takes_cache(backbone):
         raise PonderingError(f"`num_draft_tokens` needs a cache, but model_type {name!r} keeps none: leave it out")
+    mask_kind(backbone)  # raises where the wave cannot make a mask
     rotations = changing_rotations(backbone)
     if rotations is None:
         return
@@ -244,7 +235,7 @@ def _check_backbone(backbone, prompt_length, max_length, model_kwargs):
         )
 
 
-def _check(generation_config, synced_gpus, model_kwargs):
+def _check_call(generation_config, synced_gpus, model_kwargs):
     for name in ("output_hidden_states", "output_attentions"):
         if getattr(generation_config, name, None):
             raise PonderingError(f"`{name}` needs one forward pass a token: leave out `num_draft_tokens`")

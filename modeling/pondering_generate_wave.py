@@ -21,8 +21,11 @@ and positions these are. A token that takes the place of an abandoned draft over
 """
 
 import inspect
+from collections.abc import Callable
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from .pondering_backbone import (
@@ -35,7 +38,7 @@ from .pondering_backbone import (
     run_backbone,
 )
 from .pondering_errors import PonderingError, untested_version
-from .pondering_generate_drafts import Flight, OwnPredictions
+from .pondering_generate_drafts import OwnPredictions, PendingTokens
 from .pondering_vocabulary import scaled
 from .pondering_vocabulary_embedding import PonderingEmbedding
 
@@ -43,8 +46,23 @@ from .pondering_vocabulary_embedding import PonderingEmbedding
 _GROWTH = 256  # columns that are added at least when there are too few
 
 
+class _Place:
+    """What the running tick reads, `rows` of the cache and their first `length` columns, and what it writes."""
+
+    def set(self, rows, row_ids, columns, length):
+        self.rows, self.length = rows, length
+        self.written = {row_ids.device: (row_ids, columns)}
+
+    def written_on(self, device):
+        """(row_ids, columns) on a device: with a device_map layers lie on several."""
+        if device not in self.written:
+            row_ids, columns = next(iter(self.written.values()))
+            self.written[device] = row_ids.to(device), columns.to(device)
+        return self.written[device]
+
+
 class _WaveLayer(DynamicLayer):
-    """Keys and values of one layer in all rows. `place` says what the running tick writes and reads."""
+    """Keys and values of one layer in all rows."""
 
     def __init__(self, place, keys, values):
         super().__init__()
@@ -52,30 +70,18 @@ class _WaveLayer(DynamicLayer):
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
 
     def update(self, key_states, value_states, *args, **kwargs):
-        place = self.place
-        row_ids, columns = place.on(self.all_keys.device)
+        rows, length = self.place.rows, self.place.length
+        row_ids, columns = self.place.written_on(self.all_keys.device)
         # Under autocast a layer may compute them in another dtype than it did for the prompt.
         self.all_keys[row_ids, :, columns] = key_states[:, :, 0].to(self.all_keys.dtype)
         self.all_values[row_ids, :, columns] = value_states[:, :, 0].to(self.all_values.dtype)
-        return self.all_keys[place.rows, :, : place.length], self.all_values[place.rows, :, : place.length]
+        return self.all_keys[rows, :, :length], self.all_values[rows, :, :length]
 
     def get_seq_length(self):
         return self.place.length - 1
 
     def get_mask_sizes(self, *args, **kwargs):
         return self.place.length, 0
-
-
-class _Place:
-    """Where a tick reads and writes. rows: a slice. row_ids, columns: (n,). length: columns that are read."""
-
-    rows = row_ids = columns = length = copies = None
-
-    def on(self, device):
-        """(row_ids, columns) on a device: with a device_map layers lie on several."""
-        if device not in self.copies:
-            self.copies[device] = self.row_ids.to(device), self.columns.to(device)
-        return self.copies[device]
 
 
 class WaveCache:
@@ -88,7 +94,7 @@ class WaveCache:
         num_columns: how many columns there will be at most.
     """
 
-    def __init__(self, past_key_values, num_layers, num_passes, num_columns):
+    def __init__(self, past_key_values: Cache, num_layers: int, num_passes: int, num_columns: int) -> None:
         self.step_cache, self.num_layers, self.num_passes = past_key_values, num_layers, num_passes
         self.prompt_length = past_key_values.get_seq_length()
         self.batch_size = past_key_values.layers[0].keys.shape[0]
@@ -97,54 +103,58 @@ class WaveCache:
         self._place = _Place()
         self.layers = Cache(layers=[self._take(layer) for layer in range(num_layers)])
 
-    def _take(self, index):
-        slots = [self.step_cache.layers[i * self.num_layers + index] for i in range(self.num_passes)]
-        rows = {}
+    def _slots(self, layer):
+        return [self.step_cache.layers[i * self.num_layers + layer] for i in range(self.num_passes)]
+
+    def _take(self, layer):
+        rows, slots = {}, self._slots(layer)
         for name in ("keys", "values"):
             states = torch.cat([getattr(slot, name) for slot in slots])
-            # One column more than can be used: rows without a token write there, and nothing reads it. Zeros, since
-            # a masked value still must be a number.
-            rows[name] = states.new_zeros(*states.shape[:2], self.capacity + 1, states.shape[3])
             first = self.prompt_length - states.shape[2]  # a sliding window has dropped the columns before
-            rows[name][:, :, first : self.prompt_length] = states
-            for i, slot in enumerate(slots):
-                part = rows[name][i * self.batch_size : (i + 1) * self.batch_size]
+            rows[name] = self._with_room(states, first)
+            for slot, part in zip(slots, rows[name].split(self.batch_size), strict=True):
                 setattr(slot, name, part[:, :, first : self.prompt_length])
         return _WaveLayer(self._place, **rows)
 
-    def reserve(self, length):
+    def _with_room(self, states, first):
+        """(rows, H, columns, D) with `capacity` columns, these from `first` on, and one more.
+
+        Rows without a token write to that one, and nothing reads it. Zeros, since a masked value must be a number.
+        """
+        wide = states.new_zeros(*states.shape[:2], self.capacity + 1, states.shape[3])
+        wide[:, :, first : first + states.shape[2]] = states
+        return wide
+
+    def reserve(self, length: int) -> int:
         """Make room for so many columns. Gives the column that rows without a token write to."""
         if length > self.capacity:
-            self._grow(min(2 * self.capacity, max(length, self.max_columns)))
+            self.capacity = min(2 * self.capacity, max(length, self.max_columns))
+            for layer in self.layers.layers:
+                layer.all_keys, layer.all_values = (
+                    self._with_room(states, 0) for states in (layer.all_keys, layer.all_values)
+                )
         return self.capacity
 
-    def set_place(self, rows, row_ids, columns, length):
-        """Say what the next forward pass writes and reads; see _Place."""
-        place = self._place
-        place.rows, place.row_ids, place.columns, place.length = rows, row_ids, columns, length
-        place.copies = {row_ids.device: (row_ids, columns)}
+    def set_place(self, rows: slice, row_ids: torch.Tensor, columns: torch.Tensor, length: int) -> None:
+        """Say what the next forward pass computes.
 
-    def _grow(self, capacity):
-        self.capacity = capacity
-        for layer in self.layers.layers:
-            for name in ("all_keys", "all_values"):
-                old = getattr(layer, name)
-                new = old.new_zeros(*old.shape[:2], self.capacity + 1, old.shape[3])
-                new[:, :, : old.shape[2]] = old
-                setattr(layer, name, new)
+        Args:
+            rows: of the cache, whose first `length` columns are read.
+            row_ids, columns: (n,), where each of these rows writes.
+        """
+        self._place.set(rows, row_ids, columns, length)
 
-    def give_back(self, length):
-        """Append columns up to `length`, which every row must have, to the step cache."""
+    def give_back(self, length: int) -> Cache:
+        """The step cache, with the columns up to `length`, which every row must have, behind its own."""
         new = slice(self.prompt_length, length)
         for index, layer in enumerate(self.layers.layers):
-            for i in range(self.num_passes):
-                rows = slice(i * self.batch_size, (i + 1) * self.batch_size)
-                slot = self.step_cache.layers[i * self.num_layers + index]
-                slot.update(layer.all_keys[rows, :, new], layer.all_values[rows, :, new])
+            parts = zip(layer.all_keys.split(self.batch_size), layer.all_values.split(self.batch_size), strict=True)
+            for slot, (keys, values) in zip(self._slots(index), parts, strict=True):
+                slot.update(keys[:, :, new], values[:, :, new])
         return self.step_cache
 
 
-def check_step_cache(past_key_values):
+def check_step_cache(past_key_values: Cache) -> None:
     """Raise unless the wave can take this cache."""
     kinds = {type(layer) for layer in past_key_values.layers} - {DynamicLayer, DynamicSlidingWindowLayer}
     if kinds or getattr(past_key_values, "offloading", False):
@@ -171,18 +181,17 @@ class Wave:
 
     def __init__(
         self,
-        model,
-        past_key_values,
-        num_steps,
-        attention_mask,
-        position_ids,
-        num_columns,
-        draft_source,
-        autocast=None,
-    ):
+        model: PreTrainedModel,
+        past_key_values: Cache,
+        num_steps: int,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        num_columns: int,
+        draft_source: Callable,
+        autocast: tuple[bool, torch.dtype] | None = None,
+    ) -> None:
         self.model, self.backbone, self.num_steps = model, model.backbone, num_steps
-        config = model.config
-        self.cache = WaveCache(past_key_values, config.num_hidden_layers, num_steps + 1, num_columns)
+        self.cache = WaveCache(past_key_values, model.config.num_hidden_layers, num_steps + 1, num_columns)
         self.batch_size, self.prompt_length = self.cache.batch_size, self.cache.prompt_length
         self.draft_source, self.autocast = draft_source, autocast
         self.num_ticks = self.num_rows_run = 0
@@ -191,58 +200,54 @@ class Wave:
         has_hooks = any(hasattr(part, "_hf_hook") for part in model.modules())
         self.mode = torch.no_grad if has_hooks else torch.inference_mode  # hooks put weights in while a module runs
         self.input_embeddings = model.get_input_embeddings()
-        self.embedding = PonderingEmbedding(self.backbone, config)
-        num_rows = self.batch_size * (num_steps + 1)
-        self.inputs = None  # x of each row in the coming tick: (rows, d)
-        self.row_ids = torch.arange(num_rows, device=self.device)
+        self.embedding = PonderingEmbedding(self.backbone, model.config)
+        self.inputs: torch.Tensor | None = None  # x of each row in the coming tick: (rows, d)
+        self.row_ids = torch.arange(self.batch_size * (num_steps + 1), device=self.device)
         self.columns = torch.arange(self.prompt_length, device=self.device)
-        self.offsets = self._position_offsets(attention_mask, position_ids)
-        self.is_padding = None
-        if attention_mask is not None and not bool(attention_mask.all()):
-            self.is_padding = ~attention_mask.to(self.device).bool().repeat(num_steps + 1, 1)
-        self.mask_kind = mask_kind(self.backbone)
-        self.window = getattr(self.backbone.config, "sliding_window", None)
-
-    def _position_offsets(self, attention_mask, position_ids):
-        """What to add to a column to get its position: (rows, 1)."""
         if position_ids is not None:
             last = position_ids[:, -1].expand(self.batch_size)
         elif attention_mask is not None:
             last = (attention_mask.long().sum(-1) - 1).clamp(min=0)
         else:
             last = torch.full((self.batch_size,), self.prompt_length - 1)
-        offsets = last.to(self.device) - (self.prompt_length - 1)
-        return offsets.repeat(self.num_steps + 1).unsqueeze(1)
+        # What to add to a column to get its position: (rows, 1).
+        self.offsets = (last.to(self.device) - (self.prompt_length - 1)).repeat(num_steps + 1).unsqueeze(1)
+        self.is_padding: torch.Tensor | None = None
+        if attention_mask is not None and not bool(attention_mask.all()):
+            self.is_padding = ~attention_mask.to(self.device).bool().repeat(num_steps + 1, 1)
+        self.mask_kind = mask_kind(self.backbone)
+        self.window = getattr(self.backbone.config, "sliding_window", None)
 
-    def tick(self, flights, entering):
-        """Run the next pass of everything in flight.
+    def tick(self, pending: list[PendingTokens | None]) -> tuple[int, list[int], torch.Tensor]:
+        """Run the next pass of everything that is under way.
 
         Args:
-            flights: a Flight, or None, for each of the B prompts.
-            entering: (B,) token ids, for pass 0.
+            pending: the PendingTokens, or None, of each of the B prompts.
 
         Returns:
-            (first, logits): logits (n, B, V) of passes first, first + 1, ..., of the drafts' source but for the last
-            pass S. What belongs to no token is meaningless.
+            (first, columns, logits): logits (n, B, V) of passes first, first + 1, ..., of the drafts' source but for
+            the last pass S; the columns that the tokens of these n * B rows stand in, -1 where there is none and the
+            logits are meaningless.
         """
         with self.mode():
             if self.autocast is None:
-                return self._tick(flights, entering)
+                return self._tick(pending)
             enabled, dtype = self.autocast
-            with torch.autocast(self.device.type, dtype=dtype, enabled=enabled):
-                return self._tick(flights, entering)
+            with torch.autocast(self.device.type, dtype, enabled):
+                return self._tick(pending)
 
-    def _tick(self, flights, entering):
+    def _tick(self, pending):
         self.num_ticks += 1
-        columns, first, last = self._layout(flights)
+        columns, first, last = self._layout(pending)
         size = self.batch_size
         rows = slice(first * size, (last + 1) * size)
         self.num_rows_run += len(columns)
         if first == 0:
-            config = self.model.config
-            embedded = self.input_embeddings(entering.unsqueeze(1)).squeeze(1)
+            newest = torch.tensor([[0 if one is None else one.tokens[-1]] for one in pending], device=self.device)
+            embedded = self.input_embeddings(newest).squeeze(1)
             if self.inputs is None:
                 self.inputs = embedded.new_zeros(len(self.row_ids), embedded.shape[1])
+            config = self.model.config
             self.inputs[:size] = scaled(embedded, config.input_scale * config.embedding_scale)
         hidden_states = run_backbone(
             self.backbone,
@@ -262,23 +267,27 @@ class Wave:
         if drafted is not None and not without_logits:
             states.insert(0, pondering_states)
         logits = self.embedding.logits(torch.cat(states))
-        if without_logits and num_pondering:
-            self._ponder(rows.start, self.embedding(pondering_states.unsqueeze(0))[0])
-        elif num_pondering:
-            self._ponder(rows.start, self.embedding.of_logits(logits[:num_pondering]))
-        logits = logits[-len(hidden_states) :]
-        return first, logits.view(-1, size, logits.shape[-1])
+        if num_pondering:
+            if without_logits:
+                embedding = self.embedding(pondering_states.unsqueeze(0))[0]
+            else:
+                embedding = self.embedding.of_logits(logits[:num_pondering])
+            # The inputs of the passes that follow.
+            here, next_pass = (slice(start, start + num_pondering) for start in (rows.start, rows.start + size))
+            embedding = self.model.finish_embedding(embedding).to(self.inputs.device)
+            self.inputs[next_pass] = self.inputs[here] + embedding
+        return first, columns, logits[-len(hidden_states) :].view(-1, size, logits.shape[-1])
 
-    def _layout(self, flights):
+    def _layout(self, pending):
         """(column of each row or -1, first pass, last pass) of the passes that have something to run."""
         size = self.batch_size
-        first = min(flight.stages[-1] for flight in flights if flight is not None)
-        last = max(flight.stages[0] for flight in flights if flight is not None)
+        first = min(one.next_passes[-1] for one in pending if one is not None)
+        last = max(one.next_passes[0] for one in pending if one is not None)
         columns = [-1] * (size * (last - first + 1))
-        for prompt, flight in enumerate(flights):
-            if flight is not None:
-                for index, stage in enumerate(flight.stages):
-                    columns[(stage - first) * size + prompt] = flight.column + index
+        for prompt, one in enumerate(pending):
+            if one is not None:
+                for index, pass_index in enumerate(one.next_passes):
+                    columns[(pass_index - first) * size + prompt] = one.column + index
         return columns, first, last
 
     def _place(self, rows, columns):
@@ -318,28 +327,16 @@ class Wave:
         dtype = self.inputs.dtype
         return hidden.to(dtype).mul_(torch.finfo(dtype).min)[:, None, None]
 
-    def _ponder(self, start, embedding):
-        """Make the inputs of the following passes. embedding: (n, d), of the rows from `start` on."""
-        stop = start + len(embedding)
-        embedding = self.model.finish_embedding(embedding).to(self.inputs.device)
-        self.inputs[start + self.batch_size : stop + self.batch_size] = self.inputs[start:stop] + embedding
 
-    def give_back(self, length):
-        """The step cache with `length` columns."""
-        return self.cache.give_back(length)
-
-
-def without_inference_tensors(model):
-    """The model, with every tensor that a module has replaced in inference mode (some rotations do) as a usual one."""
+def without_inference_tensors(model: nn.Module) -> None:
+    """Make every tensor that a module has replaced in inference mode (some rotations do) a usual one."""
     for part in model.modules():
-        for tensors in (part._buffers, part.__dict__):
-            for name, value in tensors.items():
-                if torch.is_tensor(value) and value.is_inference():
-                    tensors[name] = value.clone()
-    return model
+        for name, value in [*part.named_buffers(recurse=False, remove_duplicate=False), *part.__dict__.items()]:
+            if torch.is_tensor(value) and value.is_inference():
+                setattr(part, name, value.clone())
 
 
-def mask_kind(backbone):
+def mask_kind(backbone: PreTrainedModel) -> str:
     """What kind of mask the backbone's layers take when each row of a batch stands at a column of its own.
 
     "full": (rows, 1, 1, columns). "window": the same, for sliding windows in all layers. "mixed": both, as a dict by
@@ -369,7 +366,7 @@ def mask_kind(backbone):
     return "mixed" if kinds else "window"
 
 
-def verify_wave_once(model):
+def verify_wave_once(model: PreTrainedModel) -> None:
     """Check the wave against plain pondering at the first drafted call of an untested backbone or transformers.
 
     Raises:
@@ -411,12 +408,12 @@ def _compare_wave(model):
         pondering_steps=1,
     ).past_key_values
     wave = Wave(model, cache, 1, mask[:, prompt], None, 6, OwnPredictions())
-    flights = [Flight(4, token) for token in new[:, 0].tolist()]
-    wave.tick(flights, new[:, 0])
-    for flight, token in zip(flights, new[:, 1].tolist(), strict=True):
-        flight.tokens, flight.stages = [flight.tokens[0], token], [1, 0]
-    first = wave.tick(flights, new[:, 1])[1][1]
-    for flight in flights:
-        flight.column, flight.tokens, flight.stages = 5, flight.tokens[1:], [1]
-    second = wave.tick(flights, new[:, 1])[1][0]
+    pending = [PendingTokens(4, token) for token in new[:, 0].tolist()]
+    wave.tick(pending)
+    for one, token in zip(pending, new[:, 1].tolist(), strict=True):
+        one.tokens, one.next_passes = [one.tokens[0], token], [1, 0]
+    first = wave.tick(pending)[2][1]
+    for one in pending:
+        one.column, one.tokens, one.next_passes = 5, one.tokens[1:], [1]
+    second = wave.tick(pending)[2][0]
     return torch.stack([first, second], dim=1), whole[:, 4:]

@@ -12,7 +12,7 @@ import torch
 from drafting import HalfWrong
 
 from ponder_hf.modeling.pondering_cache import CACHE_NAME
-from ponder_hf.modeling.pondering_generate_tokens import Noise
+from ponder_hf.modeling.pondering_generate_tokens import GumbelNoise
 
 
 COUNT = 6  # new tokens
@@ -195,7 +195,7 @@ def test_sampling_with_drafts(model_type, steps, float64_throughout):
         drafts = {"num_draft_tokens": chance.randint(1, 5), "draft_source": HalfWrong()}
         output, ids, mask = in_chunks(model, chance, **drafts, **settings)
         torch.manual_seed(3)
-        check_output(model, output, ids, mask, steps, noise=Noise(len(ids), torch.device("cpu")))
+        check_output(model, output, ids, mask, steps, noise=GumbelNoise(len(ids), torch.device("cpu")))
 
 
 @pytest.mark.parametrize("model_type", tiny.SPINE)

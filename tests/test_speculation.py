@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput
 from ponder_hf import PonderingError, PonderingForCausalLM
 from ponder_hf.modeling import pondering_generate_speculation
 from ponder_hf.modeling.pondering_cache import CACHE_NAME
-from ponder_hf.modeling.pondering_generate_tokens import Noise
+from ponder_hf.modeling.pondering_generate_tokens import GumbelNoise
 
 
 @pytest.fixture(scope="module")
@@ -137,12 +137,12 @@ def test_a_wrong_rule_of_acceptance_is_noticed(small_model, monkeypatch):
     """Keeping every draft that the last pass looks at must fail the test above."""
 
     def lenient(self, predicted, num_steps, *args, **kwargs):
-        if self.stages[0] == num_steps and len(self.tokens) > 1:
+        if self.next_passes[0] == num_steps and len(self.tokens) > 1:
             predicted = {**predicted, num_steps: self.tokens[1]}
-        return settle(self, predicted, num_steps, *args, **kwargs)
+        return advance(self, predicted, num_steps, *args, **kwargs)
 
-    settle = pondering_generate_speculation.Flight.settle
-    monkeypatch.setattr(pondering_generate_speculation.Flight, "settle", lenient)
+    advance = pondering_generate_speculation.PendingTokens.advance
+    monkeypatch.setattr(pondering_generate_speculation.PendingTokens, "advance", lenient)
     prompt = torch.tensor([[5, 3, 6, 4]])
     torch.manual_seed(0)
     counts = sampled_pairs(small_model, prompt, NUM_SAMPLES, num_draft_tokens=2)
@@ -156,7 +156,7 @@ def test_samples_are_the_best_of_scores_and_noise_by_whole_forward_passes(model)
         prompts, attention_mask=mask, num_draft_tokens=3, **{**SAMPLING, "top_k": 0, "eos_token_id": None}
     )
     torch.manual_seed(7)
-    noise = Noise(2, torch.device("cpu"))
+    noise = GumbelNoise(2, torch.device("cpu"))
     for prompt in range(2):
         row = prompts[prompt][mask[prompt].bool()]
         for column in range(9, 17):
@@ -168,7 +168,7 @@ def test_samples_are_the_best_of_scores_and_noise_by_whole_forward_passes(model)
 
 def test_noise_of_different_places_is_independent_and_stays():
     torch.manual_seed(0)
-    noise = Noise(20, torch.device("cpu"))
+    noise = GumbelNoise(20, torch.device("cpu"))
     places = list(itertools.product(range(20), range(20)))
     rows = noise.rows(places, 500)
     assert torch.equal(rows, noise.rows(places, 500))

@@ -12,7 +12,7 @@ from ponder_hf import PonderingError
 from ponder_hf.modeling import pondering_generate_speculation, pondering_generate_wave
 from ponder_hf.modeling.pondering_backbone import TESTED
 from ponder_hf.modeling.pondering_cache import CACHE_NAME
-from ponder_hf.modeling.pondering_generate_drafts import SOURCE, Flight
+from ponder_hf.modeling.pondering_generate_drafts import SOURCE, PendingTokens
 from ponder_hf.modeling.pondering_generate_wave import Wave, WaveCache, verify_wave_once
 
 
@@ -210,37 +210,42 @@ def test_a_later_pass_corrects_a_wrong_draft(corrects, ticks_per_token, monkeypa
 
 
 def test_drafts_that_are_seldom_right_are_drafted_less_far_ahead():
-    flight = Flight(0, 0)
-    assert flight.num_worthwhile > 3
+    pending = PendingTokens(0, 0)
+    assert pending.num_worthwhile > 3
     for rate, number in [(0.9, 12), (0.7, 4), (0.5, 2), (0.31, 2), (0.2, 2), (0.0, 2)]:
-        flight.hit_rate = rate
-        assert flight.num_worthwhile == number, rate
+        pending.hit_rate = rate
+        assert pending.num_worthwhile == number, rate
 
 
 def test_the_hit_rate_follows_what_the_last_pass_says():
-    flight = Flight(0, 5)
+    pending = PendingTokens(0, 5)
     for _ in range(200):
-        flight.tokens, flight.stages, flight.ranks, flight.opinions = [5, 6], [1, 0], [None, 0], [{}, {0: 6}]
-        flight.settle({1: 7, 0: 8}, 1, 3, 1000)
-    assert flight.hit_rate < 1e-6
-    assert (flight.num_verdicts, flight.num_hits) == (200, 0)
+        pending.tokens, pending.next_passes, pending.drafters, pending.guesses = (
+            [5, 6],
+            [1, 0],
+            [None, 0],
+            [{}, {0: 6}],
+        )
+        pending.advance({1: 7, 0: 8}, 1, 3, 1000)
+    assert pending.hit_rate < 1e-6
+    assert (pending.num_verdicts, pending.num_hits) == (200, 0)
 
 
 @pytest.mark.parametrize("who_is_right", ["the source", "pass 0", "pass 1"])
-def test_a_flight_learns_whom_to_trust(who_is_right):
+def test_a_prompt_learns_whom_to_trust(who_is_right):
     """S = 2. Pass 0, its source and pass 1 always differ, and one of them says what the last pass will say."""
     speakers = {"pass 0": 0, "the source": SOURCE, "pass 1": 1}
-    flight, truth, count = Flight(0, 0), 7, 0
+    pending, truth, count = PendingTokens(0, 0), 7, 0
     tokens = {speaker: truth if who_is_right == speaker else number for number, speaker in enumerate(speakers)}
     predicted = {0: tokens["pass 0"], 1: tokens["pass 1"], 2: truth}
     for _ in range(60):
-        count += flight.settle(predicted, 2, 2, 1000, drafted=tokens["the source"]) is not None
+        count += pending.advance(predicted, 2, 2, 1000, drafted=tokens["the source"]) is not None
         if count == 10:
-            verdicts, hits = flight.num_verdicts, flight.num_hits
-    assert flight.num_hits - hits == flight.num_verdicts - verdicts > 10
+            verdicts, hits = pending.num_verdicts, pending.num_hits
+    assert pending.num_hits - hits == pending.num_verdicts - verdicts > 10
     best = speakers[who_is_right]
     for other in set(speakers.values()) - {best}:
-        assert flight.advantage(max(best, other), min(best, other)) * (1 if best > other else -1) > 0
+        assert pending.advantage(max(best, other), min(best, other)) * (1 if best > other else -1) > 0
 
 
 class Oracle:
@@ -258,19 +263,19 @@ class Oracle:
 
 
 @pytest.mark.parametrize("num_steps", range(5))
-def test_thousands_of_random_flights_land_where_they_should(num_steps):
-    """The logic of a flight alone, against a made-up model, which also checks that each pass runs on what it must."""
+def test_thousands_of_random_drafts_end_where_they_should(num_steps):
+    """The logic of a pending alone, against a made-up model, which also checks that each pass runs on what it must."""
     for seed in range(1000):
         chance = random.Random(seed)
         oracle = Oracle(seed, num_steps, chance.random())
         num_drafts, corrects, num_columns = chance.randint(0, 5), chance.random() < 0.8, chance.randint(2, 12)
-        text, flight = [0], Flight(0, 0)
+        text, pending = [0], PendingTokens(0, 0)
         has_run = {}  # column: passes that have run there, on which text
         while len(text) < num_columns:
             predicted = {}
-            for index, stage in enumerate(flight.stages):
-                seen = (*text[:-1], *flight.tokens[: index + 1])
-                column = flight.column + index
+            for index, stage in enumerate(pending.next_passes):
+                seen = (*text[:-1], *pending.tokens[: index + 1])
+                column = pending.column + index
                 assert len(seen) == column + 1
                 assert column < num_columns
                 if stage:
@@ -284,19 +289,19 @@ def test_thousands_of_random_flights_land_where_they_should(num_steps):
                     or stage == 0
                 )
                 predicted[stage] = oracle.predict(seen, stage)
-            for index, stage in enumerate(flight.stages):
-                has_run[flight.column + index] = ((*text[:-1], *flight.tokens[: index + 1]), stage)
-            assert len(flight.tokens) - 1 <= min(num_drafts, num_steps)
+            for index, stage in enumerate(pending.next_passes):
+                has_run[pending.column + index] = ((*text[:-1], *pending.tokens[: index + 1]), stage)
+            assert len(pending.tokens) - 1 <= min(num_drafts, num_steps)
             drafted = chance.choice([None, predicted.get(0), chance.randrange(5)])
-            final = flight.settle(predicted, num_steps, num_drafts, num_columns, corrects, drafted)
-            lengths = {len(part) for part in (flight.tokens, flight.stages, flight.ranks, flight.opinions)}
+            final = pending.advance(predicted, num_steps, num_drafts, num_columns, corrects, drafted)
+            lengths = {len(part) for part in (pending.tokens, pending.next_passes, pending.drafters, pending.guesses)}
             assert len(lengths) == 1
             if final is not None:
                 assert final == oracle.predict(tuple(text), num_steps)
                 text.append(final)
-                assert flight.tokens[0] == final
-                assert flight.column == len(text) - 1
-        assert flight.num_hits <= flight.num_verdicts < num_columns
+                assert pending.tokens[0] == final
+                assert pending.column == len(text) - 1
+        assert pending.num_hits <= pending.num_verdicts < num_columns
 
 
 @pytest.mark.parametrize("model_type", [*tiny.SPINE, "falcon", "gpt_bigcode"])
