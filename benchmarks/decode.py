@@ -7,16 +7,18 @@ vocabulary each of the S pondering steps reads the embedding table as well, unle
     python -m benchmarks decode                          the table
     python -m benchmarks decode --compile                static cache and torch.compile as well (minutes)
     python -m benchmarks decode --grow                   how it grows with S, context and batch
+    python -m benchmarks decode --parts                  what each part of pondering_vocabulary_cpu.py brings
 """
 
 import argparse
 import statistics
 import time
+from functools import partial
 
 import torch
 from transformers import CompileConfig, GPTNeoXConfig, GPTNeoXForCausalLM, StaticCache
 
-from benchmarks.machine import described
+from benchmarks.machine import CPU_PARTS, described, without
 from ponder_hf import PonderingForCausalLM
 
 
@@ -135,6 +137,38 @@ def print_prefill(arguments, variant):
     )
 
 
+def within(context, function):
+    """A function that runs the other within a context."""
+
+    def run():
+        with context():
+            function()
+
+    return run
+
+
+def print_parts(arguments, variant):
+    """One row a part of pondering_vocabulary_cpu.py: seconds without it over seconds with all parts."""
+    _, model = models_of(arguments, variant)
+    drafts = {"draft_source": "own", "num_draft_tokens": 3}
+    kinds = {f"decoding, batch {batch}": (batch, arguments.prompt, {}) for batch in arguments.batches}
+    kinds["drafts, batch 1"] = (1, arguments.prompt, drafts)
+    kinds["exits, batch 1"] = (
+        1,
+        arguments.prompt,
+        {"pondering_exit_threshold": 1e-9, "pondering_exit_criterion": "kl"},
+    )
+    if arguments.prefill:
+        kinds["prefill"] = (1, arguments.prefill, {"max_new_tokens": 1})
+    for kind, (batch, length, settings) in kinds.items():
+        prompt = torch.randint(0, arguments.vocab_size, (batch, length))
+        run = generator(model, prompt, settings.pop("max_new_tokens", arguments.new_tokens), **settings)
+        runs = [run, *(within(partial(without, part), run) for part in CPU_PARTS.values())]
+        whole, *times = in_turn(runs, arguments.rounds)
+        cells = [f"{each / whole:.2f}" for each in times]
+        print(f"| {variant} | {kind} | {whole:.2f} | {' | '.join(cells)} |", flush=True)
+
+
 def cache_bytes(cache):
     """Bytes of all keys and values."""
     return sum(states.nbytes for layer in cache.layers for states in (layer.keys, layer.values))
@@ -189,12 +223,18 @@ def main(argv=None):
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--compile", action="store_true", help="static cache and torch.compile as well")
+    parser.add_argument("--parts", action="store_true", help="time without each part of pondering_vocabulary_cpu.py")
     parser.add_argument("--grow", action="store_true", help="vary S, context and batch in turn")
     parser.add_argument(
         "--plot", metavar="FILE", help="with --grow: draw it into this file as well (needs matplotlib)"
     )
     arguments = parser.parse_args(argv)
     print(described())
+    if arguments.parts:
+        print(f"\n| what | task | seconds | without {' | '.join(CPU_PARTS)} |\n{'| --- ' * (3 + len(CPU_PARTS))}|")
+        for variant in arguments.variants:
+            print_parts(arguments, variant)
+        return
     head = "| what | S | batch | tokens | plain, ms a token | pondering, ms a token | over (S+1) plain "
     print(f"\n{head}| the same without the prompt | limit |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     if arguments.grow:

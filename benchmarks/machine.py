@@ -1,11 +1,41 @@
-"""The machine and the versions that a row of figures was measured with."""
+"""The machine and the versions that a row of figures was measured with, and the parts that only make a CPU faster."""
 
 import datetime
 import os
 import platform
+from contextlib import contextmanager
 
 import torch
 import transformers
+
+from ponder_hf.modeling import pondering_backbone as backbone
+from ponder_hf.modeling import pondering_vocabulary as vocabulary
+from ponder_hf.modeling import pondering_vocabulary_embedding as embedding
+
+
+# What pondering_vocabulary_cpu.py does, by the functions in whose place it puts others.
+CPU_PARTS = {
+    "flash kernel": (embedding.vocabulary_sum, embedding.vocabulary_gradients, embedding.makes_use_of_logits),
+    "head of few rows": (vocabulary.product_with_head, backbone.head_context),
+    "sum of few rows": (embedding.weighted_sum,),
+    "layers of few rows": (backbone.decoder_context,),
+    "largest by blocks": (embedding.largest,),
+    "largest by tiles": (embedding.largest_of_head,),
+}
+CPU_PARTS["all"] = tuple(function for functions in CPU_PARTS.values() for function in functions)
+
+
+@contextmanager
+def without(functions):
+    """Within it these functions of CPU_PARTS are computed as they stand."""
+    faster = [function.faster for function in functions]
+    for function in functions:
+        function.faster = None
+    try:
+        yield
+    finally:
+        for function, before in zip(functions, faster, strict=True):
+            function.faster = before
 
 
 def described():

@@ -5,6 +5,7 @@ interleaved in one process and given as medians; memory is measured in a process
 
     python -m benchmarks train_step              the table
     python -m benchmarks train_step --grow       how time and memory grow with S, T and V
+    python -m benchmarks train_step --parts      what each part of pondering_vocabulary_cpu.py brings
 """
 
 import argparse
@@ -17,7 +18,7 @@ import time
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from benchmarks.machine import described
+from benchmarks.machine import CPU_PARTS, described, without
 from ponder_hf import PonderingForCausalLM
 from ponder_hf.modeling import modeling_pondering, pondering_vocabulary_embedding
 
@@ -134,6 +135,21 @@ def table(arguments, variants):
         )
 
 
+def print_parts(arguments, variant):
+    """One row: seconds without each part of pondering_vocabulary_cpu.py over seconds with all of them."""
+    step = Shape(arguments).step_of(variant)
+    times = {name: [] for name in ("whole", *CPU_PARTS)}
+    for turn in range(arguments.rounds + 1):
+        for name, values in times.items():
+            with without(CPU_PARTS.get(name, ())):
+                start = time.perf_counter()
+                step()
+            if turn:
+                values.append(time.perf_counter() - start)
+    whole, *others = (statistics.median(values) for values in times.values())
+    print(f"| {variant} | {whole:.2f} | {' | '.join(f'{each / whole:.2f}' for each in others)} |", flush=True)
+
+
 GROWTH = {
     "pondering_steps": (0, 1, 2, 4, 8),
     "length": (128, 512, 2048),
@@ -181,6 +197,7 @@ def main(argv=None):
         "--variants", nargs="*", choices=VARIANTS, default=VARIANTS, help="rows beside the plain model"
     )
     parser.add_argument("--no-memory", dest="memory", action="store_false")
+    parser.add_argument("--parts", action="store_true", help="time without each part of pondering_vocabulary_cpu.py")
     parser.add_argument("--grow", action="store_true", help="vary S, T and V in turn")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
@@ -194,6 +211,11 @@ def main(argv=None):
         print(statistics.median(seconds[1:]), own_peak_memory())
         return
     print(described())
+    if arguments.parts:
+        print(f"| what | seconds a step | without {' | '.join(CPU_PARTS)} |\n{'| --- ' * (2 + len(CPU_PARTS))}|")
+        for variant in arguments.variants:
+            print_parts(arguments, variant)
+        return
     if arguments.grow:
         print(
             f"d {arguments.hidden_size}, L {arguments.layers}, S {arguments.pondering_steps}, K {arguments.top_k}, "

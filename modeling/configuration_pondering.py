@@ -1,11 +1,12 @@
 """Configuration of a pondering language model: the backbone's own configuration plus how it ponders."""
 
-import difflib
+import inspect
 import math
+from typing import Any
 
 import transformers
 
-from .pondering_errors import PonderingError, check_transformers
+from .pondering_errors import PonderingError, check_transformers, did_you_mean
 
 
 try:
@@ -25,44 +26,46 @@ AUTO_MAP = {
 }
 
 
-def check_steps(name, value):
-    """Raise unless `value` is a number of pondering steps: an integer >= 0."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise PonderingError(f"`{name}` must be an integer >= 0 (0: no pondering), got {value!r}")
+def _check_integer(name: str, value: Any, least: int, meaning: str = "") -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise PonderingError(f"`{name}` must be an integer >= {least}{meaning}, got {value!r}")
 
 
-def _check_heads(name, value):
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise PonderingError(f"`{name}` must be an integer >= 0 (0: no draft heads), got {value!r}")
+def check_steps(name: str, value: Any) -> None:
+    """Raise a PonderingError unless `value` is a number of pondering steps: an integer >= 0."""
+    _check_integer(name, value, 0, " (0: no pondering)")
 
 
-def _check_top_k(name, value):
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise PonderingError(f"`{name}` must be an integer >= 1, or null for the whole vocabulary, got {value!r}")
+def _check_heads(name: str, value: Any) -> None:
+    _check_integer(name, value, 0, " (0: no draft heads)")
 
 
-def _is_finite_number(value):
+def _check_top_k(name: str, value: Any) -> None:
+    if value is not None:
+        _check_integer(name, value, 1, ", or null for the whole vocabulary")
+
+
+def _is_finite_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _check_positive(name, value):
+def _check_positive(name: str, value: Any) -> None:
     if not _is_finite_number(value) or value <= 0:
         raise PonderingError(f"`{name}` must be a finite number > 0, got {value!r}")
 
 
-def _check_not_negative(name, value):
+def _check_not_negative(name: str, value: Any) -> None:
     if not _is_finite_number(value) or value < 0:
         raise PonderingError(f"`{name}` must be a finite number >= 0, got {value!r}")
 
 
-def _check_gate(name, value):
+def _check_gate(name: str, value: Any) -> None:
     if value not in GATES:
         raise PonderingError(f"`{name}` must be one of {', '.join(map(repr, GATES))}, got {value!r}")
 
 
-def _check_format(name, value):
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise PonderingError(f"`{name}` must be an integer >= 1, got {value!r}")
+def _check_format(name: str, value: Any) -> None:
+    _check_integer(name, value, 1)
     if value > FORMAT_VERSION:
         raise PonderingError(
             f"`{name}` is {value}, but this code reads formats up to {FORMAT_VERSION}: "
@@ -70,22 +73,22 @@ def _check_format(name, value):
         )
 
 
-# One line a field: the value that it has when nothing is said, and what it must be.
-PONDERING_FIELDS = {
-    "pondering_steps": (3, check_steps),
-    "pondering_top_k": (None, _check_top_k),
-    "pondering_temperature": (1.0, _check_positive),
-    "embedding_scale": (1.0, _check_positive),
-    "input_scale": (1.0, _check_positive),
-    "pondering_gate": ("none", _check_gate),
-    "intermediate_loss_weight": (0.0, _check_not_negative),
-    "draft_heads": (0, _check_heads),
-    "pondering_format_version": (FORMAT_VERSION, _check_format),
+# What each field must be. What it is when nothing is said stands in the signature of PonderingConfig.
+_CHECKS = {
+    "pondering_steps": check_steps,
+    "pondering_top_k": _check_top_k,
+    "pondering_temperature": _check_positive,
+    "embedding_scale": _check_positive,
+    "input_scale": _check_positive,
+    "pondering_gate": _check_gate,
+    "intermediate_loss_weight": _check_not_negative,
+    "draft_heads": _check_heads,
+    "pondering_format_version": _check_format,
 }
 
 
 # What is about the checkpoint as a whole. With what begins with an underscore it stays with the outer configuration.
-_OWN_FIELDS = frozenset(PONDERING_FIELDS) | frozenset(
+_OWN_FIELDS = frozenset(_CHECKS) | frozenset(
     "architectures auto_map base_config custom_pipelines distributed_config model_type name_or_path "
     "quantization_config transformers_version transformers_weights".split()
 )
@@ -177,7 +180,7 @@ class PonderingConfig(PretrainedConfig):
     (`rope_scaling`, `rope_theta`). Own fields beside those below are what describes the checkpoint: `architectures`,
     `auto_map`, `name_or_path`, `quantization_config` and all names that begin with an underscore. The choices of
     attention and experts are written to both, as transformers reads both. A name that nobody knows is kept, as
-    transformers keeps it on any configuration, and on the backbone's; only one that begins with `pondering_` is
+    transformers keeps it on any configuration, and on the backbone's; one that is nearly a pondering field's is
     refused. In config.json a field of the backbone stands within `base_config` (`dtype` beside it, where tools look
     for it). `to_dict()` also has copies of its sizes, for tools; `from_dict` refuses copies that contradict it.
 
@@ -211,15 +214,25 @@ class PonderingConfig(PretrainedConfig):
         "router_logits",
     ]
 
-    def __init__(self, base_config=None, **kwargs):
+    def __init__(
+        self,
+        base_config: PretrainedConfig | dict[str, Any] | None = None,
+        pondering_steps: int = 3,
+        pondering_top_k: int | None = None,
+        pondering_temperature: float = 1.0,
+        embedding_scale: float = 1.0,
+        input_scale: float = 1.0,
+        pondering_gate: str = "none",
+        intermediate_loss_weight: float = 0.0,
+        draft_heads: int = 0,
+        pondering_format_version: int = FORMAT_VERSION,
+        **kwargs: Any,
+    ):
         check_transformers()
-        fields = {name: kwargs.pop(name, default) for name, (default, _) in PONDERING_FIELDS.items()}
-        for name in kwargs:
-            if name.startswith("pondering_"):
-                raise unknown_field(name)
         kwargs.pop("auto_map", None)
         chosen = {name: kwargs.pop(name, None) for name in ("attn_implementation", "experts_implementation")}
         of_backbone = {name: kwargs.pop(name) for name in list(kwargs) if not _is_own(name)}
+        _check_names(of_backbone, base_config)
         base_config, of_backbone = _as_config(base_config, of_backbone)
         super().__init__(**kwargs)
         for name in list(self.__dict__):
@@ -233,8 +246,15 @@ class PonderingConfig(PretrainedConfig):
             before = getattr(base_config, f"_{name}", None)
             if implementation is not None or before is not None:
                 setattr(self, f"_{name}", before if implementation is None else implementation)
-        for name, value in fields.items():
-            setattr(self, name, value)
+        self.pondering_steps = pondering_steps
+        self.pondering_top_k = pondering_top_k
+        self.pondering_temperature = pondering_temperature
+        self.embedding_scale = embedding_scale
+        self.input_scale = input_scale
+        self.pondering_gate = pondering_gate
+        self.intermediate_loss_weight = intermediate_loss_weight
+        self.draft_heads = draft_heads
+        self.pondering_format_version = pondering_format_version
         self.auto_map = dict(AUTO_MAP)
 
     def __getattr__(self, name):
@@ -244,13 +264,12 @@ class PonderingConfig(PretrainedConfig):
         return _read(self.base_config, name)
 
     def __setattr__(self, name, value):
-        if name in PONDERING_FIELDS:
-            PONDERING_FIELDS[name][1](name, value)
+        if name in _CHECKS:
+            _CHECKS[name](name, value)
             if name == "pondering_top_k" and value is not None:
                 check_vocabulary(self, top_k=value)
-        elif name.startswith("pondering_"):
-            raise unknown_field(name)
         elif not _is_own(name) and "base_config" in self.__dict__:
+            _check_names([name], self.base_config)
             if name == "vocab_size":
                 check_vocabulary(self, vocab_size=value)
             _write(self.base_config, name, value)
@@ -274,10 +293,8 @@ class PonderingConfig(PretrainedConfig):
             PonderingError: a size stands beside `base_config` as `to_dict` puts it there, but is not the one within.
                 Or there is no such pondering field as a keyword names; transformers would leave it out without a word.
         """
-        for name in kwargs:
-            if name.startswith("pondering_") and name not in PONDERING_FIELDS:
-                raise unknown_field(name)
         base_config = config_dict.get("base_config")
+        _check_names([name for name in kwargs if not _is_own(name)], base_config)
         if isinstance(base_config, dict):
             model_type = base_config.get("model_type")
             names = CONFIG_MAPPING[model_type].attribute_map if model_type in CONFIG_MAPPING else {}
@@ -341,11 +358,31 @@ def check_vocabulary(config, top_k=None, vocab_size=None):
         )
 
 
-def unknown_field(name):
+def unknown_field(name: str) -> PonderingError:
     """The error for a pondering field that does not exist, with the nearest one that does."""
-    near = difflib.get_close_matches(name, PONDERING_FIELDS, n=1)
-    hint = f"did you mean `{near[0]}`?" if near else f"the fields are {', '.join(PONDERING_FIELDS)}"
-    return PonderingError(f"`{name}` is not a pondering field: {hint}")
+    return PonderingError(f"`{name}` is not a pondering field: {did_you_mean(name, _CHECKS, 'the fields are')}")
+
+
+def _check_names(names, base_config):
+    """Raise if one of these, which are no field of pondering, was meant to be.
+
+    It was where it begins as they do, or is spelled nearly like one and no field of the backbone. Any other name may
+    mean something to somebody.
+    """
+    for name in names:
+        is_own = name.startswith("pondering_")
+        if is_own or (not _has_field(base_config, name) and did_you_mean(name, _CHECKS, cutoff=0.85)):
+            raise unknown_field(name)
+
+
+def _has_field(base_config, name):
+    if not isinstance(base_config, dict):
+        return hasattr(base_config, name)
+    config_class = (
+        CONFIG_MAPPING[base_config["model_type"]] if base_config.get("model_type") in CONFIG_MAPPING else None
+    )
+    parameters = () if config_class is None else inspect.signature(config_class.__init__).parameters
+    return name in base_config or name in parameters or hasattr(config_class, name)
 
 
 def _as_config(base_config, changes):
@@ -387,6 +424,12 @@ class NoClassifier:
 
     _from_config = from_pretrained
 
+
+# (the value that it has when nothing is said, the function that checks one) of each field.
+PONDERING_FIELDS = {
+    name: (inspect.signature(PonderingConfig.__init__).parameters[name].default, check)
+    for name, check in _CHECKS.items()
+}
 
 PonderingConfig.register_for_auto_class()
 # Otherwise transformers would list a hundred configurations that it knows.

@@ -12,7 +12,6 @@ This file holds only that. The backbone is transformers' own model, unchanged; w
 pondering_backbone.py. Positions and masks are the tokens' own, the same in every pass.
 """
 
-import difflib
 from functools import partial
 
 import torch
@@ -44,7 +43,7 @@ from .pondering_backbone_checkpoint import (
     understand_config,
 )
 from .pondering_cache import CACHE_NAME, are_packed, given_cache, mark_owner, paged_pass, pass_cache, step_cache
-from .pondering_errors import INSTALL_TESTED, PonderingError, untested_version
+from .pondering_errors import INSTALL_TESTED, PonderingError, did_you_mean, untested_version
 from .pondering_generate import PonderingGenerationMixin, current_call, keep_settings
 from .pondering_generate_drafts import DraftHeads
 from .pondering_generate_exits import AdaptivePasses
@@ -618,9 +617,9 @@ _PONDERING_ARGUMENTS = ("pondering_steps", "output_pondering", "pondering_exit")
 def _check_names(kwargs):
     """Raise for a keyword about pondering that does not exist; a backbone would take it and do nothing."""
     for name in kwargs:
-        if "ponder" in name or name in ("num_steps", "on_hidden_states"):
-            near = difflib.get_close_matches(name, _PONDERING_ARGUMENTS, n=1, cutoff=0.5)
-            hint = f"did you mean `{near[0]}`?" if near else f"there are {', '.join(_PONDERING_ARGUMENTS)}"
+        is_ours = "ponder" in name or name in ("num_steps", "on_hidden_states")
+        if is_ours or (not torch.compiler.is_compiling() and did_you_mean(name, _PONDERING_ARGUMENTS, cutoff=0.8)):
+            hint = did_you_mean(name, _PONDERING_ARGUMENTS, "there are", cutoff=0.5)
             raise PonderingError(f"the forward pass takes no `{name}`: {hint}")
 
 

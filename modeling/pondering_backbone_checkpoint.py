@@ -1,13 +1,11 @@
 """Read the checkpoint that a pondering model is made from: a plain one, or one that the method's authors wrote."""
 
-import difflib
-
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
 from transformers.utils import logging
 
 from .configuration_pondering import PONDERING_FIELDS, PonderingConfig
 from .pondering_backbone import backbone_class
-from .pondering_errors import PonderingError
+from .pondering_errors import PonderingError, did_you_mean
 
 
 try:  # since 5.0 some backbones have other names in memory than on disk
@@ -20,11 +18,12 @@ logger = logging.get_logger(__name__)
 
 # Where to find a checkpoint and how to load it.
 LOADING_ARGUMENTS = frozenset(
-    "attn_implementation cache_dir device_map dtype force_download local_files_only max_memory offload_folder proxies "
-    "revision subfolder token variant".split()
+    "attn_implementation cache_dir device_map dtype experts_implementation force_download local_files_only "
+    "low_cpu_mem_usage max_memory offload_buffers offload_folder proxies revision subfolder token variant".split()
 )
 # How its config.json is read; everything else that `from_base` takes is a pondering field.
 READING_ARGUMENTS = ("authors", "ignore_fields", "ignore_code")
+_LOAD_FIRST = "load the plain model with it, by AutoModelForCausalLM.from_pretrained, and give from_base that model"
 # Arguments of transformers' from_pretrained that have no meaning here, and what to do instead.
 _NOT_HERE = {
     "quantization_config": "make the model from full-precision weights, save it, and load that with from_pretrained "
@@ -32,6 +31,13 @@ _NOT_HERE = {
     "trust_remote_code": "code of a base is never run; `ignore_code=True` reads a checkpoint without its own code",
     "use_safetensors": "only safetensors are read",
     "config": "the base's own configuration is read; pondering fields are arguments by themselves",
+    "output_loading_info": "whatever does not fit is an error, so there is nothing to report",
+    **dict.fromkeys(
+        "adapter_kwargs code_revision device_mesh distributed_config from_flax from_tf generation_config gguf_file "
+        "ignore_mismatched_sizes key_mapping load_in_4bit load_in_8bit offload_state_dict state_dict tp_plan tp_size "
+        "use_kernels weights_only".split(),
+        _LOAD_FIRST,
+    ),
 }
 _CONFIG_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
@@ -340,15 +346,10 @@ def split_arguments(arguments):
         elif name in PONDERING_FIELDS:
             fields[name] = value
         else:
-            raise _unknown_argument(name)
+            known = (*PONDERING_FIELDS, *READING_ARGUMENTS, *sorted(LOADING_ARGUMENTS))
+            hint = did_you_mean(name, known, "it takes")
+            raise PonderingError(f"`{name}` is not a pondering field, nor another argument of from_base: {hint}")
     return loading, reading, fields
-
-
-def _unknown_argument(name):
-    known = (*PONDERING_FIELDS, *READING_ARGUMENTS, *sorted(LOADING_ARGUMENTS))
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean `{near[0]}`?" if near else f"it takes {', '.join(known)}"
-    return PonderingError(f"`{name}` is not a pondering field, nor another argument of from_base: {hint}")
 
 
 def _some(keys):

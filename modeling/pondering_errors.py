@@ -1,7 +1,9 @@
 """Input that cannot be used: the one error class of ponder_hf, and the versions of transformers that models run on."""
 
+import difflib
 import logging
 import re
+from collections.abc import Iterable
 
 import transformers
 
@@ -12,6 +14,24 @@ class _UnusableInput(ValueError):
 
 class PonderingError(_UnusableInput):
     """Input that cannot be used. The message is one line: what is wrong and what to do about it."""
+
+
+def did_you_mean(name: str, known: Iterable[str], others: str | None = None, cutoff: float = 0.6) -> str | None:
+    """What to say behind an unknown name.
+
+    Args:
+        known: the names that there are.
+        others: the words before all of them, where none is near.
+        cutoff: how near one must be, 0 .. 1.
+
+    Returns:
+        A question that has the nearest one. Where none is near: all of them, or None without `others`.
+    """
+    known = [*known]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
+    if near:
+        return f"did you mean `{near[0]}`?"
+    return None if others is None else f"{others} {', '.join(known)}"
 
 
 # Minor versions with all their patch releases. The code was run on the oldest, the newest and some between them. An

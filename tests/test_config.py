@@ -1,9 +1,11 @@
 """PonderingConfig: what it takes, what it refuses, and what it reads off the backbone's configuration."""
 
 import copy
+import inspect
 import json
 import pickle
 
+import checkpoints
 import elsewhere
 import pytest
 import tiny
@@ -107,11 +109,44 @@ def test_a_pondering_base_is_refused():
         PonderingConfig(PonderingConfig(LlamaConfig()))
 
 
-def test_a_misspelt_field_is_refused_with_the_right_one():
-    with pytest.raises(
-        PonderingError, match="`pondering_stepz` is not a pondering field: did you mean `pondering_steps`"
-    ):
-        PonderingConfig(LlamaConfig(), pondering_stepz=2)
+@pytest.mark.parametrize(
+    ("misspelt", "name"),
+    [
+        ("pondering_stepz", "pondering_steps"),
+        ("embeding_scale", "embedding_scale"),
+        ("imput_scale", "input_scale"),
+        ("draft_head", "draft_heads"),
+        ("intermediate_loss_weigth", "intermediate_loss_weight"),
+    ],
+)
+def test_a_misspelt_field_is_refused_with_the_right_one(misspelt, name, tmp_path):
+    config = PonderingConfig(LlamaConfig())
+    config.save_pretrained(tmp_path)
+    words = f"`{misspelt}` is not a pondering field: did you mean `{name}`"
+    for base in (LlamaConfig(), LlamaConfig().to_dict()):
+        with pytest.raises(PonderingError, match=words):
+            PonderingConfig(base, **{misspelt: 2})
+    with pytest.raises(PonderingError, match=words):
+        setattr(config, misspelt, 2)
+    with pytest.raises(PonderingError, match=words):
+        AutoConfig.from_pretrained(tmp_path, **{misspelt: 2})
+    checkpoints.change_config(tmp_path, **{misspelt: 2})
+    with pytest.raises(PonderingError, match=words):
+        AutoConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("base", [{}, {"input_scales": 3.0}], ids=["by name", "within"])
+def test_a_backbones_own_field_may_be_spelled_nearly_like_one_of_pondering(base, monkeypatch):
+    monkeypatch.setattr(LlamaConfig, "input_scales", 1.0, raising=False)
+    base = {**LlamaConfig().to_dict(), **base}
+    assert PonderingConfig(base, input_scales=2.0).base_config.input_scales == 2.0
+
+
+def test_every_field_stands_in_the_signature_with_its_type_and_default():
+    parameters = dict(inspect.signature(PonderingConfig).parameters)
+    for name, (default, _) in PONDERING_FIELDS.items():
+        assert parameters[name].default == default
+        assert parameters[name].annotation is not inspect.Parameter.empty
 
 
 OF_BACKBONE = {

@@ -85,7 +85,11 @@ WRONG_ARGUMENTS = {
     "trust_remote_code": ({"trust_remote_code": True}, "no `trust_remote_code`: code of a base is never run"),
     "use_safetensors": ({"use_safetensors": False}, "only safetensors are read"),
     "config": ({"config": None}, "the base's own configuration is read"),
+    "gguf_file": ({"gguf_file": "x.gguf"}, "no `gguf_file`: load the plain model with it, by AutoModelForCausalLM"),
+    "load_in_8bit": ({"load_in_8bit": True}, "no `load_in_8bit`: load the plain model with it"),
     "near a field": ({"pondering_step": 1}, "did you mean `pondering_steps`"),
+    "near a field without the prefix": ({"embeding_scale": 2.0}, "did you mean `embedding_scale`"),
+    "near another": ({"draft_head": 1}, "did you mean `draft_heads`"),
     "near an argument": ({"revison": "x"}, "`revison` is not a pondering field, .* did you mean `revision`"),
     "unknown": ({"xyz": 1}, "it takes pondering_steps, .* authors, .* attn_implementation"),
 }
@@ -100,7 +104,7 @@ def test_arguments_of_from_base(tmp_path, arguments, words):
 
 def test_arguments_of_from_base_that_transformers_takes_as_well(tmp_path):
     base = checkpoints.save_base(tmp_path / "base")
-    harmless = {"trust_remote_code": False, "use_safetensors": True, "max_memory": None}
+    harmless = {"trust_remote_code": False, "use_safetensors": True, "max_memory": None, "low_cpu_mem_usage": True}
     model = PonderingForCausalLM.from_base(base, torch_dtype=torch.float16, **harmless)
     assert model.dtype == torch.float16
     assert PonderingForCausalLM.from_base(base, torch_dtype="bfloat16").dtype == torch.bfloat16
@@ -173,6 +177,8 @@ def test_errors_of_its_code_are_the_librarys(tmp_path):
         ("num_pondering_steps", "did you mean `pondering_steps`"),
         ("output_ponderings", "did you mean `output_pondering`"),
         ("pondering_exits", "did you mean `pondering_exit`"),
+        ("pondring_steps", "did you mean `pondering_steps`"),
+        ("output_pondring", "did you mean `output_pondering`"),
     ],
 )
 def test_typing_errors_in_a_forward_pass(name, words):
