@@ -21,6 +21,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # safetensors' names of the floating-point dtypes that a plain checkpoint is made of.
 FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPE_NAMES = {stored: str(dtype).removeprefix("torch.") for stored, dtype in FLOATING.items()}
 
 _LFS_POINTER = b"version https://git-lfs"
 

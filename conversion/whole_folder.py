@@ -40,7 +40,7 @@ def check_destination(
         if existing == path:
             if any(path.iterdir()) and not overwrite:
                 raise PonderingError(
-                    f"{destination} exists and is not empty: give another folder, or --overwrite to replace it"
+                    f"{destination} exists and is not empty: give another folder, or `overwrite=True` to replace it"
                 )
             _check_replaceable(destination, path)
             existing = path.parent

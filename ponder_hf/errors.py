@@ -6,7 +6,11 @@ passes through: an error of ours must not look like the user's.
 
 import errno
 import json
+import os
+import re
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -24,10 +28,11 @@ from .modeling import PonderingError
 
 
 # Any failure of the Hub client's transport, from a refused connection to a status code (httpx.HTTPError).
-_HTTP_ERROR = HfHubHTTPError.__mro__[1]
+_HTTP_ERROR: Any = HfHubHTTPError.__mro__[1]
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 _SHORT_FILE = "Consistency check failed: file should be of size"
 _AGAIN = "try again, files that have arrived are not fetched twice"
+_PUSH_AGAIN = "nothing of it can be seen there; push again, what has arrived is not sent twice"
 _LONGEST_REASON = 300
 # What transformers says in a RuntimeError about weights that do not fit; others are not the input's fault.
 _MISFITS = ("size mismatch", "ignore_mismatched_sizes", "conversion of the weights")
@@ -45,23 +50,27 @@ class DownloadStopped(NotFinished):
     """A download that did not come to its end. Files that are whole stay in the cache."""
 
 
-def first_line(error):
+class PushStopped(NotFinished):
+    """A push that did not come to its end although nothing was wrong with it. The repository is as it was."""
+
+
+def first_line(error: object) -> str:
     """The first line of an exception's message that says something, cut to a readable length."""
     lines = (" ".join(line.split()) for line in str(error).splitlines())
     line = next((line for line in lines if line), type(error).__name__)
     return line if len(line) <= _LONGEST_REASON else line[: _LONGEST_REASON - 3] + "..."
 
 
-def _reason(error):
+def _reason(error: BaseException) -> str:
     return error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
 
 
-def _is_full_disk(error):
+def _is_full_disk(error: BaseException) -> bool:
     # The writer of safetensors reports the system's error only in its message.
     return getattr(error, "errno", None) in _FULL_DISK or any(f"os error {code})" in str(error) for code in _FULL_DISK)
 
 
-def _not_downloaded(source, error):
+def _not_downloaded(source: str | os.PathLike, error: Exception) -> PonderingError:
     """What to say of a failed request for a file: the Hub's answer, or that there was none."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status == 401:
@@ -76,7 +85,7 @@ def _not_downloaded(source, error):
 
 
 @contextmanager
-def reading(source):
+def reading(source: str | os.PathLike) -> Iterator[None]:
     """Translate what goes wrong while `source`, a folder or a Hub id, is found, downloaded or read."""
     try:
         yield
@@ -126,7 +135,7 @@ _MISUNDERSTANDINGS = (
 
 
 @contextmanager
-def understanding(source, file="config.json"):
+def understanding(source: str | os.PathLike, file: str = "config.json") -> Iterator[None]:
     """Translate what goes wrong while an object is built from what a file of `source` says: an empty model, say."""
     try:
         yield
@@ -145,7 +154,7 @@ def understanding(source, file="config.json"):
 
 
 @contextmanager
-def fitting(source):
+def fitting(source: str | os.PathLike) -> Iterator[None]:
     """Translate what transformers raises where the weights in `source` do not fit the model of its config.json."""
     try:
         yield
@@ -156,7 +165,7 @@ def fitting(source):
 
 
 @contextmanager
-def writing(destination):
+def writing(destination: str | os.PathLike) -> Iterator[None]:
     """Translate what goes wrong while `destination` is written."""
     try:
         yield
@@ -167,3 +176,53 @@ def writing(destination):
             ) from error
         where = getattr(error, "filename", None) or destination
         raise PonderingError(f"cannot write {where}: {_reason(error)}") from error
+
+
+@contextmanager
+def pushing(repository: str) -> Iterator[None]:
+    """Translate what goes wrong while `repository` is written."""
+    try:
+        yield
+    except OfflineModeIsEnabled as error:
+        raise PonderingError(f"{repository} cannot be pushed offline: unset HF_HUB_OFFLINE") from error
+    except HfHubHTTPError as error:
+        raise _not_pushed(repository, error) from error
+    except _HTTP_ERROR as error:
+        raise PushStopped(f"the connection to {repository} broke ({first_line(error)}): {_PUSH_AGAIN}") from error
+    except RuntimeError as error:  # huggingface_hub wraps what happened to an LFS file
+        cause = error.__cause__
+        if isinstance(cause, HfHubHTTPError):
+            raise _not_pushed(repository, cause) from error
+        if isinstance(cause, _HTTP_ERROR):
+            raise PushStopped(f"the connection to {repository} broke ({first_line(cause)}): {_PUSH_AGAIN}") from error
+        raise
+    except OSError as error:
+        if error.errno is not None:  # the system's own, about a file here
+            raise
+        raise _not_pushed_by_xet(repository, error) from error
+
+
+def _not_pushed_by_xet(repository: str, error: OSError) -> PonderingError:
+    """hf_xet, which sends large files where it is installed, raises Python's own OSErrors, without a number."""
+    reason = first_line(error)
+    if "404" in reason and "xet-write-token" in reason:
+        return PonderingError(f"this Hub has no Xet storage for {repository}: set HF_HUB_DISABLE_XET=1 and push again")
+    if isinstance(error, PermissionError) or re.search("40[13] ", reason):
+        return PonderingError(f"the Hub's storage does not accept the token: use one that may write to {repository}")
+    return PushStopped(f"the connection to {repository} broke ({reason}): {_PUSH_AGAIN}")
+
+
+def _not_pushed(repository: str, error: HfHubHTTPError) -> PonderingError:
+    status = error.response.status_code
+    if status == 401:
+        return PonderingError(f"the Hub does not accept the token: set HF_TOKEN to one that may write to {repository}")
+    if status == 403:
+        return PonderingError(f"this token may not write to {repository}: use one with write access, or another name")
+    if status == 404:
+        return PonderingError(f"there is no {repository} that this token may see: check the name and the token")
+    if status == 412:
+        return PushStopped(f"somebody else changed {repository} meanwhile, and nothing was pushed: push again")
+    if status == 429:
+        return PushStopped(f"the Hub takes no more requests for now: {_PUSH_AGAIN}")
+    reason = error.server_message or first_line(error)
+    return PushStopped(f"the Hub did not take {repository} ({first_line(reason)}): {_PUSH_AGAIN}")

@@ -12,8 +12,8 @@ from huggingface_hub import ModelCard
 from ponder_hf import PonderingError
 from ponder_hf.conversion import convert
 from ponder_hf.hub import card as cards
+from ponder_hf.hub.card import Facts, facts_of_folder
 from ponder_hf.hub.code import installed_code, sha256
-from ponder_hf.hub.facts import Facts, facts_of_folder
 
 
 FULL = Facts(

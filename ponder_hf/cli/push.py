@@ -43,7 +43,7 @@ def run(args):
         dry_run=args.dry_run,
         message=args.message,
         base_model=args.base_model,
-        allowed=args.allow,
+        allow=args.allow,
         skip_unsafe=args.skip_unsafe,
     )
     if not args.json:

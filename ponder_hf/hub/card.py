@@ -1,25 +1,44 @@
 """The model card: written from facts, brought up to date at every push, and never over what a person wrote.
 
-The text lies in sections, each between `<!-- section: NAME -->` and `<!-- /section -->`. A comment at the end of the
-card holds a hash of every section and every key of the metadata as they were written. What no longer has its hash was
-edited, and what is gone was taken out: both are left as they are. So is everything outside the sections.
+Facts come from a checkpoint's files, its base's card and a Trainer; nothing is guessed. The text lies in sections,
+each between `<!-- section: NAME -->` and `<!-- /section -->`. A comment at the end of the card holds a hash of every
+section and every key of the metadata as they were written. What no longer has its hash was edited, and what is gone
+was taken out: both are left as they are. So is everything outside the sections.
 """
 
 import hashlib
 import json
+import math
+import os
 import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import EntryNotFoundError, validate_repo_id
 
-from ponder_hf import PonderingError
+from ponder_hf import PonderingError, __version__
+from ponder_hf.conversion.files import ADAPTER_CONFIG, CONFIG, has_tokenizer, read_json
+from ponder_hf.conversion.stored_weights import DTYPE_NAMES, read_headers, shard_names
 from ponder_hf.errors import first_line
+from ponder_hf.modeling.configuration_pondering import PONDERING_FIELDS, PonderingConfig
+
+from .code import code_of, installed_code, sha256
+
+
+if TYPE_CHECKING:  # it takes a while to import
+    from transformers import Trainer
 
 
 TEMPLATE = Path(__file__).with_name("card.md")
 CARD = "README.md"
 
+_PASS = re.compile(r"eval_pass_(\d+)_loss")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SECTION = re.compile(r"<!-- section: (\w+) -->\n(.*?)<!-- /section -->\n?", re.DOTALL)
 _STATE = re.compile(r"\n*<!-- ponder_hf wrote (\{.*?\}) -->\n?", re.DOTALL)
 # What transformers and peft write by themselves; nobody's words are lost with it.
@@ -30,8 +49,174 @@ _GENERIC = (
 )
 
 
-def render(facts):
-    """A new card with what the Facts say."""
+@dataclass(frozen=True)
+class Facts:
+    """What a card may say. None or empty: not known, and the card is silent about it.
+
+    Attributes:
+        fields: pondering fields that are not at their defaults.
+        licence: the keys license, license_name and license_link.
+        training: words to what they were.
+        evaluated_on: the id of a data set.
+        pass_losses: held-out loss in nats per token of pass 0 .. S.
+        code: the shipped files to their SHA-256.
+        release: whose they are, where they are those of this release.
+    """
+
+    name: str | None = None
+    repository: str | None = None
+    backbone: str | None = None
+    num_layers: int | None = None
+    parameters: int | None = None
+    dtype: str | None = None
+    pondering_steps: int | None = None
+    fields: dict[str, Any] = field(default_factory=dict)
+    is_adapter: bool = False
+    has_tokenizer: bool = False
+    base_model: str | None = None
+    licence: dict[str, Any] = field(default_factory=dict)
+    languages: tuple[str, ...] = ()
+    datasets: tuple[str, ...] = ()
+    data: tuple[str, ...] = ()
+    training: dict[str, Any] = field(default_factory=dict)
+    evaluated_on: str | None = None
+    evaluation_loss: float | None = None
+    pass_losses: tuple[float, ...] = ()
+    code: dict[str, str] = field(default_factory=dict)
+    release: str | None = None
+    more_tags: tuple[str, ...] = ()
+
+    @property
+    def passes(self) -> int | None:
+        return None if self.pondering_steps is None else self.pondering_steps + 1
+
+    @property
+    def perplexity(self) -> float | None:
+        return None if self.evaluation_loss is None else math.exp(self.evaluation_loss)
+
+    @property
+    def tags(self) -> list[str]:
+        tags = ["pondering", "text-generation", self.backbone]
+        tags += ["lora", "peft"] if self.is_adapter else ["custom_code"]
+        return list(dict.fromkeys(tag for tag in [*tags, *self.more_tags] if tag))
+
+    @property
+    def evaluation_results(self) -> list[EvalResult] | None:
+        """The evaluation as huggingface_hub's EvalResults."""
+        if self.evaluation_loss is None:
+            return None
+        name = self.evaluated_on
+        return [
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=name or "text",
+                dataset_name=name or "held-out text",
+                metric_type=metric,
+                metric_name=f"held-out {metric}",
+                metric_value=round(value, 4),
+            )
+            for metric, value in (("loss", self.evaluation_loss), ("perplexity", math.exp(self.evaluation_loss)))
+        ]
+
+
+def facts_of_folder(folder: str | os.PathLike, repository: str | None = None) -> Facts:
+    """What the files of a checkpoint say. `repository`: the Hub id that it will have."""
+    folder = Path(folder)
+    known = Facts(
+        name=(repository or folder.resolve().name).rpartition("/")[2],
+        repository=repository,
+        has_tokenizer=has_tokenizer(folder),
+    )
+    if (folder / ADAPTER_CONFIG).is_file():
+        base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+        return replace(known, is_adapter=True, base_model=hub_id(base))
+    config = read_json(folder / CONFIG)
+    base = config.get("base_config", {})
+    tensors = read_headers(folder).values() if shard_names(folder) else ()  # a checkpoint may be sharded otherwise
+    dtypes = {tensor.dtype for tensor in tensors}
+    defaults = {name: default for name, (default, _) in PONDERING_FIELDS.items()}
+    code = {name: content for name, content in code_of(folder).items() if "/" not in name}
+    return replace(
+        known,
+        backbone=base.get("model_type"),
+        num_layers=PonderingConfig.from_dict(config).num_hidden_layers,
+        # Quantised weights are stored as integers and scales, which are not what anybody calls parameters.
+        parameters=None if "quantization_config" in config else sum(math.prod(each.shape) for each in tensors) or None,
+        dtype=DTYPE_NAMES.get(next(iter(dtypes))) if len(dtypes) == 1 else None,
+        pondering_steps=config["pondering_steps"],
+        fields={n: config[n] for n in defaults if n in config and config[n] != defaults[n] and n != "pondering_steps"},
+        base_model=hub_id(base.get("_name_or_path")),
+        code={name: sha256(content) for name, content in code.items()},
+        release=__version__ if code == installed_code() else None,
+    )
+
+
+def hub_id(name: Any) -> str | None:
+    """`name` if it can be a model's id on the Hub: of two parts, and no folder here."""
+    if not isinstance(name, str) or not _HUB_ID.fullmatch(name) or Path(name).exists():
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+def with_base_card(facts: Facts) -> Facts:
+    """Add what the base's own card says that holds for the new model too: licence and languages.
+
+    A base that the Hub does not know is no base that a card may name.
+    """
+    if facts.base_model is None:
+        return facts
+    try:
+        HfApi().model_info(facts.base_model)
+    except (HfHubHTTPError, OSError):
+        return replace(facts, base_model=None)
+    try:
+        data = ModelCard.load(facts.base_model).data.to_dict()
+    except (HfHubHTTPError, EntryNotFoundError, LocalEntryNotFoundError, OSError, ValueError):
+        return facts  # no card, none that can be read, or one behind a gate
+    licence = {key: data[key] for key in ("license", "license_name", "license_link") if data.get(key)}
+    languages = data.get("language") or ()
+    return replace(
+        facts,
+        licence=facts.licence or licence,
+        languages=facts.languages or tuple([languages] if isinstance(languages, str) else languages),
+    )
+
+
+def with_training(facts: Facts, trainer: "Trainer") -> Facts:
+    """Add what a Trainer did: its state, its arguments, and its last evaluation."""
+    state, settings = trainer.state, trainer.args
+    history = state.log_history
+    evaluation = next((row for row in reversed(history) if "eval_loss" in row), {})
+    passes = sorted((int(match[1]), value) for key, value in evaluation.items() if (match := _PASS.fullmatch(key)))
+    rows = settings.train_batch_size * settings.gradient_accumulation_steps * settings.world_size
+    training = {}
+    if state.global_step:
+        training = {
+            "optimiser steps": f"{state.global_step:,}",
+            "epochs": f"{state.epoch:.2f}" if state.epoch else None,
+            "rows in a step": rows,
+            "peak learning rate": f"{settings.learning_rate:g}",
+            "schedule": getattr(settings.lr_scheduler_type, "value", settings.lr_scheduler_type),
+            "optimiser": getattr(settings.optim, "value", settings.optim),
+            "weight decay": f"{settings.weight_decay:g}",
+            "seed": settings.seed,
+            "last training loss": next((f"{row['loss']:.4f}" for row in reversed(history) if "loss" in row), None),
+        }
+    return replace(
+        facts,
+        training={name: value for name, value in training.items() if value is not None},
+        # Trainer's own number may contain the losses of earlier passes, weighted.
+        evaluation_loss=passes[-1][1] if passes else evaluation.get("eval_loss"),
+        pass_losses=tuple(value for _, value in passes),
+    )
+
+
+def render(facts: Facts) -> str:
+    """A new card with what the facts say."""
     data = ModelCardData(
         library_name="peft" if facts.is_adapter else "transformers",
         pipeline_tag="text-generation",
@@ -46,68 +231,83 @@ def render(facts):
     )
     text = str(ModelCard.from_template(data, template_str=TEMPLATE.read_text(encoding="utf-8"), facts=facts))
     metadata, body = split(text)
-    return _fresh(metadata, {name: content.strip() for name, content in _SECTION.findall(body)})
+    sections = {name: f"{content.strip()}\n" for name, content in _SECTION.findall(body) if content.strip()}
+    body = "\n".join(_block(name, content) for name, content in sections.items())
+    return _assemble(metadata, body, _state_of(metadata, sections))
 
 
-def complete(new, other):
-    """The card `new` with those sections and metadata that only `other` has, both cards without any edit."""
-    metadata, body = split(new)
-    other_metadata, other_body = split(other)
-    found, sections = dict(_SECTION.findall(other_body)), dict(_SECTION.findall(body))
-    order = [name for name, _ in _SECTION.findall(TEMPLATE.read_text(encoding="utf-8"))]
-    both = {name: (sections.get(name) or found.get(name, "")).strip() for name in order}
-    return _fresh({**other_metadata, **metadata}, both)
+def merge(new: str, old: str | None) -> str:
+    """The card `new` with everything that a person wrote into the card `old`, and what only that one knows.
 
-
-def merge(new, old):
-    """The card `new` with everything that a person wrote into the card `old`."""
+    Args:
+        new: as `render` or `merge` gives it.
+        old: any card; None: there is none.
+    """
     if old is None or is_generic(old):
         return new
-    new_metadata, new_body = split(new)
-    old_metadata, old_body = split(old)
+    (new_metadata, new_body), (old_metadata, old_body) = split(new), split(old)
     state = _state(old)
-    metadata, kept = _merged_metadata(new_metadata, old_metadata, state.get("metadata", {}))
-    sections = dict(_SECTION.findall(_STATE.sub("\n", new_body)))
     written = state.get("sections")
+    metadata, keys = _merged(new_metadata, old_metadata, state.get("metadata", {}), _hash_value)
     body = _STATE.sub("\n", old_body)
     if written is None:  # a card of a person's own: only its metadata is completed
-        return _assemble(metadata, body, kept, None)
-    hashes = {}
-    for name, content in sections.items():
-        present = dict(_SECTION.findall(body))
-        if name in present:
-            hashes[name] = written.get(name, _hash(""))
-            if _hash(present[name]) == written.get(name):
-                body, hashes[name] = body.replace(_block(name, present[name]), _block(name, content)), _hash(content)
-        elif name in written:
-            hashes[name] = written[name]
+        return _assemble(metadata, body, {"metadata": keys, "sections": None})
+    new_sections, old_sections = dict(_SECTION.findall(new_body)), dict(_SECTION.findall(body))
+    sections, hashes = _merged(new_sections, old_sections, written, _hash)
+
+    def brought_up_to_date(found: re.Match) -> str:
+        name, content = found.groups()
+        return _block(name, sections[name]) if _hash(content) == written.get(name) else found[0]
+
+    body = _SECTION.sub(brought_up_to_date, body)
+    for name in sections:
+        if name not in old_sections:
+            body = _inserted(body, list(new_sections), name, sections[name])
+    return _assemble(metadata, body, {"metadata": keys, "sections": hashes})
+
+
+def _merged(new: Mapping, old: Mapping, written: Mapping, hash_of: Callable) -> tuple[dict, dict]:
+    """Merge two sets of parts of a card by name.
+
+    Args:
+        new, old: the name of each part to its content.
+        written: to the hash that it had when it was last written here.
+
+    Returns:
+        The parts of both; a person's edits, and that a part was taken out, win over `new`. And the hash of each part
+        as it was last written here, of which a part that a person wrote has none that fits.
+    """
+    merged, hashes = dict(old), dict(written)
+    for name, content in new.items():
+        is_as_written = name in old and hash_of(old[name]) == written.get(name)
+        if is_as_written or (name not in old and name not in written):
+            merged[name], hashes[name] = content, hash_of(content)
         else:
-            body, hashes[name] = _inserted(body, list(sections), name, content), _hash(content)
-    hashes = {**{name: value for name, value in written.items() if name not in hashes}, **hashes}
-    return _assemble(metadata, body, kept, hashes)
+            hashes.setdefault(name, hash_of(""))
+    return merged, hashes
 
 
-def is_generic(card):
+def _inserted(body: str, order: list[str], name: str, content: str) -> str:
+    """The text with a new section behind the last one of those that come before it in the template."""
+    earlier = order[: order.index(name)]
+    at = max((found.end() for found in _SECTION.finditer(body) if found[1] in earlier), default=0)
+    return f"{body[:at]}\n{_block(name, content)}\n{body[at:].lstrip()}"
+
+
+def is_generic(card: str) -> bool:
     """Whether a library wrote the whole card, and not this one."""
     return not _STATE.search(card) and any(words in " ".join(card.split()) for words in _GENERIC)
 
 
-def is_untouched(card):
-    """Whether a card is as it was written here, without any edit by a person."""
-    state = _state(card)
-    if not state or is_generic(card):
-        return is_generic(card)
+def is_untouched(card: str) -> bool:
+    """Whether a card is as it was written here, or by another library, without any edit by a person."""
     metadata, body = split(card)
-    sections = {name: _hash(content) for name, content in _SECTION.findall(body)}
     outside = _SECTION.sub("", _STATE.sub("", body)).strip()
-    return (
-        not outside
-        and sections == state.get("sections")
-        and {key: _hash_value(value) for key, value in metadata.items()} == state["metadata"]
-    )
+    is_as_written = not outside and _state(card) == _state_of(metadata, dict(_SECTION.findall(body)))
+    return is_as_written or is_generic(card)
 
 
-def split(card):
+def split(card: str) -> tuple[dict[str, Any], str]:
     """The metadata of a card as a dict, and the text behind it.
 
     Raises:
@@ -125,7 +325,7 @@ def split(card):
     return metadata or {}, match[2]
 
 
-def check(card):
+def check(card: str) -> None:
     """Raise a PonderingError unless huggingface_hub understands the card's metadata."""
     try:
         ModelCard(card)
@@ -133,49 +333,24 @@ def check(card):
         raise PonderingError(f"the metadata of {CARD} cannot be used: {first_line(error)}") from error
 
 
-def _merged_metadata(new, old, written):
-    """The metadata of both, and the hashes of the keys that are still as they were written here."""
-    merged, hashes = dict(old), {}
-    for key, value in new.items():
-        if key not in old and key in written:  # taken out
-            hashes[key] = written[key]
-        elif key not in old or _hash_value(old[key]) == written.get(key):
-            merged[key], hashes[key] = value, _hash_value(value)
-        elif key in written:
-            hashes[key] = written[key]
-    return merged, {**{key: value for key, value in written.items() if key not in hashes}, **hashes}
-
-
-def _inserted(body, order, name, content):
-    """The text with a new section behind the nearest one that comes before it in the template."""
-    present = dict(_SECTION.findall(body))
-    before = [each for each in order[: order.index(name)] if each in present]
-    if not before:
-        return f"{_block(name, content)}\n{body.lstrip()}"
-    block = _block(before[-1], present[before[-1]])
-    return body.replace(block, f"{block}\n{_block(name, content)}")
-
-
-def _block(name, content):
+def _block(name: str, content: str) -> str:
     return f"<!-- section: {name} -->\n{content}<!-- /section -->\n"
 
 
-def _fresh(metadata, sections):
-    """A whole card that was written here, from its metadata and its sections, of which empty ones are left out."""
-    sections = {name: content for name, content in sections.items() if content}
-    body = "\n".join(_block(name, f"{content}\n") for name, content in sections.items())
-    hashes = {name: _hash(content) for name, content in sections.items()}
-    return _assemble(metadata, body, {key: _hash_value(value) for key, value in metadata.items()}, hashes)
-
-
-def _assemble(metadata, body, keys, sections):
-    """A whole card. keys: the hashes of metadata; sections: those of sections, None in a card of a person's own."""
+def _assemble(metadata: dict, body: str, state: dict) -> str:
+    """A whole card. state: the hashes of the metadata's keys and of the sections, None in a card of a person's own."""
     header = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip()
-    state = json.dumps({"metadata": keys, "sections": sections})
-    return f"---\n{header}\n---\n\n{body.strip()}\n\n<!-- ponder_hf wrote {state} -->\n"
+    return f"---\n{header}\n---\n\n{body.strip()}\n\n<!-- ponder_hf wrote {json.dumps(state)} -->\n"
 
 
-def _state(card):
+def _state_of(metadata: dict, sections: dict) -> dict:
+    return {
+        "metadata": {key: _hash_value(value) for key, value in metadata.items()},
+        "sections": {name: _hash(content) for name, content in sections.items()},
+    }
+
+
+def _state(card: str) -> dict:
     match = _STATE.search(card)
     try:
         return json.loads(match[1]) if match else {}
@@ -183,9 +358,9 @@ def _state(card):
         return {}
 
 
-def _hash(text):
+def _hash(text: str) -> str:
     return hashlib.sha256("\n".join(line.rstrip() for line in text.strip().splitlines()).encode()).hexdigest()[:12]
 
 
-def _hash_value(value):
+def _hash_value(value: Any) -> str:
     return _hash(json.dumps(value, sort_keys=True, default=str))

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import ponder_hf.modeling
 from ponder_hf import __version__
 from ponder_hf.conversion.checkpoint import download, find_folder
-from ponder_hf.conversion.files import read_json
+from ponder_hf.conversion.files import ADAPTER_CONFIG, CONFIG, TOKENIZER_CONFIG, read_json
 from ponder_hf.errors import reading
 
 
@@ -15,19 +17,19 @@ SAME, OLDER, CHANGED, NO_CODE = "same", "older release", "changed", "no code"
 MODELING = Path(ponder_hf.modeling.__file__).parent
 # Each release's files and their SHA-256, written when it is made: `python -m ponder_hf.hub.code`.
 RELEASES = Path(__file__).with_name("releases.json")
-_CONFIGS = ("config.json", "tokenizer_config.json", "adapter_config.json", "processor_config.json")
+_CONFIGS = (CONFIG, TOKENIZER_CONFIG, ADAPTER_CONFIG, "processor_config.json")
 
 
-def sha256(content):
+def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def installed_code():
+def installed_code() -> dict[str, bytes]:
     """Map the name of each file that ships with a checkpoint to its bytes, as it is installed here."""
     return {path.name: path.read_bytes() for path in sorted(MODELING.glob("*.py")) if path.name != "__init__.py"}
 
 
-def code_of(folder):
+def code_of(folder: Path) -> dict[str, bytes]:
     """Map the path of each Python file in a checkpoint's folder to its bytes."""
     with reading(folder):
         found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*.py"))}
@@ -38,12 +40,12 @@ def code_of(folder):
     }
 
 
-def releases():
+def releases() -> dict[str, dict[str, str]]:
     """Map each earlier release to its files' SHA-256."""
     return json.loads(RELEASES.read_text(encoding="utf-8"))
 
 
-def inspect_code(source, revision=None):
+def inspect_code(source: str | os.PathLike, revision: str | None = None) -> dict[str, Any]:
     """Say whether the code in a checkpoint is this release's, an older one's, or something else. None of it is run.
 
     Args:
@@ -58,7 +60,10 @@ def inspect_code(source, revision=None):
     Raises:
         PonderingError: there is no such checkpoint.
     """
-    folder, commit = _find(source, revision)
+    folder, commit = find_folder(str(source), revision), None
+    if folder is None:
+        folder = download(str(source), ["*.py", *_CONFIGS], revision)  # "*" reaches into folders
+        commit = folder.name
     found, installed = code_of(folder), installed_code()
     # A checkpoint of a run may lie in a folder of its own, with the same files.
     wanted = {name: installed.get(name.rpartition("/")[2]) for name in found} | installed
@@ -86,15 +91,7 @@ def inspect_code(source, revision=None):
     }
 
 
-def _find(source, revision):
-    folder = find_folder(str(source), revision)
-    if folder is not None:
-        return folder, None
-    folder = download(str(source), ["*.py", *_CONFIGS], revision)
-    return folder, folder.name
-
-
-def _compared(name, found, installed):
+def _compared(name: str, found: bytes | None, installed: bytes | None) -> dict[str, Any]:
     entry = {"file": name, "sha256": None if found is None else sha256(found)}
     if found is None:
         return {**entry, "status": "missing"}
@@ -106,7 +103,7 @@ def _compared(name, found, installed):
     return {**entry, "status": "changed", "line": line, "text": text}
 
 
-def _first_difference(found, installed):
+def _first_difference(found: bytes, installed: bytes) -> tuple[int, str]:
     """The number of the first line that differs, and what the checkpoint has there."""
     ours, theirs = installed.splitlines(keepends=True), found.splitlines(keepends=True)
     for index, line in enumerate(theirs):
@@ -115,7 +112,7 @@ def _first_difference(found, installed):
     return len(theirs) + 1, ""
 
 
-def _elsewhere(folder):
+def _elsewhere(folder: Path) -> list[str]:
     """Code in other repositories that a file of configuration names, as "file: name"."""
     named = []
     for file in _CONFIGS:
@@ -124,7 +121,7 @@ def _elsewhere(folder):
     return named
 
 
-def _references(value):
+def _references(value: Any) -> list[str]:
     if not isinstance(value, dict):
         return []
     found = []
@@ -137,7 +134,7 @@ def _references(value):
     return found
 
 
-def record_release():
+def record_release() -> None:
     """Write the installed code's SHA-256 into releases.json, under this version."""
     known = {**releases(), __version__: {name: sha256(content) for name, content in installed_code().items()}}
     RELEASES.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")

@@ -1,61 +1,73 @@
 """Push a checkpoint's folder to the Hub: in one commit, so that nobody ever sees half of it."""
 
 import json
+import os
 import re
+import tempfile
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import RevisionNotFoundError, validate_repo_id
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
+from transformers import PreTrainedTokenizerBase
 
-from ponder_hf import PonderingError
+from ponder_hf import PonderingError, PonderingForCausalLM, PonderingModel
 from ponder_hf.conversion import open_checkpoint
-from ponder_hf.conversion.files import read_json
+from ponder_hf.conversion.checkpoint import download_small_files
+from ponder_hf.conversion.files import ADAPTER_CONFIG, CONFIG, copy_files, read_json, travelling_files
+from ponder_hf.errors import pushing
 
 from . import card as cards
+from .card import facts_of_folder, hub_id, with_base_card
 from .code import installed_code
-from .contents import read_contents
-from .facts import facts_of_folder, hub_id, with_base_card
-from .failures import pushing
+from .push_contents import read_contents
 
 
 MAIN = "main"
-CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 # Files of an earlier push that transformers would load in place of the new ones, or beside them.
 _STALE = re.compile(r"(model|adapter_model)(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is to be pushed: each path in the repository to a Path here or to bytes; `left_out`: files that stay."""
+@dataclass
+class Upload:
+    """What is to be pushed.
+
+    Attributes:
+        folder: of the checkpoint.
+        repository: the Hub id.
+        files: each path in the repository to a file here, or to its content.
+        left_out: the files of the folder that stay.
+    """
 
     folder: Path
     repository: str
-    files: dict
-    left_out: tuple
+    files: dict[str, Path | bytes]
+    left_out: list[str]
 
-    def listing(self):
+    def listing(self) -> list[dict[str, Any]]:
         return [{"path": path, "size": size_of(content)} for path, content in sorted(self.files.items())]
 
 
 def push(
-    folder,
-    repository,
+    folder: str | os.PathLike,
+    repository: str,
     *,
-    revision=None,
-    private=False,
-    create_pr=False,
-    dry_run=False,
-    message=None,
-    base_model=None,
-    allowed=(),
-    skip_unsafe=False,
-    token=None,
-    tags=(),
-):
+    revision: str | None = None,
+    private: bool | None = False,
+    create_pr: bool = False,
+    dry_run: bool = False,
+    message: str | None = None,
+    base_model: str | None = None,
+    allow: str | Collection[str] = (),
+    skip_unsafe: bool = False,
+    token: str | None = None,
+    tags: Iterable[str] = (),
+) -> dict[str, Any]:
     """Push a checkpoint, with its code, tokenizer, generation defaults and model card.
 
     Args:
@@ -67,7 +79,8 @@ def push(
         dry_run: do nothing, only say what would be pushed. The Hub is not asked.
         message: of the commit.
         base_model: the Hub id of the base, where the files do not say it.
-        allowed, skip_unsafe: see contents.read_contents.
+        allow: kinds of files, "pickles", "secrets" or "optimiser-states", that are pushed although they should not be.
+        skip_unsafe: leave such files out, in place of refusing the folder.
         token: in place of HF_TOKEN and of `hf auth login`.
         tags: more of them for the model card.
 
@@ -80,24 +93,23 @@ def push(
     """
     check_name(repository)
     if create_pr and revision not in (None, MAIN):
-        raise PonderingError("--create-pr opens a pull request to main: leave --revision out")
+        raise PonderingError("`create_pr` opens a pull request to main: leave `revision` out")
     folder = Path(str(folder)).expanduser()
-    contents = read_contents(_checked(folder), allowed, skip_unsafe)
-    plan = Plan(folder, repository, _files_of(contents, base_model), contents.left_out)
+    names, left_out = read_contents(_checked(folder), allow, skip_unsafe)
+    upload = Upload(folder, repository, _files_to_push(folder, names, base_model), left_out)
     if dry_run:
-        return {"repository": repository, "dry_run": True, "files": plan.listing(), "left_out": list(plan.left_out)}
+        return {"repository": repository, "dry_run": True, "files": upload.listing(), "left_out": left_out}
     if (token or get_token()) is None:
         raise PonderingError("pushing needs a token: set HF_TOKEN, or log in with `hf auth login`")
     api = HfApi(token=token)
     with pushing(repository):
-        repository = api.create_repo(repository, private=private or None, exist_ok=True).repo_id
-        head, remote = _remote(api, repository, MAIN if create_pr else revision or MAIN)
-        plan = Plan(folder, repository, dict(plan.files), plan.left_out)
-        plan.files[cards.CARD] = write_card(plan, api, remote, head, base_model, tags).encode()
-        return _commit(api, plan, head, remote, revision or MAIN, create_pr, message)
+        upload.repository = api.create_repo(repository, private=private or None, exist_ok=True).repo_id
+        head, remote = _remote(api, upload.repository, MAIN if create_pr else revision or MAIN)
+        upload.files[cards.CARD] = _card(upload, api, remote, head, base_model, tags).encode()
+        return _commit(api, upload, head, remote, revision or MAIN, create_pr, message)
 
 
-def check_name(repository):
+def check_name(repository: str) -> None:
     """Raise a PonderingError unless `repository` can be a model's id on the Hub."""
     try:
         validate_repo_id(repository)
@@ -105,7 +117,7 @@ def check_name(repository):
         raise PonderingError(f"{repository!r} cannot be the name of a model on the Hub: say NAME/MODEL") from error
 
 
-def _checked(folder):
+def _checked(folder: Path) -> Path:
     """The folder, if it holds a whole pondering checkpoint or an adapter."""
     if not folder.is_dir():
         raise PonderingError(f"there is no folder {folder}: give the folder of a checkpoint")
@@ -120,12 +132,13 @@ def _checked(folder):
     return folder
 
 
-def _files_of(contents, base_model):
+def _files_to_push(folder: Path, names: list[str], base_model: str | None) -> dict[str, Path | bytes]:
     """Each path to push to where its content is. Paths of this machine in config files are not pushed."""
-    folder, files = contents.folder, {name: contents.folder / name for name in contents.files}
-    if ADAPTER_CONFIG in files:
-        return {**_adapter_files(files), ADAPTER_CONFIG: _adapter_config(folder, base_model)}
-    if not any(name.endswith(".py") for name in files):
+    files: dict[str, Path | bytes] = {name: folder / name for name in names}
+    if ADAPTER_CONFIG in files:  # its run may have written the base that it belongs to beside it
+        files[ADAPTER_CONFIG] = _adapter_config(folder, base_model)
+        return {name: content for name, content in files.items() if not name.startswith("base/")}
+    if not any(name.endswith(".py") for name in names):
         files.update(installed_code())
     config = read_json(folder / CONFIG)
     base = config.get("base_config", {})
@@ -136,31 +149,25 @@ def _files_of(contents, base_model):
     return files
 
 
-def _adapter_files(files):
-    """Those of an adapter alone: its run may have written the base that it belongs to beside it."""
-    return {name: path for name, path in files.items() if not name.startswith("base/")}
-
-
-def _adapter_config(folder, base_model):
+def _adapter_config(folder: Path, base_model: str | None) -> bytes:
     config = read_json(folder / ADAPTER_CONFIG)
     named = base_model or hub_id(config.get("base_model_name_or_path"))
     if named is None:
         raise PonderingError(
             f"{folder} belongs to the base {config.get('base_model_name_or_path')}, which is not on the Hub: push "
-            "that first, then this with --base-model and its name there"
+            "that first, then this with `base_model` and its name there"
         )
-    changes = {"base_model_name_or_path": named}
-    mapping = config.get("auto_mapping")
-    if isinstance(mapping, dict):  # a class of this process; the base brings its own
-        changes["auto_mapping"] = None
-    return _json({**config, **changes})
+    config["base_model_name_or_path"] = named
+    if isinstance(config.get("auto_mapping"), dict):  # a class of this process; the base brings its own
+        config["auto_mapping"] = None
+    return _json(config)
 
 
-def _json(content):
+def _json(content: dict) -> bytes:
     return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _remote(api, repository, revision):
+def _remote(api: HfApi, repository: str, revision: str) -> tuple[str | None, dict[str, RepoFile]]:
     """The commit of a branch, and each path there to its RepoFile. A branch that does not exist yet begins as main."""
     try:
         head = api.model_info(repository, revision=revision).sha
@@ -170,49 +177,63 @@ def _remote(api, repository, revision):
     return head, {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
 
-def write_card(plan, api, remote, head, base_model=None, tags=()):
+def _card(
+    upload: Upload,
+    api: HfApi,
+    remote: dict[str, RepoFile],
+    head: str | None,
+    base_model: str | None,
+    tags: Iterable[str],
+) -> str:
     """The model card to push: facts, and what people wrote in the folder's or the repository's card."""
-    facts = replace(facts_of_folder(plan.folder, plan.repository), more_tags=tuple(tags))
-    if base_model is not None or facts.is_adapter:
-        base_model = base_model or json.loads(plan.files[ADAPTER_CONFIG])["base_model_name_or_path"]
-        facts = replace(facts, base_model=base_model)
-    new = cards.render(with_base_card(facts))
-    local = plan.folder / cards.CARD
-    local = local.read_text(encoding="utf-8") if local.is_file() else None
-    if local is not None and cards.is_untouched(local):
-        new, local = cards.complete(new, local), None
-    old = local
-    if old is None and cards.CARD in remote:
-        path = api.hf_hub_download(plan.repository, cards.CARD, revision=head)
-        old = Path(path).read_text(encoding="utf-8")
-    card = cards.merge(new, old)
+    facts = facts_of_folder(upload.folder, upload.repository)
+    facts = replace(facts, base_model=base_model or facts.base_model, more_tags=tuple(tags))
+    card = cards.render(with_base_card(facts))
+    local = upload.folder / cards.CARD
+    is_edited = False
+    if local.is_file():
+        text = local.read_text(encoding="utf-8")
+        card, is_edited = cards.merge(card, text), not cards.is_untouched(text)
+    if cards.CARD in remote and not is_edited:
+        path = api.hf_hub_download(upload.repository, cards.CARD, revision=head)
+        card = cards.merge(card, Path(path).read_text(encoding="utf-8"))
     cards.check(card)
     return card
 
 
-def _commit(api, plan, head, remote, revision, create_pr, message):
-    changed = {path: content for path, content in plan.files.items() if not _is_there(remote.get(path), content)}
-    stale = [path for path in remote if _STALE.fullmatch(path) and path not in plan.files]
+def _commit(
+    api: HfApi,
+    upload: Upload,
+    head: str | None,
+    remote: dict[str, RepoFile],
+    revision: str,
+    create_pr: bool,
+    message: str | None,
+) -> dict[str, Any]:
+    changed = {path: content for path, content in upload.files.items() if not _is_there(remote.get(path), content)}
+    stale = [path for path in remote if _STALE.fullmatch(path) and path not in upload.files]
     result = {
-        "repository": plan.repository,
+        "repository": upload.repository,
         "dry_run": False,
-        "files": plan.listing(),
-        "left_out": list(plan.left_out),
+        "files": upload.listing(),
+        "left_out": upload.left_out,
         "uploaded": sorted(changed),
         "deleted": stale,
         "revision": revision,
         "commit": head,
         "pull_request": None,
-        "url": f"{api.endpoint}/{plan.repository}",
+        "url": f"{api.endpoint}/{upload.repository}",
     }
     if not changed and not stale:
         return result
-    operations = [CommitOperationAdd(path, str(c) if isinstance(c, Path) else c) for path, c in changed.items()]
-    operations += [CommitOperationDelete(path) for path in stale]
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        *(CommitOperationAdd(path, str(c) if isinstance(c, Path) else c) for path, c in changed.items()),
+        *(CommitOperationDelete(path) for path in stale),
+    ]
     if revision != MAIN and not create_pr:
-        api.create_branch(plan.repository, branch=revision, revision=head, exist_ok=True)
+        api.create_branch(upload.repository, branch=revision, revision=head, exist_ok=True)
     done = api.create_commit(
-        plan.repository,
+        upload.repository,
         operations,
         commit_message=message or f"Push {len(changed)} file{'' if len(changed) == 1 else 's'} with ponder_hf",
         revision=None if revision == MAIN else revision,
@@ -222,7 +243,7 @@ def _commit(api, plan, head, remote, revision, create_pr, message):
     return {**result, "commit": done.oid, "pull_request": done.pr_url}
 
 
-def _is_there(entry, content):
+def _is_there(entry: RepoFile | None, content: Path | bytes) -> bool:
     """Whether the repository's file has this content already: by the SHA-256 that LFS keeps, or by git's own hash."""
     if entry is None or entry.size != size_of(content):
         return False
@@ -234,5 +255,68 @@ def _is_there(entry, content):
         return entry.lfs.sha256 == sha_fileobj(file).hex()
 
 
-def size_of(content):
+def size_of(content: Path | bytes) -> int:
+    """In bytes."""
     return len(content) if isinstance(content, bytes) else content.stat().st_size
+
+
+def push_model(
+    model: PonderingForCausalLM | PonderingModel,
+    repo_id: str,
+    *,
+    commit_message: str | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    max_shard_size: int | str = "5GB",
+    tags: Iterable[str] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> CommitInfo:
+    """Push a model with its code, generation defaults, model card and tokenizer, in one commit.
+
+    Args:
+        model: a PonderingForCausalLM or a PonderingModel.
+        repo_id, commit_message, private, token, revision, create_pr, max_shard_size, tags: as transformers has them.
+        tokenizer: the one to push; None: that of the checkpoint which the model was loaded or made from, where it has
+            one.
+
+    Returns:
+        huggingface_hub's CommitInfo.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / repo_id.rpartition("/")[2]
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        else:
+            _copy_tokenizer(model, folder)
+        result = push(
+            folder,
+            repo_id,
+            revision=revision,
+            private=private,
+            create_pr=create_pr,
+            message=commit_message,
+            token=token,
+            tags=tags or (),
+        )
+    return CommitInfo(
+        commit_url=f"{result['url']}/commit/{result['commit']}",
+        commit_message=commit_message or "",
+        commit_description="",
+        oid=result["commit"],
+        pr_url=result["pull_request"],
+    )
+
+
+def _copy_tokenizer(model: PonderingForCausalLM | PonderingModel, folder: Path) -> None:
+    source = model.config._name_or_path or model.config.base_config._name_or_path
+    if not source:
+        return
+    try:
+        found = Path(source) if Path(source).is_dir() else download_small_files(source)
+        names = [name for name in travelling_files(found) if not (folder / name).exists()]
+    except PonderingError:  # where it came from is no longer there: then the model goes alone
+        return
+    copy_files(names, found, folder)

@@ -3,22 +3,26 @@
 import logging
 import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import CommitOperationAdd, HfApi
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.dynamic_module_utils import custom_object_save
 
 from ponder_hf import PonderingError
-from ponder_hf.conversion.files import read_json
+from ponder_hf.conversion.files import ADAPTER_CONFIG, CONFIG, read_json
 
-from .card import CARD, render
-from .facts import facts_of_folder, hub_id, with_training
-from .push import ADAPTER_CONFIG, push
+from .card import CARD, facts_of_folder, hub_id, render, with_training
+from .push import push
+
+
+if TYPE_CHECKING:  # it takes a while to import
+    from transformers import Trainer
 
 
 logger = logging.getLogger(__name__)
@@ -31,16 +35,29 @@ class CodeOnPush(TrainerCallback):
     `Trainer(model, args, callbacks=[CodeOnPush()], ...)` is all. `ponder-hf train` has no need of it.
     """
 
-    def on_push_begin(self, args, state, control, model=None, **kwargs):
+    def on_push_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
         if state.is_world_process_zero and model is not None:
             plain = getattr(model, "module", model)
             plain = plain.get_base_model() if hasattr(plain, "get_base_model") else plain
             custom_object_save(plain, args.output_dir, config=plain.config)
 
 
-def write_card(folder, trainer, options):
-    """Write the model card into a checkpoint's folder. options: what `ponder-hf train` was told, or an empty dict."""
-    if not any((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
+def write_card_of_run(folder: Path, trainer: "Trainer", options: Mapping[str, Any]) -> None:
+    """Write the model card of a training run into a checkpoint's folder.
+
+    Args:
+        folder: of the checkpoint.
+        trainer: what it did and measured is told.
+        options: what `ponder-hf train` was told, or an empty dict.
+    """
+    if not any((folder / name).is_file() for name in (CONFIG, ADAPTER_CONFIG)):
         return  # sharded in a way that only its own run reads
     names = options.get("data") or []
     datasets = tuple(name for name in map(hub_id, names) if name)
@@ -57,7 +74,9 @@ def write_card(folder, trainer, options):
     (folder / CARD).write_text(render(facts), encoding="utf-8")
 
 
-def push_result(folder, repository, *, token=None, **settings):
+def push_result(
+    folder: str | os.PathLike, repository: str, *, token: str | None = None, **settings: Any
+) -> dict[str, Any]:
     """Push what a run leaves. An adapter's base that only lies in the run's folder goes to a repository beside it."""
     folder, base_model = Path(folder), None
     if (folder / ADAPTER_CONFIG).is_file():
@@ -68,7 +87,7 @@ def push_result(folder, repository, *, token=None, **settings):
     return push(folder, repository, token=token, base_model=base_model, skip_unsafe=True, **settings)
 
 
-def push_in_background(folder, repository, place_of_state, **settings):
+def push_in_background(folder: Path, repository: str, place_of_state: str | None, **settings: Any) -> Future:
     """Begin to push a checkpoint, and its state below `place_of_state` unless that is None. Returns the future.
 
     The checkpoint may be deleted meanwhile: what is pushed are hard links to its files.
@@ -80,11 +99,11 @@ def push_in_background(folder, repository, place_of_state, **settings):
 
 
 @cache
-def _one_by_one():
+def _one_by_one() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=1)  # two commits at once would get into each other's way
 
 
-def _push_and_remove(folder, repository, place_of_state, settings):
+def _push_and_remove(folder: Path, repository: str, place_of_state: str | None, settings: dict[str, Any]) -> None:
     try:
         push_result(folder, repository, **settings)
         if place_of_state is not None:
@@ -95,7 +114,16 @@ def _push_and_remove(folder, repository, place_of_state, settings):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _push_state(folder, repository, place, *, token=None, revision=None, message=None, private=None):
+def _push_state(
+    folder: Path,
+    repository: str,
+    place: str,
+    *,
+    token: str | None = None,
+    revision: str | None = None,
+    message: str | None = None,
+    private: bool | None = None,
+) -> None:
     """All files of a checkpoint, the optimiser's too: whoever chose this hub_strategy wants to resume from there."""
     operations = [
         CommitOperationAdd(f"{place}/{path.relative_to(folder).as_posix()}", str(path))
@@ -107,7 +135,8 @@ def _push_state(folder, repository, place, *, token=None, revision=None, message
     )
 
 
-def _link(source, destination):
-    with suppress(OSError):
-        return os.link(source, destination)
-    return shutil.copyfile(source, destination)
+def _link(source: str, destination: str) -> None:
+    try:
+        os.link(source, destination)
+    except OSError:
+        shutil.copyfile(source, destination)

@@ -13,7 +13,7 @@ from transformers.utils.hub import PushInProgress
 
 from ponder_hf.errors import TrainingStopped
 from ponder_hf.evaluation import FOR_LOSS_OF_EACH_PASS
-from ponder_hf.hub.trainer_uploads import push_in_background, push_result, write_card
+from ponder_hf.hub.trainer_uploads import push_in_background, push_result, write_card_of_run
 from ponder_hf.modeling import PonderingError
 
 from .checkpoints import PARTIAL, final_model, last_checkpoint, publish, remove_oldest
@@ -177,7 +177,7 @@ class PonderingTrainer(Trainer):
         progress = {}
         if hasattr(self, "_tr_loss"):
             progress = {_PROGRESS: self._tr_loss.item(), "last_logged_step": self._globalstep_last_logged}
-        write_card(folder, self, self.record.get("options", {}))
+        write_card_of_run(folder, self, self.record.get("options", {}))
         (folder / RECORD).write_text(json.dumps({**self.record, **progress}, indent=2), encoding="utf-8")
 
     def _check_weights(self):
@@ -219,7 +219,7 @@ class PonderingTrainer(Trainer):
             super().save_model(str(partial), _internal_call=True)
             if self.args.should_save:
                 (partial / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, which loading has no need of
-                write_card(partial, self, self.record.get("options", {}))
+                write_card_of_run(partial, self, self.record.get("options", {}))
             self.accelerator.wait_for_everyone()
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)

@@ -2,7 +2,7 @@
 
 import re
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Collection
 from pathlib import Path
 
 from huggingface_hub import get_token
@@ -29,32 +29,26 @@ _SECRETS = re.compile(
 _WEIGHTS = (".safetensors", ".gguf")  # numbers only; a token in them would be chance
 
 
-@dataclass(frozen=True)
-class Contents:
-    """The files of a folder, as paths relative to it: those to push, and those that stay here on their own."""
-
-    folder: Path
-    files: tuple[str, ...]
-    left_out: tuple[str, ...]
-
-    def size(self, name):
-        return (self.folder / name).stat().st_size
-
-
-def read_contents(folder, allowed=(), skip=False):
+def read_contents(
+    folder: Path, allow: str | Collection[str] = (), skip_unsafe: bool = False
+) -> tuple[list[str], list[str]]:
     """Look at every file in a folder.
 
     Left out without a word from the user: hidden files, names with an underscore in front, the checkpoints of a run
     (checkpoint-500), its logs (runs) and its record; none of these is part of the model.
 
     Args:
-        allowed: kinds of files, of KINDS, that are pushed although they should not be.
-        skip: leave files of the other kinds out, in place of refusing the folder.
+        allow: kinds of files, of KINDS, that are pushed although they should not be.
+        skip_unsafe: leave files of the other kinds out, in place of refusing the folder.
+
+    Returns:
+        The files to push, and those that stay, as paths relative to the folder.
 
     Raises:
         PonderingError: a file must not be pushed, and which.
     """
     files, left_out, refused = [], [], []
+    allow = {allow} if isinstance(allow, str) else allow
     with reading(folder):
         for path in sorted(folder.rglob("*")):
             if not path.is_file():
@@ -63,9 +57,9 @@ def read_contents(folder, allowed=(), skip=False):
             kind = kind_of(path, name)
             if any(_LEFT_OUT.fullmatch(part) for part in name.split("/")):
                 left_out.append(name)
-            elif kind is None or kind in allowed:
+            elif kind is None or kind in allow:
                 files.append(name)
-            elif skip:
+            elif skip_unsafe:
                 left_out.append(name)
             else:
                 refused.append((name, kind))
@@ -73,13 +67,13 @@ def read_contents(folder, allowed=(), skip=False):
         name, kind = refused[0]
         others = f" (and {len(refused) - 1} more such files)" if len(refused) > 1 else ""
         raise PonderingError(
-            f"{folder} has {name}{others}: {KINDS[kind]}; push without with --skip-unsafe, or as it is with "
-            f"--allow {kind}"
+            f"{folder} has {name}{others}: {KINDS[kind]}; push without with `skip_unsafe=True`, or as it is "
+            f'with `allow="{kind}"`'
         )
-    return Contents(folder, tuple(files), tuple(left_out))
+    return files, left_out
 
 
-def kind_of(path, name=None):
+def kind_of(path: Path, name: str | None = None) -> str | None:
     """Why a file should not be pushed, one of KINDS, or None."""
     name = path.name if name is None else name
     if any(_STATE.fullmatch(part) for part in name.split("/")):
@@ -91,7 +85,7 @@ def kind_of(path, name=None):
     return None
 
 
-def _is_pickle(path):
+def _is_pickle(path: Path) -> bool:
     """Whether a file is named like a pickle, begins like one, or is an archive of torch.save."""
     with path.open("rb") as file:
         start = file.read(4)
@@ -105,7 +99,8 @@ def _is_pickle(path):
         return any(name.endswith(".pkl") for name in archive.namelist())
 
 
-def _tells(path):
+def _tells(path: Path) -> bool:
+    """Whether a token or a private key stands in a file."""
     content = path.read_bytes()
-    token = get_token()
-    return bool(_SECRETS.search(content)) or (bool(token) and len(token) >= 8 and token.encode() in content)
+    token = get_token() or ""
+    return bool(_SECRETS.search(content)) or (len(token) >= 8 and token.encode() in content)
