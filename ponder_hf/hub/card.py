@@ -190,7 +190,7 @@ def with_training(facts: Facts, trainer: "Trainer") -> Facts:
     """Add what a Trainer did: its state, its arguments, and its last evaluation."""
     state, settings = trainer.state, trainer.args
     history = state.log_history
-    evaluation = next((row for row in reversed(history) if "eval_loss" in row), {})
+    evaluation: dict[str, float] = next((row for row in reversed(history) if "eval_loss" in row), {})
     passes = sorted((int(match[1]), value) for key, value in evaluation.items() if (match := _PASS.fullmatch(key)))
     rows = settings.train_batch_size * settings.gradient_accumulation_steps * settings.world_size
     training = {}
