@@ -9,7 +9,7 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from ponder_hf import PonderingForCausalLM
-from ponder_hf.data.packing import Blocks
+from ponder_hf.data.blocks import Blocks
 from ponder_hf.demo.simple_training import train
 
 

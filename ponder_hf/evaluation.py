@@ -78,45 +78,40 @@ def evaluate_text(
     """
     if pondering_steps is not None:
         check_steps("pondering_steps", pondering_steps)
-    is_loaded = isinstance(model, torch.nn.Module)
-    place = model.device if is_loaded and device is None else read_device(device)
+    place = None if device is None and isinstance(model, torch.nn.Module) else read_device(device)
     split = split or usual_split(data)
     find_sources(data, data_name, split, streaming=True)  # a wrong name, before a model is loaded
-    if is_loaded:
-        if tokenizer is None or dtype is not None or revision is not None:
-            raise PonderingError("a loaded model needs a `tokenizer`, and takes no `dtype` and no `revision`")
-        name, commit = model.config._name_or_path or type(model).__name__, None
-    else:
-        source = open_checkpoint(model, revision)
-        name, commit = source.name, source.revision
+    source: Any = open_checkpoint(model, revision) if isinstance(model, (str, os.PathLike)) else None
+    if source is None and (tokenizer is None or dtype is not None or revision is not None):
+        raise PonderingError("a loaded model needs a `tokenizer`, and takes no `dtype` and no `revision`")
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        tokenizer = load_tokenizer(source if tokenizer is None else tokenizer)
-    if not is_loaded:
-        model = _load(source, dtype, pondering_steps)
-    check_tokenizer(tokenizer, model.config, name)
-    blocks = load_blocks(
+        tokenizer = load_tokenizer(tokenizer or source)
+    loaded: Any = model if source is None else _load(source, dtype, pondering_steps)
+    name = loaded.config._name_or_path or type(loaded).__name__ if source is None else source.name
+    check_tokenizer(tokenizer, loaded.config, name)
+    blocks: Any = load_blocks(
         data,
         tokenizer,
-        choose_block_size(block_size, model.config),
+        choose_block_size(block_size, loaded.config),
         text_field=text_field,
         name=data_name,
         split=split,
         max_blocks=max_blocks,
-        vocab_size=model.config.vocab_size,
+        vocab_size=loaded.config.vocab_size,
         progress=progress,
     )
-    model = model.to(place)
+    loaded = loaded if place is None else loaded.to(place)
     start = time.perf_counter()
-    losses = evaluate_passes(model, blocks, pondering_steps, progress)
+    losses = evaluate_passes(loaded, blocks, pondering_steps, progress)
     seconds = time.perf_counter() - start
     if not all(map(math.isfinite, losses)):
         raise PonderingError(f"{name} predicts NaN or infinity: get its weights again, or use `dtype` float32")
     return {
         "source": name,
-        "revision": commit,
+        "revision": None if source is None else source.revision,
         "data": as_list(data),
         "pondering_steps": len(losses) - 1,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": str(loaded.dtype).removeprefix("torch."),
         **_figures(losses, blocks, seconds),
     }
 

@@ -3,9 +3,11 @@
 import gzip
 import itertools
 import json
+import os
 import subprocess
 import sys
 import textwrap
+import threading
 
 import pytest
 import tiny
@@ -283,6 +285,22 @@ def test_trainer_resumes_in_the_second_pass_of_a_stream(jsonl, tokenizer, tmp_pa
     assert (tmp_path / "out/checkpoint-4").is_dir()
     resumed = once()
     assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a system with named pipes")
+@pytest.mark.parametrize("ending", [".txt", ".jsonl.gz"])
+def test_pipes_are_read_once_and_not_streamed(tmp_path, tokenizer, ending):
+    path = tmp_path / f"pipe{ending}"
+    os.mkfifo(path)
+    with pytest.raises(PonderingError, match=f"pipe{ending} is no file but a pipe, .* leave out `streaming`"):
+        stream(path, tokenizer)
+    content = "".join(STORIES) if ending == ".txt" else json_lines(STORIES)
+    file = write(tmp_path / f"file{ending}", content)
+    writer = threading.Thread(target=lambda: path.write_bytes(file.read_bytes()))
+    writer.start()
+    blocks = load_blocks(path, tokenizer, 8)
+    writer.join()
+    assert rows_of(blocks) == rows_of(load_blocks(file, tokenizer, 8, progress=False))
 
 
 def test_progress_is_shown_on_standard_error(tmp_path, jsonl, tokenizer, capsys):

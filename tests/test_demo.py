@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ponder_hf import PonderingForCausalLM, evaluation
 from ponder_hf.cli import main
-from ponder_hf.data.packing import Blocks
+from ponder_hf.data.blocks import Blocks
 from ponder_hf.demo import Options, corpus, experiment, load_and_run, prepare, report, run, separate_process
 from ponder_hf.demo.figure import draw_curves
 from ponder_hf.demo.simple_training import train

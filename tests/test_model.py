@@ -9,7 +9,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from ponder_hf import PonderingError, PonderingForCausalLM, PonderingModel
 from ponder_hf.callbacks import pondering_statistics
-from ponder_hf.data.packing import Blocks
+from ponder_hf.data.blocks import Blocks
 from ponder_hf.evaluation import evaluate_passes
 from ponder_hf.modeling.pondering_backbone import verify_backbone
 from ponder_hf.modeling.pondering_generate_wave import verify_wave_once

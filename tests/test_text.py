@@ -10,7 +10,8 @@ import torch
 
 from ponder_hf import PonderingError
 from ponder_hf.data import packing, text
-from ponder_hf.data.packing import pack, pack_all
+from ponder_hf.data.blocks import pack_all
+from ponder_hf.data.packing import pack
 from ponder_hf.data.text import Piece, read_text
 from ponder_hf.demo.corpus import Document, pieces, train_tokenizer
 
@@ -48,6 +49,22 @@ def test_plain_text_is_one_document(tmp_path, suffix):
 def test_jsonl_is_one_document_a_line(tmp_path, suffix):
     path = write(tmp_path / f"stories{suffix}", rows(STORY, "") + "\n" + rows("Second."))
     assert documents([path]) == [STORY, "Second."]
+
+
+@pytest.mark.parametrize("suffix", [".json", ".json.gz"])
+def test_json_file_of_one_array(tmp_path, suffix):
+    content = json.dumps([{"text": STORY, "id": 1}, {"text": ""}, {"text": "2020-01-01T00:00:00Z"}], indent=2)
+    path = write(tmp_path / f"a{suffix}", content)
+    assert documents([path]) == [STORY, "2020-01-01T00:00:00Z"]
+    assert [piece.line for piece in read_text([path])] == [1, 3]
+    for content, message in (
+        ('[{"text": "x"}, {"body": "x"}]', r"row 2 of .*a.json.* has no field 'text' .*'body'"),
+        ('["x"]', r"row 1 of .* is not a JSON object"),
+        ('[{"text": "x"}', r"a.json.* is not JSON"),
+        ("[]", r"a.json.* holds no text"),
+    ):
+        with pytest.raises(PonderingError, match=message):
+            list(read_text([write(tmp_path / f"a{suffix}", content)]))
 
 
 def test_text_field_and_several_files_in_their_order(tmp_path):

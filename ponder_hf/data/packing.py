@@ -1,9 +1,13 @@
-"""From pieces of text to blocks of token ids, as Trainer takes them."""
+"""From pieces of text to one sequence of token ids, cut into blocks."""
+
+from collections.abc import Iterable, Iterator
 
 import torch
-from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from ponder_hf.modeling import PonderingError
+
+from .text import Piece
 
 
 # What is tokenised at once, whichever is reached first: more is not faster, and the tokenizer's memory grows with it.
@@ -11,31 +15,9 @@ _PIECES_AT_ONCE = 1000
 _CHARACTERS_AT_ONCE = 1 << 20
 
 
-class Blocks(Dataset):
-    """Token ids in rows of equal length, (N, T), as Trainer takes them. Labels are the ids: models shift them."""
-
-    def __init__(self, rows):
-        self.rows = rows
-
-    def shuffled(self, seed):
-        """The same rows in an order that the seed decides."""
-        order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(seed))
-        return Blocks(self.rows[order])
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        return as_example(self.rows[index])
-
-
-def as_example(row):
-    """A row of token ids, (T,), as a model takes it."""
-    row = row.long()
-    return {"input_ids": row, "labels": row}
-
-
-def pack(pieces, tokenizer, block_size, vocab_size=None):
+def pack(
+    pieces: Iterable[Piece], tokenizer: PreTrainedTokenizerBase, block_size: int, vocab_size: int | None = None
+) -> Iterator[torch.Tensor]:
     """Yield tensors (n, block_size) of token ids: documents one after another with an eos token between them.
 
     Together they are the whole sequence of tokens, but for a last block that is not full.
@@ -51,7 +33,8 @@ def pack(pieces, tokenizer, block_size, vocab_size=None):
     """
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     anchor = _anchor(tokenizer)
-    rest, is_first = [], True
+    rest: list[int] = []
+    is_first = True
     for batch in _batches(pieces):
         for piece, ids in zip(batch, _tokenise(tokenizer, batch, anchor), strict=True):
             if vocab_size is not None:
@@ -63,38 +46,6 @@ def pack(pieces, tokenizer, block_size, vocab_size=None):
         num_whole = len(rest) // block_size * block_size
         yield torch.tensor(rest[:num_whole], dtype=torch.int32).view(-1, block_size)
         rest = rest[num_whole:]
-
-
-def pack_all(pieces, tokenizer, block_size, name="the text", vocab_size=None, max_blocks=None):
-    """All blocks of `pack`, or the first `max_blocks` of them, as one `Blocks`.
-
-    Raises:
-        PonderingError: there is less than one block; `name` is what the message calls the text.
-    """
-    found, missing = [torch.empty(0, block_size, dtype=torch.int32)], max_blocks
-    for rows in pack(pieces, tokenizer, block_size, vocab_size):
-        found.append(rows[:missing])
-        if missing is not None:
-            missing -= len(found[-1])
-            if missing == 0:
-                break
-    rows = torch.cat(found)
-    if not len(rows):
-        raise too_little_text(name, block_size)
-    return Blocks(rows)
-
-
-def too_little_text(name, block_size):
-    """The error about a text that does not fill one block."""
-    return PonderingError(f"{name} has fewer tokens than one block of {block_size}: give more text")
-
-
-def not_enough(name, num_blocks, num_held_out):
-    """The error about a text from which so many blocks cannot be held out."""
-    return PonderingError(
-        f"{name} has {num_blocks} blocks, which leaves none to train on when {num_held_out} are held out: give more "
-        "text, or hold out fewer"
-    )
 
 
 def _batches(pieces):

@@ -4,17 +4,19 @@ import difflib
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ponder_hf.modeling import PonderingError
+from ponder_hf.progress import progress_bar
 
 from .tables import import_optional, read_dataset, read_parquet, using_datasets
-from .text import JSON_ENDINGS, read_text
+from .text import JSON_ENDINGS, Piece, closed_at_exit, read_text
 
 
 _LOGGER = logging.getLogger(__name__)
@@ -40,28 +42,37 @@ Names = str | os.PathLike | Sequence[str | os.PathLike]
 
 @dataclass(frozen=True)
 class FileSource:
-    """A file: plain text, .jsonl or .parquet. path: as the user gave it, or below a folder that the user gave."""
+    """A file: plain text, .jsonl or .parquet.
+
+    Args:
+        path: as the user gave it, or below a folder that the user gave.
+    """
 
     path: str
     num_rows = None  # known only once it was read
 
     @property
-    def place(self):
+    def place(self) -> str:
         """What distinguishes it from others."""
         return os.path.realpath(Path(self.path).expanduser())
 
     @property
-    def label(self):
+    def label(self) -> str:
         """What messages call it."""
         return self.path
 
     @property
-    def num_bytes(self):
+    def can_be_read_again(self) -> bool:
+        """Whether it is no pipe such as /dev/stdin; true as well where it is gone, which reading it says."""
+        return os.path.isfile(self.place) or not Path(self.path).expanduser().exists()
+
+    @property
+    def num_bytes(self) -> int:
         """Its size on the disk; 0 where it is gone, which reading it says."""
         return os.path.getsize(self.place) if os.path.exists(self.place) else 0
 
-    def pieces(self, text_field, advance=None):
-        """The text as `ponder_hf.data.text.Piece`; `advance` is called with numbers of bytes."""
+    def pieces(self, text_field: str, advance: Callable[[int], Any] | None = None) -> Iterator[Piece]:
+        """The text; `advance` is called with numbers of bytes."""
         if self.path.lower().endswith(".parquet"):
             return read_parquet(self.path, text_field, advance)
         return read_text([self.path], text_field, advance)
@@ -69,26 +80,35 @@ class FileSource:
 
 @dataclass(frozen=True)
 class DatasetSource:
-    """A data set that the library `datasets` opened. place, label: as for a file."""
+    """A data set that the library `datasets` opened, a Dataset or an IterableDataset.
 
-    place: tuple
+    Args:
+        place: what distinguishes it from others: folder or id, configuration, split.
+        label: what messages call it.
+        dataset: of rows.
+    """
+
+    place: tuple[str, str | None, str]
     label: str
-    dataset: object
+    dataset: Any
 
     num_bytes = None  # rows are counted instead
+    can_be_read_again = True
 
     @property
-    def num_rows(self):
+    def num_rows(self) -> int | None:
         """The number of rows, None where it is streamed."""
         return len(self.dataset) if hasattr(self.dataset, "__len__") else None
 
-    def pieces(self, text_field, advance=None):
-        """The text as `ponder_hf.data.text.Piece`; `advance` is never called."""
+    def pieces(self, text_field: str, advance: Callable[[int], Any] | None = None) -> Iterator[Piece]:
+        """The text; `advance` is never called."""
         return read_dataset(self.dataset, self.label, text_field)
 
 
-def find_sources(sources, name=None, split="train", streaming=False):
-    """What the user named, as a list of FileSource and DatasetSource. No text is read yet.
+def find_sources(
+    sources: Names, name: str | None = None, split: str = "train", streaming: bool = False
+) -> list[FileSource | DatasetSource]:
+    """What the user named, as a list. No text is read yet.
 
     Args:
         sources: a path or id, or a list of them, in the order in which they are read. A path that exists is a file or
@@ -100,7 +120,7 @@ def find_sources(sources, name=None, split="train", streaming=False):
     Raises:
         PonderingError: something does not exist, or cannot be read as text.
     """
-    found = []
+    found: list[FileSource | DatasetSource] = []
     for source in as_list(sources):
         place = Path(source).expanduser()
         try:
@@ -260,3 +280,27 @@ def _near_misses(source):
 
 def _some(names):
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+@closed_at_exit
+def read_pieces(
+    sources: Sequence[FileSource | DatasetSource], text_field: str, progress: bool = False
+) -> Iterator[Piece]:
+    """Yield the pieces of all these sources in order.
+
+    Args:
+        sources: as `find_sources` gives them.
+        text_field: the field or column that holds the text.
+        progress: whether a bar shows how far it is: in bytes where all are files, else in documents.
+    """
+    in_bytes = all(source.num_bytes is not None for source in sources)
+    counts = [source.num_bytes if in_bytes else source.num_rows for source in sources]
+    known = [count for count in counts if count is not None]
+    total = sum(known) if len(known) == len(counts) else None
+    unit, scale = ("B", {"unit_divisor": 1024}) if in_bytes else (" documents", {})
+    with progress_bar("tokenising", unit, total, shown=progress, unit_scale=True, **scale) as bar:
+        for source in sources:
+            for piece in source.pieces(text_field, bar.update if in_bytes else None):
+                yield piece
+                if not in_bytes:
+                    bar.update(piece.starts_document)

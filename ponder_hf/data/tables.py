@@ -6,16 +6,20 @@ Errors name the file or data set and the row, counted from 1. pyarrow and datase
 import contextlib
 import importlib
 import logging
+import os
 import re
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from torch.utils.data import get_worker_info
 
 from ponder_hf.errors import first_line
 from ponder_hf.modeling import PonderingError
 
-from .text import Piece, cut
+from .text import Piece, cut, with_text
 
 
 _ROWS_AT_ONCE = 64
@@ -24,7 +28,9 @@ _LONGEST_LIST = 20
 _TEXT_TYPES = ("string", "large_string", "string_view")
 
 
-def read_parquet(path, text_field="text", advance=None):
+def read_parquet(
+    path: str | os.PathLike, text_field: str = "text", advance: Callable[[int], Any] | None = None
+) -> Iterator[Piece]:
     """Yield the pieces of all documents in a parquet file. Of each row group only this column is read, page by page.
 
     Args:
@@ -36,10 +42,10 @@ def read_parquet(path, text_field="text", advance=None):
         PonderingError: the file is missing or damaged, has no such column of text, or holds no text.
     """
     pyarrow = import_optional("pyarrow.parquet", f"to read {path}")
-    return _checked(_parquet_pieces(pyarrow, str(path), text_field, advance), path)
+    return with_text(_parquet_pieces(pyarrow, str(path), text_field, advance), str(path))
 
 
-def read_dataset(dataset, label, text_field="text"):
+def read_dataset(dataset: Any, label: str, text_field: str = "text") -> Iterator[Piece]:
     """Yield the pieces of all documents in a data set of the library `datasets`, streamed or not.
 
     Args:
@@ -50,10 +56,10 @@ def read_dataset(dataset, label, text_field="text"):
     Raises:
         PonderingError: there is no such column of text, a row cannot be read, or there is no text.
     """
-    return _checked(_dataset_pieces(dataset, label, text_field), label)
+    return with_text(_dataset_pieces(dataset, label, text_field), label)
 
 
-def import_optional(module, purpose):
+def import_optional(module: str, purpose: str) -> ModuleType:
     """Import a module of a package that only some need.
 
     Raises:
@@ -72,17 +78,17 @@ def import_optional(module, purpose):
 class _FileLog(logging.Handler):
     """Finds the name of the file that cannot be read, which datasets writes only to its log."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__(level=logging.ERROR)
-        self.file = None
+        self.file: str | None = None
 
-    def emit(self, record):
+    def emit(self, record: logging.LogRecord) -> None:
         found = re.match(r"Failed to .* from (?:file )?'(.*?)' with error", record.getMessage())
         self.file = found.group(1) if found else self.file
 
 
 @contextlib.contextmanager
-def using_datasets(label):
+def using_datasets(label: str) -> Iterator[None]:
     """Translate what the library `datasets` raises while a data set is looked up, downloaded or read."""
     pyarrow = import_optional("pyarrow", f"to read {label}")
     exceptions = import_optional("datasets.exceptions", f"to read {label}").exceptions
@@ -102,28 +108,16 @@ def using_datasets(label):
         logging.getLogger("datasets").removeHandler(log)
 
 
-def check_column(names, text_field, label):
-    """Refuse a table without this column.
-
-    Raises:
-        PonderingError: the message names the columns that there are.
-    """
+def _check_column(names: list[str], text_field: str, label: str) -> None:
     if text_field not in names:
         has = ", ".join(map(repr, names[:_LONGEST_LIST])) or "none"
         has += ", ..." if len(names) > _LONGEST_LIST else ""
         raise PonderingError(f"{label} has no column {text_field!r} (its columns: {has}): name the one with the text")
 
 
-def _checked(pieces, name):
-    has_text = False
-    for piece in pieces:
-        has_text = has_text or not piece.text.isspace()
-        yield piece
-    if not has_text:
-        raise PonderingError(f"{name} holds no text: give a file that does")
-
-
-def _parquet_pieces(pyarrow, path, text_field, advance):
+def _parquet_pieces(
+    pyarrow: ModuleType, path: str, text_field: str, advance: Callable[[int], Any] | None
+) -> Iterator[Piece]:
     place = Path(path).expanduser()
     group = None
     try:
@@ -132,16 +126,19 @@ def _parquet_pieces(pyarrow, path, text_field, advance):
             place, buffer_size=_BUFFER_SIZE, pre_buffer=False, page_checksum_verification=True
         ) as file:
             schema = file.schema_arrow
-            check_column(schema.names, text_field, path)
-            _check_type(_value_type(pyarrow, schema.field(text_field).type), text_field, path)
+            _check_column(schema.names, text_field, path)
+            data_type = schema.field(text_field).type
+            is_dictionary = pyarrow.types.is_dictionary(data_type)
+            _check_type(data_type.value_type if is_dictionary else data_type, text_field, path)
             row = 0
             for group in range(file.num_row_groups):
                 for batch in file.iter_batches(_ROWS_AT_ONCE, [group], [text_field], use_threads=False):
                     for value in batch.column(0):
                         row += 1
-                        yield from _pieces(value.as_py, path, row, text_field)
+                        yield from _pieces(value, path, row, text_field)
                 if advance is not None:
-                    advance(_compressed_size(file.metadata.row_group(group)))
+                    columns = file.metadata.row_group(group)
+                    advance(sum(columns.column(index).total_compressed_size for index in range(columns.num_columns)))
     except FileNotFoundError as error:
         raise PonderingError(f"there is no file {path}: check the path") from error
     except (pyarrow.ArrowException, OSError) as error:
@@ -149,26 +146,27 @@ def _parquet_pieces(pyarrow, path, text_field, advance):
         raise PonderingError(f"{path} is damaged{where} ({first_line(error)}): get it again") from error
 
 
-def _dataset_pieces(dataset, label, text_field):
+def _dataset_pieces(dataset: Any, label: str, text_field: str) -> Iterator[Piece]:
     if get_worker_info() is not None and "fsspec.asyn" in sys.modules:
         sys.modules["fsspec.asyn"].reset_lock()  # its thread did not survive the fork; datasets does the same
     if dataset.features is not None:
-        check_column(list(dataset.features), text_field, label)
+        _check_column(list(dataset.features), text_field, label)
         _check_type(getattr(dataset.features[text_field], "dtype", "nested"), text_field, label)
         dataset = dataset.select_columns([text_field])
     row = 0
     with using_datasets(label):
         # Not `for row in dataset`: in a worker of a DataLoader that yields only this worker's share.
         for batch in dataset.with_format(None).iter(_ROWS_AT_ONCE):
-            check_column(list(batch), text_field, f"row {row + 1} of {label}")
+            _check_column(list(batch), text_field, f"row {row + 1} of {label}")
             for value in batch[text_field]:
                 row += 1
-                yield from _pieces(lambda value=value: value, label, row, text_field)
+                yield from _pieces(value, label, row, text_field)
 
 
-def _pieces(get, path, row, text_field):
+def _pieces(value: Any, path: str, row: int, text_field: str) -> Iterator[Piece]:
+    """The pieces of a cell, which is what Python calls it or a scalar of pyarrow's, not decoded yet."""
     try:
-        text = get()
+        text = value.as_py() if hasattr(value, "as_py") else value
         if text is not None and not isinstance(text, str):
             raise PonderingError(
                 f"row {row} of {path}: the column {text_field!r} is not text but {type(text).__name__}"
@@ -184,14 +182,6 @@ def _pieces(get, path, row, text_field):
         raise PonderingError(f"row {row} of {path} has half a character (a lone surrogate): repair the row") from error
 
 
-def _value_type(pyarrow, data_type):
-    return data_type.value_type if pyarrow.types.is_dictionary(data_type) else data_type
-
-
-def _check_type(data_type, text_field, label):
+def _check_type(data_type: Any, text_field: str, label: str) -> None:
     if str(data_type) not in _TEXT_TYPES:
         raise PonderingError(f"the column {text_field!r} of {label} is not text but {data_type}: name one that is")
-
-
-def _compressed_size(group):
-    return sum(group.column(index).total_compressed_size for index in range(group.num_columns))

@@ -1,19 +1,25 @@
 """Read text files piece by piece: plain text, .jsonl with one document a line, and both of them as .gz.
 
-No file is ever held as a whole. Errors name the file, and the line where there is one.
+No file is ever held as a whole, but for a .json that is one array. Errors name the file, and the line where there is
+one. The library `datasets` reads these formats as well, but not as they are: it makes line breaks of lone carriage
+returns and dates of texts that look like dates, passes over lines without the field, and holds long lines whole.
 """
 
+import atexit
 import codecs
 import contextlib
+import functools
 import gzip
 import json
+import os
+import weakref
 import zlib
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO, TypeVar, cast
 
 from ponder_hf.modeling import PonderingError
-
-from .progress import closed_at_exit
 
 
 PIECE_SIZE = 1 << 16  # bytes of a file that are read at once, characters of a document in one piece
@@ -36,8 +42,11 @@ _OTHER_FILES = {
 class Piece:
     """A part of a document, cut at the end of a line where lines are not overlong.
 
-    text: never empty. path, line: where it begins, the path as the user gave it; in a table, the row instead of the
-    line. starts_document: it is the first.
+    Args:
+        text: never empty.
+        path: of the file, as the user gave it; of a data set, what messages call it.
+        line: where it begins; in a table, the row.
+        starts_document: it is the first of its document.
     """
 
     text: str
@@ -46,14 +55,42 @@ class Piece:
     starts_document: bool
 
 
+_OPEN: weakref.WeakSet[Generator] = weakref.WeakSet()
+Function = TypeVar("Function", bound=Callable[..., Iterator[Any]])
+
+
+@atexit.register
+def _close_all() -> None:
+    for generator in [*_OPEN]:
+        with contextlib.suppress(ValueError):  # a thread still runs it
+            generator.close()
+
+
+def closed_at_exit(function: Function) -> Function:
+    """Make a generator function whose generators are closed when Python ends, where nobody reads them to their end.
+
+    Otherwise Python closes them, and the files in them, after the modules that this needs are gone.
+    """
+
+    @functools.wraps(function)
+    def make(*args, **kwargs):
+        generator = function(*args, **kwargs)
+        _OPEN.add(generator)
+        return generator
+
+    return cast(Function, make)
+
+
 @closed_at_exit
-def read_text(paths, text_field="text", advance=None):
+def read_text(
+    paths: Sequence[str | os.PathLike], text_field: str = "text", advance: Callable[[int], Any] | None = None
+) -> Iterator[Piece]:
     """Yield the pieces of all documents in these files, in order. A plain text file is one document.
 
     Args:
         paths: files. The name decides: .jsonl (.ndjson, .json) is one JSON object a line, .gz is decompressed, all
-            else is plain text.
-        text_field: the field of a .jsonl object that holds the text. Lines where it is empty or null are passed over.
+            else is plain text. A .json that begins with [ is one array of objects, which is held as a whole.
+        text_field: the field of an object that holds the text. Those where it is empty or null are passed over.
         advance: called with the number of bytes of the file, as it lies on the disk, that were read since its last
             call.
 
@@ -61,15 +98,24 @@ def read_text(paths, text_field="text", advance=None):
         PonderingError: a file is missing, damaged, not text, or holds no text.
     """
     for path in paths:
-        has_text = False
-        for piece in _read_file(str(path), text_field, advance):
-            has_text = has_text or not piece.text.isspace()
-            yield piece
-        if not has_text:
-            raise PonderingError(f"{path} holds no text: give a file that does")
+        yield from with_text(_read_file(str(path), text_field, advance), str(path))
 
 
-def cut(text):
+def with_text(pieces: Iterator[Piece], name: str) -> Iterator[Piece]:
+    """Yield these pieces of what messages call `name`.
+
+    Raises:
+        PonderingError: after the last one, there was nothing but white space in them.
+    """
+    has_text = False
+    for piece in pieces:
+        has_text = has_text or not piece.text.isspace()
+        yield piece
+    if not has_text:
+        raise PonderingError(f"{name} holds no text: give a file that does")
+
+
+def cut(text: str) -> Iterator[str]:
     """Yield `text` in parts of about PIECE_SIZE characters that end with a line, or within one that is overlong."""
     start = 0
     while start < len(text):
@@ -79,7 +125,7 @@ def cut(text):
         start = end
 
 
-def _read_file(path, text_field, advance):
+def _read_file(path: str, text_field: str, advance: Callable[[int], Any] | None) -> Iterator[Piece]:
     place = Path(path).expanduser()
     name = place.name.lower()
     is_gzip = name.endswith(".gz")
@@ -88,11 +134,10 @@ def _read_file(path, text_field, advance):
     try:
         with place.open("rb") as raw, gzip.open(raw, "rb") if is_gzip else contextlib.nullcontext(raw) as file:
             _check_beginning(file, path)
-            is_json = name.removesuffix(".gz").endswith(JSON_ENDINGS)
             done = 0
-            for piece in _read_jsonl(file, path, text_field) if is_json else _read_plain(file, path):
+            for piece in _reader_of(name.removesuffix(".gz"), file)(file, path, text_field):
                 yield piece
-                if advance is not None:
+                if advance is not None and raw.seekable():  # of a pipe nobody knows how far it is
                     advance(raw.tell() - done)
                     done = raw.tell()
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -103,14 +148,21 @@ def _read_file(path, text_field, advance):
         raise PonderingError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def _check_beginning(file, path):
+def _check_beginning(file: Any, path: str) -> None:
     beginning = file.peek(16)
     for start, advice in _OTHER_FILES.items():
         if beginning.startswith(start):
             raise PonderingError(f"{path} is not text: {advice}")
 
 
-def _read_plain(file, path):
+def _reader_of(name: str, file: Any) -> Callable[[Any, str, str], Iterator[Piece]]:
+    if not name.endswith(JSON_ENDINGS):
+        return _read_plain
+    is_array = name.endswith(".json") and file.peek(PIECE_SIZE).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
+    return _read_array if is_array else _read_jsonl
+
+
+def _read_plain(file: BinaryIO, path: str, text_field: str) -> Iterator[Piece]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     line, starts_document = 1, True
     while raw := file.read(PIECE_SIZE):
@@ -124,7 +176,7 @@ def _read_plain(file, path):
     _decode(decoder, b"", path, line, final=True)
 
 
-def _read_jsonl(file, path, text_field):
+def _read_jsonl(file: BinaryIO, path: str, text_field: str) -> Iterator[Piece]:
     line = 0
     while raw := file.readline(MAX_JSON_LINE + 1):
         line += 1
@@ -134,12 +186,32 @@ def _read_jsonl(file, path, text_field):
             )
         content = _decode(codecs.getincrementaldecoder("utf-8")(), raw, path, line, final=True).strip()
         if content:
-            text = _field(content, path, line, text_field).replace("\r\n", "\n")
-            for index, part in enumerate(cut(text)):
-                yield Piece(part, path, line, index == 0)
+            try:
+                row = json.loads(content)
+            except (ValueError, RecursionError) as error:
+                raise PonderingError(
+                    f"line {line} of {path} is not JSON ({error}): one object a line is needed"
+                ) from error
+            yield from _row_pieces(row, path, line, text_field, f"line {line} of {path}")
 
 
-def _decode(decoder, raw, path, line, final=False):
+def _read_array(file: BinaryIO, path: str, text_field: str) -> Iterator[Piece]:
+    content = _decode(codecs.getincrementaldecoder("utf-8")(), file.read(), path, 1, final=True)
+    try:
+        rows = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise PonderingError(f"{path} is not JSON ({error}): one array of objects, or one object a line") from error
+    for number, row in enumerate(rows, start=1):
+        yield from _row_pieces(row, path, number, text_field, f"row {number} of {path}")
+
+
+def _row_pieces(row: Any, path: str, number: int, text_field: str, place: str) -> Iterator[Piece]:
+    """The pieces of the text in an object; `number` and `place` say which one it is."""
+    for index, part in enumerate(cut(_field(row, place, text_field).replace("\r\n", "\n"))):
+        yield Piece(part, path, number, index == 0)
+
+
+def _decode(decoder: codecs.IncrementalDecoder, raw: bytes, path: str, line: int, final: bool = False) -> str:
     """Decode bytes that begin in this line of the file; a byte order mark at its very beginning is dropped."""
     if b"\0" in raw:
         line += raw[: raw.index(b"\0")].count(b"\n")
@@ -156,24 +228,20 @@ def _decode(decoder, raw, path, line, final=False):
     return text.replace("\r\n", "\n")
 
 
-def _field(content, path, line, text_field):
-    try:
-        row = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise PonderingError(f"line {line} of {path} is not JSON ({error}): one object a line is needed") from error
+def _field(row: Any, place: str, text_field: str) -> str:
     if not isinstance(row, dict):
-        raise PonderingError(f"line {line} of {path} is not a JSON object: one with a field of text is needed")
+        raise PonderingError(f"{place} is not a JSON object: one with a field of text is needed")
     if text_field not in row:
         has = ", ".join(map(repr, row)) or "none"
         raise PonderingError(
-            f"line {line} of {path} has no field {text_field!r} (its fields: {has}): name the one that holds the text"
+            f"{place} has no field {text_field!r} (its fields: {has}): name the one that holds the text"
         )
     text = row[text_field]
     if text is None:
         return ""
     if not isinstance(text, str):
-        raise PonderingError(f"line {line} of {path}: the field {text_field!r} is not text but {type(text).__name__}")
+        raise PonderingError(f"{place}: the field {text_field!r} is not text but {type(text).__name__}")
     with contextlib.suppress(UnicodeEncodeError):
         text.encode("utf-8")
         return text
-    raise PonderingError(f"line {line} of {path} has half a character (a lone surrogate) in its text: repair the line")
+    raise PonderingError(f"{place} has half a character (a lone surrogate) in its text: repair the line")

@@ -12,7 +12,7 @@ import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, set_seed
 
 from ponder_hf import PonderingForCausalLM
-from ponder_hf.data.packing import Blocks
+from ponder_hf.data.blocks import Blocks
 from ponder_hf.devices import default_device
 
 from .simple_training import train

@@ -11,7 +11,7 @@ import torch
 from ponder_hf import PonderingConfig, PonderingError, PonderingForCausalLM
 from ponder_hf.conversion import check_tokenizer, load_tokenizer, open_checkpoint
 from ponder_hf.conversion.whole_folder import check_destination
-from ponder_hf.data.packing import Blocks, pack_all
+from ponder_hf.data.blocks import Blocks, pack_all
 from ponder_hf.errors import fitting, reading, understanding
 from ponder_hf.modeling.configuration_pondering import PONDERING_FIELDS
 from ponder_hf.modeling.pondering_backbone_checkpoint import is_authors_config
