@@ -11,8 +11,8 @@ from huggingface_hub import list_repo_files, snapshot_download
 from huggingface_hub.utils import TensorInfo
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
-from ponder_hf import PonderingConfig, PonderingError
 from ponder_hf.errors import DownloadStopped, reading
+from ponder_hf.modeling import PonderingConfig, PonderingError
 
 from .files import ADAPTER_CONFIG, CONFIG, TRAVELLING_FILES, read_json
 from .stored_weights import INDEX, WEIGHTS, no_weights, num_bytes, read_headers, shard_names

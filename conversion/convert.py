@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
-from ponder_hf import PonderingError
+from ponder_hf.modeling import PonderingError
 from ponder_hf.modeling.configuration_pondering import PONDERING_FIELDS, unknown_field
 
 from .checkpoint import Checkpoint, open_checkpoint

@@ -3,7 +3,7 @@
 import os
 from typing import Any
 
-from ponder_hf import PonderingError, PonderingForCausalLM
+from ponder_hf.modeling import PonderingError, PonderingForCausalLM
 
 from .checkpoint import open_checkpoint
 from .convert import SHARD_SIZE, check_shard_size

@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from ponder_hf import PonderingError
 from ponder_hf.errors import first_line, reading, understanding
+from ponder_hf.modeling import PonderingError
 
 
 CONFIG = "config.json"

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ponder_hf import PonderingConfig, PonderingError, PonderingForCausalLM
 from ponder_hf.errors import first_line, fitting, reading, understanding
+from ponder_hf.modeling import PonderingConfig, PonderingError, PonderingForCausalLM
 from ponder_hf.modeling.pondering_backbone import backbone_class
 from ponder_hf.modeling.pondering_backbone_checkpoint import AUTHORS_WEIGHTS, read_base_config, unflagged_weight
 from ponder_hf.modeling.pondering_backbone_checkpoint import logger as from_base_logger

@@ -11,8 +11,8 @@ from huggingface_hub.errors import SafetensorsParsingError
 from huggingface_hub.utils import TensorInfo
 from safetensors import SafetensorError, safe_open
 
-from ponder_hf import PonderingError
 from ponder_hf.errors import first_line, reading
+from ponder_hf.modeling import PonderingError
 
 from .files import ADAPTER_CONFIG, read_json
 

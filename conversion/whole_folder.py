@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ponder_hf import PonderingError
 from ponder_hf.errors import writing
+from ponder_hf.modeling import PonderingError
 
 
 def check_destination(

@@ -21,10 +21,11 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import EntryNotFoundError, validate_repo_id
 
-from ponder_hf import PonderingError, __version__
+from ponder_hf import __version__
 from ponder_hf.conversion.files import ADAPTER_CONFIG, CONFIG, has_tokenizer, read_json
 from ponder_hf.conversion.stored_weights import DTYPE_NAMES, read_headers, shard_names
 from ponder_hf.errors import first_line
+from ponder_hf.modeling import PonderingError
 from ponder_hf.modeling.configuration_pondering import PONDERING_FIELDS, PonderingConfig
 
 from .code import code_of, installed_code, sha256

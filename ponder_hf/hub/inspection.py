@@ -9,12 +9,12 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 from huggingface_hub.utils import TensorInfo
 
-from ponder_hf import PonderingConfig, PonderingError
 from ponder_hf.conversion.checkpoint import download_small_files, find_folder, not_a_model
 from ponder_hf.conversion.files import CONFIG, has_tokenizer, read_json
 from ponder_hf.conversion.load_model import check_pondering
 from ponder_hf.conversion.stored_weights import DTYPE_NAMES, num_bytes, read_headers, shard_names
 from ponder_hf.errors import reading, understanding
+from ponder_hf.modeling import PonderingConfig, PonderingError
 from ponder_hf.modeling.configuration_pondering import PONDERING_FIELDS
 
 from .code import inspect_code

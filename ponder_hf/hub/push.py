@@ -16,11 +16,11 @@ from huggingface_hub.utils import RevisionNotFoundError, validate_repo_id
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from transformers import PreTrainedTokenizerBase
 
-from ponder_hf import PonderingError, PonderingForCausalLM, PonderingModel
 from ponder_hf.conversion import open_checkpoint
 from ponder_hf.conversion.checkpoint import download_small_files
 from ponder_hf.conversion.files import ADAPTER_CONFIG, CONFIG, copy_files, read_json, travelling_files
 from ponder_hf.errors import pushing
+from ponder_hf.modeling import PonderingError, PonderingForCausalLM, PonderingModel
 
 from . import card as cards
 from .card import facts_of_folder, hub_id, with_base_card

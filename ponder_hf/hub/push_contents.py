@@ -7,8 +7,8 @@ from pathlib import Path
 
 from huggingface_hub import get_token
 
-from ponder_hf import PonderingError
 from ponder_hf.errors import reading
+from ponder_hf.modeling import PonderingError
 
 
 PICKLES, SECRETS, OPTIMISER_STATES = "pickles", "secrets", "optimiser-states"

@@ -14,8 +14,8 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.dynamic_module_utils import custom_object_save
 
-from ponder_hf import PonderingError
 from ponder_hf.conversion.files import ADAPTER_CONFIG, CONFIG, read_json
+from ponder_hf.modeling import PonderingError
 
 from .card import CARD, facts_of_folder, hub_id, render, with_training
 from .push import push
