@@ -26,6 +26,7 @@ def add_training_flags(parser):
     for action in generated._actions:
         if action.dest in NOT_ARGUMENTS or action.dest in taken:
             continue
+        action.option_strings.sort(key=lambda flag: "_" in flag)  # messages name the first
         action.default = argparse.SUPPRESS
         action.help = (action.help or "").split(". ")[0].rstrip(".")
         group._add_action(action)

@@ -60,7 +60,7 @@ def standard_library(limit):
     training = _read_sources(folder, [name for name in names if not _is_held_out(name)], limit)
     held_out = _read_sources(folder, [name for name in names if _is_held_out(name)], limit // 10)
     if not training or not held_out:
-        raise PonderingError("this Python comes without its library's source files: give text of your own with --text")
+        raise PonderingError("this Python comes without its library's source files: give a `text` of your own")
     rule = f"whole files, about {HELD_OUT_SHARE:.0%} of them, chosen by a hash of their names"
     return Corpus("source files of Python's standard library", rule, training, held_out)
 

@@ -19,7 +19,7 @@ def check_peft():
     try:
         import peft  # noqa: F401
     except ImportError as error:
-        raise PonderingError("--lora needs peft: pip install 'ponder-hf[train]'") from error
+        raise PonderingError("`lora` needs peft: pip install 'ponder-hf[train]'") from error
 
 
 def target_modules(options, config):
@@ -43,7 +43,7 @@ def _check_modules(names, config):
         if not any(each == name or each.endswith(f".{name}") for each in found):
             near = difflib.get_close_matches(name, ends, n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(sorted(ends))}"
-            raise PonderingError(f"--lora-target-modules names {name}, which the model does not have: {hint}")
+            raise PonderingError(f"`lora_target_modules` names {name}, which the model does not have: {hint}")
 
 
 def base_of_adapter(start, options):

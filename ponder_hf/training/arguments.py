@@ -13,10 +13,10 @@ from ponder_hf.errors import first_line
 
 # What the command line says in its own words, or what would do nothing; each with what to say instead.
 NOT_ARGUMENTS = {
-    "output_dir": "it is --output",
-    "resume_from_checkpoint": "it is --resume",
+    "output_dir": "it is `output`",
+    "resume_from_checkpoint": "it is `resume`",
     "do_train": "training is what this command does",
-    "do_eval": "--validation or --held-out switches evaluation on",
+    "do_eval": "`validation` or `held_out` switches evaluation on",
     "do_predict": "there is nothing to predict",
     "parallelism_config": "it takes an object, not text: use a script with Trainer",
     "use_cache": "training never keeps a cache",
@@ -68,11 +68,6 @@ def argument_names():
     return tuple(
         each.name for each in dataclasses.fields(TrainingArguments) if each.init and each.name not in NOT_ARGUMENTS
     )
-
-
-def flag_of(name):
-    """The flag of an option or an argument."""
-    return "--" + name.replace("_", "-")
 
 
 def check_argument_names(names):

@@ -40,7 +40,7 @@ def last_checkpoint(output):
 
 
 def checkpoint_to_resume(output, resume):
-    """The checkpoint that `--resume` means: "last", or a folder.
+    """The checkpoint that `resume` means: "last", or a folder.
 
     Raises:
         PonderingError: there is none, or it is not whole.
@@ -48,13 +48,13 @@ def checkpoint_to_resume(output, resume):
     if resume == "last":
         checkpoint = last_checkpoint(output)
         if checkpoint is None:
-            raise PonderingError(f"{output} has no checkpoint to resume: leave --resume out to start")
+            raise PonderingError(f"{output} has no checkpoint to resume: leave `resume` out to start")
     else:
         checkpoint = Path(resume).expanduser()
         if not checkpoint.is_dir() and (output / resume).is_dir():
             checkpoint = output / resume
         if not checkpoint.is_dir():
-            raise PonderingError(f"there is no checkpoint {resume}: check the path, or give --resume alone")
+            raise PonderingError(f"there is no checkpoint {resume}: check the path, or give `resume='last'`")
         if checkpoint.name.startswith((PARTIAL, REMOVED)):
             raise PonderingError(f"{resume} is not whole: a run was ended while it wrote it; give another checkpoint")
     has_engine_state = any(checkpoint.glob("global_step*")) or any(checkpoint.glob("*fsdp*"))
@@ -62,7 +62,7 @@ def checkpoint_to_resume(output, resume):
         if not (checkpoint / name).is_file() and not (has_engine_state and name != _NEEDED[0]):
             raise PonderingError(
                 f"{checkpoint} cannot be resumed, it has no {name}: give a checkpoint of `ponder-hf train`, or use it "
-                "as SOURCE of a new run"
+                "as `source` of a new run"
             )
     return checkpoint
 

@@ -43,7 +43,7 @@ def check_initialisation(config):
     if model_type not in OUTPUT_PROJECTIONS:
         raise PonderingError(
             f"the authors' initialisation is not known for {model_type!r}, only for {', '.join(OUTPUT_PROJECTIONS)}: "
-            "use --initialisation transformers"
+            "use `initialisation='transformers'`"
         )
 
 

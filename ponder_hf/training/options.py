@@ -96,21 +96,20 @@ class TrainOptions:
 
     def _check_together(self):
         if not self.output:
-            raise PonderingError("no folder to write: give one with --output")
+            raise PonderingError("no folder to write: give one as `output`")
         if self.resume and self.overwrite:
             raise PonderingError("`resume` and `overwrite` contradict each other: give one of them")
         if self.resume is None:
             if (self.source is None) == (self.config is None):
                 raise PonderingError(
-                    "give either SOURCE, a model to start from, or `config`, one to train from scratch; SOURCE comes "
-                    "before flags that take several values"
+                    "give either `source`, a model to start from, or `config`, one to train from scratch"
                 )
             if not self.data:
-                raise PonderingError("no data to train on: give files or data sets with --data")
+                raise PonderingError("no data to train on: give files or data sets as `data`")
         if self.validation and self.held_out is not None:
             raise PonderingError("`validation` and `held_out` are two ways to say one thing: give one of them")
         if self.lora and self.config is not None:
-            raise PonderingError("`lora` adapts a trained model, `config` makes a new one: give SOURCE instead")
+            raise PonderingError("`lora` adapts a trained model, `config` makes a new one: give `source` instead")
         if self.draft_heads and (self.config is not None or self.lora):
             other = "lora" if self.lora else "config"
             raise PonderingError(

@@ -6,7 +6,7 @@ from dataclasses import replace
 from ponder_hf import PonderingError
 from ponder_hf.errors import reading
 
-from .arguments import FREE_ON_RESUME, check_argument_names, current_names, flag_of
+from .arguments import FREE_ON_RESUME, check_argument_names, current_names
 from .options import OPTION_NAMES
 from .trainer import RECORD
 
@@ -29,7 +29,7 @@ def read_record(checkpoint):
     path = checkpoint / RECORD
     if not path.is_file():
         raise PonderingError(
-            f"{checkpoint} has no {RECORD}, `ponder-hf train` did not write it: use it as SOURCE of a new run"
+            f"{checkpoint} has no {RECORD}, `ponder-hf train` did not write it: use it as `source` of a new run"
         )
     with reading(path):
         return json.loads(path.read_text(encoding="utf-8"))
@@ -56,8 +56,8 @@ def resumed_options(options, checkpoint):
             raise _contradiction(name, value, arguments[name], checkpoint)
         if name not in FREE_ON_RESUME and name not in arguments:
             raise PonderingError(
-                f"{flag_of(name)} was not given when {checkpoint} was made: leave it out, or start a new run with "
-                f"{checkpoint} as SOURCE"
+                f"`{name}` was not given when {checkpoint} was made: leave it out, or start a new run with "
+                f"{checkpoint} as `source`"
             )
         arguments[name] = value
     return replace(options, **{**stored, **given}), arguments, record
@@ -71,8 +71,7 @@ def check_fields(fields, config, checkpoint):
 
 
 def _contradiction(name, value, stored, checkpoint):
-    said = "SOURCE" if name == "source" else flag_of(name)
     return PonderingError(
-        f"{said} is {value}, but {checkpoint} was made with {stored}: leave it out, or start a new run with "
-        f"{checkpoint} as SOURCE"
+        f"`{name}` is {value}, but {checkpoint} was made with {stored}: leave it out, or start a new run with "
+        f"{checkpoint} as `source`"
     )

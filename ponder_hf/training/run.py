@@ -113,8 +113,8 @@ def make_plan(options):
     data = load_training_data(options, start.tokenizer, start.config, settings.data_seed or settings.seed)
     if record is not None and record["fingerprint"] != data.fingerprint:
         raise PonderingError(
-            f"--data is not what {checkpoint} was made with: give the same text in the same order, or start a new run "
-            f"with {checkpoint} as SOURCE"
+            f"`data` is not what {checkpoint} was made with: give the same text in the same order, or start a new run "
+            f"with {checkpoint} as `source`"
         )
     return TrainingPlan(options, arguments, settings, start, data, checkpoint)
 
@@ -125,7 +125,7 @@ def _check_output(options):
     except PonderingError as error:
         if last_checkpoint(options.folder) is not None and not options.overwrite:
             raise PonderingError(
-                f"{options.output} has checkpoints of a run: give --resume to continue it, --overwrite to begin anew, "
+                f"{options.output} has checkpoints of a run: give `resume` to continue it, `overwrite` to begin anew, "
                 "or another folder"
             ) from error
         raise
@@ -137,25 +137,25 @@ def _is_folder(name):
 
 def _check_settings(options, settings):
     if options.streaming and settings.max_steps < 1:
-        raise PonderingError("--streaming needs --max-steps: how much data there is is not known")
+        raise PonderingError("`streaming` needs `max_steps`: how much data there is is not known")
     if settings.per_device_train_batch_size < 1 or settings.gradient_accumulation_steps < 1:
-        raise PonderingError("--per-device-train-batch-size and --gradient-accumulation-steps must be at least 1")
+        raise PonderingError("`per_device_train_batch_size` and `gradient_accumulation_steps` must be at least 1")
     if options.draft_heads and settings.world_size > 1:
-        raise PonderingError("--draft-heads trains in one process: start it without a launcher")
+        raise PonderingError("`draft_heads` trains in one process: start it without a launcher")
     if options.draft_heads and settings.label_smoothing_factor:
         raise PonderingError(
-            "--label-smoothing-factor does nothing with --draft-heads, which learn no labels: leave it out"
+            "`label_smoothing_factor` does nothing with `draft_heads`, which learn no labels: leave it out"
         )
     if settings.learning_rate <= 0:
-        raise PonderingError(f"--learning-rate must be > 0, got {settings.learning_rate}")
+        raise PonderingError(f"`learning_rate` must be > 0, got {settings.learning_rate}")
     if settings.max_steps < 1 and settings.num_train_epochs <= 0:
-        raise PonderingError(f"--num-train-epochs must be > 0, got {settings.num_train_epochs}")
+        raise PonderingError(f"`num_train_epochs` must be > 0, got {settings.num_train_epochs}")
     if settings.eval_strategy != "no" and not options.evaluates:
-        raise PonderingError("--eval-strategy needs something to evaluate on: give --validation or --held-out")
+        raise PonderingError("`eval_strategy` needs something to evaluate on: give `validation` or `held_out`")
     with wrong_arguments():
         get_reporting_integration_callbacks(settings.report_to)  # whether they are known and installed
     if settings.push_to_hub and get_token() is None:
-        raise PonderingError("--push-to-hub needs a token: set HF_TOKEN, or log in with `hf auth login`")
+        raise PonderingError("`push_to_hub` needs a token: set HF_TOKEN, or log in with `hf auth login`")
 
 
 def _resumed_start(options, checkpoint):

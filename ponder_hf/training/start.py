@@ -123,7 +123,7 @@ def _from_scratch(options):
     if where is None and folder.is_dir():
         where = folder
     if where is None:
-        raise PonderingError(f"{name} has no tokenizer: name one with --tokenizer, a folder or a Hub id")
+        raise PonderingError(f"{name} has no tokenizer: name one as `tokenizer`, a folder or a Hub id")
 
     def load():
         model = PonderingForCausalLM(config)

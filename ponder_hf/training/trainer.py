@@ -103,9 +103,9 @@ class PonderingTrainer(Trainer):
     def _stop(self, what):
         checkpoint = last_checkpoint(Path(self.args.output_dir))
         rate = self.args.learning_rate
-        retry = f"train anew with a --learning-rate below {rate:g}"
+        retry = f"train anew with a `learning_rate` below {rate:g}"
         if checkpoint is not None:
-            retry = f"start from {checkpoint}, the last checkpoint, with a --learning-rate below {rate:g}"
+            retry = f"start from {checkpoint}, the last checkpoint, with a `learning_rate` below {rate:g}"
         raise TrainingStopped(f"{what}, so training stopped: {retry}, or check the data")
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
