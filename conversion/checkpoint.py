@@ -108,7 +108,7 @@ def download(name: str, patterns: Iterable[str], revision: str | None = None) ->
     patterns = list(patterns)
     with reading(name):
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-        paths = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+        paths = sorted({path for pattern in patterns for path in folder.rglob(pattern) if path.is_file()})
     check_files(name, paths)
     return folder
 

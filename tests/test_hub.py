@@ -94,6 +94,15 @@ def test_downloads_that_break(hub, client, made, fault, file):
     PonderingForCausalLM.from_pretrained(client.folder / f"{name}-out")
 
 
+def test_damaged_code_in_a_folder_of_the_repository_is_noticed(hub, client, tmp_path):
+    (tmp_path / "checkpoint-4").mkdir()
+    (tmp_path / "checkpoint-4/code.py").write_text("pass\n")
+    hub.add("somebody/nested", tmp_path)
+    hub.fail("GET", "resolve/.*code.py", corrupt=True)
+    assert "arrived damaged" in client.refused("inspect-code", "somebody/nested", code=1)
+    assert client.json("inspect-code", "somebody/nested")["status"] == "changed"
+
+
 def test_a_short_fault_of_a_download_is_waited_out(hub, client, made):
     hub.add("somebody/short", made)
     hub.fail("GET", "resolve/.*model-00002-of", status=429, headers={"Retry-After": "3"})
