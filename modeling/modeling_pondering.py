@@ -46,7 +46,7 @@ from .pondering_cache import CACHE_NAME, are_packed, given_cache, mark_owner, pa
 from .pondering_errors import INSTALL_TESTED, PonderingError, did_you_mean, untested_version
 from .pondering_generate import PonderingGenerationMixin, current_call, keep_settings
 from .pondering_generate_drafts import DraftHeads
-from .pondering_generate_exits import AdaptivePasses
+from .pondering_generate_exits import PassesWithExits
 from .pondering_vocabulary import scaled
 from .pondering_vocabulary_embedding import PonderingEmbedding, PonderingGate
 from .pondering_vocabulary_loss import (
@@ -369,13 +369,13 @@ class PonderingPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def ponder_until_converged(self, inputs_embeds, num_steps, past_key_values, pondering_exit, **kwargs):
-        """As `ponder`, but each token stops when it has converged. Gives back the AdaptivePasses that have run."""
+        """As `ponder`, but each token stops when it has converged. Gives back the PassesWithExits that have run."""
         switches = ("output_hidden_states", "output_attentions", "output_router_logits")
         wanted = [name for name in switches if kwargs.pop(name, False)]
         if wanted:
             raise PonderingError(f"`{wanted[0]}` needs the same passes for every token: leave out the exit threshold")
         hidden_inputs = scaled(inputs_embeds, self.config.input_scale * self.config.embedding_scale)
-        return AdaptivePasses(self, num_steps, past_key_values, pondering_exit).run(hidden_inputs, **kwargs)
+        return PassesWithExits(self, num_steps, past_key_values, pondering_exit).run(hidden_inputs, **kwargs)
 
     def _current_call(self):
         call = None if torch.compiler.is_compiling() else current_call()

@@ -17,9 +17,10 @@ Whatever the manager does to pages (share prefixes, fork, evict, offload) reache
 import copy
 import inspect
 from dataclasses import fields
+from typing import Any
 
 import torch
-from transformers import GenerationMixin
+from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -32,7 +33,7 @@ CACHE_NAME = "cache" if "cache" in {field.name for field in fields(CausalLMOutpu
 CACHE_NAMES = ("past_key_values", "cache")
 
 
-def given_cache(arguments):
+def given_cache(arguments: dict[str, Any]) -> Any:
     """The cache among keyword arguments, under whichever name, or None.
 
     Raises:
@@ -47,7 +48,7 @@ def given_cache(arguments):
     return given[0] if given else None
 
 
-def are_packed(position_ids, attention_mask=None):
+def are_packed(position_ids: torch.Tensor | None, attention_mask: Any = None) -> bool:
     """Whether rows hold several texts one behind the other, as positions (B, T) that begin anew say.
 
     transformers keeps such texts apart where there is neither a mask nor a cache.
@@ -57,7 +58,7 @@ def are_packed(position_ids, attention_mask=None):
     return position_ids.ndim == 2 and bool((position_ids.diff(dim=-1) != 1).any())
 
 
-def step_cache(past_key_values, base_config, num_passes):
+def step_cache(past_key_values: Cache | None, base_config: PretrainedConfig, num_passes: int) -> Cache:
     """Give back `past_key_values` with slots for `num_passes` passes.
 
     A missing cache is created, an empty one (as `generate` hands it over) is extended by copies of its own empty
@@ -88,7 +89,7 @@ def step_cache(past_key_values, base_config, num_passes):
     return past_key_values
 
 
-def mark_owner(past_key_values, backbone):
+def mark_owner(past_key_values: Cache, backbone: PreTrainedModel) -> None:
     """Note on an empty cache which backbone fills it. Waits for no device."""
     owner, weight = getattr(past_key_values, "pondering_owner", None), _own_weight(backbone)
     if owner is not None and (torch.compiler.is_compiling() or owner[0] == _version(weight)):
@@ -98,7 +99,7 @@ def mark_owner(past_key_values, backbone):
         past_key_values.pondering_owner = _version(weight), _sample(weight)
 
 
-def check_owner(past_key_values, backbone):
+def check_owner(past_key_values: Cache, backbone: PreTrainedModel) -> None:
     """Raise a PonderingError if the cache is known to have been filled by a backbone with other weights."""
     owner, weight = getattr(past_key_values, "pondering_owner", None), _own_weight(backbone)
     if owner is None or weight is None:
@@ -128,7 +129,7 @@ def _sample(weight):
     return weight.detach()[:: max(1, len(weight) // 64), :16].clone()
 
 
-def pass_cache(past_key_values, pass_index, num_layers, cache_class=Cache):
+def pass_cache(past_key_values: Cache, pass_index: int, num_layers: int, cache_class: type[Cache] = Cache) -> Cache:
     """The slots of one pass as a cache of their own: a view, the slots are shared."""
     first = pass_index * num_layers
     view = cache_class(layers=past_key_values.layers[first : first + num_layers])
@@ -148,7 +149,7 @@ class PassesAsLayers:
         num_steps: S of every request.
     """
 
-    def __init__(self, model, num_steps):
+    def __init__(self, model: PreTrainedModel, num_steps: int) -> None:
         self.__dict__.update(model=model, num_steps=num_steps)
 
     def __getattr__(self, name):
@@ -158,7 +159,7 @@ class PassesAsLayers:
         setattr(self.model, name, value)
 
     @property
-    def config(self):
+    def config(self) -> PretrainedConfig:
         """A copy of the backbone's, with (S + 1) L layers."""
         config = copy.deepcopy(self.model.backbone.config)
         kinds = getattr(config, "layer_types", None)
@@ -167,16 +168,16 @@ class PassesAsLayers:
             config.layer_types = list(kinds) * (self.num_steps + 1)
         return config
 
-    def eval(self):
+    def eval(self) -> "PassesAsLayers":
         """As of a module."""
         self.model.eval()
         return self
 
-    def __call__(self, **inputs):
+    def __call__(self, **inputs: Any) -> Any:
         return self.model(pondering_steps=self.num_steps, **inputs)
 
 
-def paged_pass(cache, pass_index, num_layers, inputs):
+def paged_pass(cache: Any, pass_index: int, num_layers: int, inputs: dict[str, Any]) -> Any:
     """A view of the paged cache in which layers 0 .. L-1 are slot(pass_index, 0 .. L-1).
 
     inputs: keyword arguments of the pass, which say where the cache is to be read and written. Some backbones of
@@ -202,7 +203,9 @@ def _no_length():
     return 0
 
 
-def start_manager(model, call, generation_config, *args, **kwargs):
+def start_manager(
+    model: PreTrainedModel, call: Any, generation_config: GenerationConfig | None, *args: Any, **kwargs: Any
+) -> Any:
     """transformers' `init_continuous_batching` for a pondering model. call: the GenerationCall.
 
     Raises:

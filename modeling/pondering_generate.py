@@ -22,30 +22,25 @@ import contextlib
 import contextvars
 import difflib
 import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from transformers import GenerationConfig, GenerationMixin
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput, logging
 
 from .configuration_pondering import check_steps
-from .pondering_backbone import (
-    are_close,
-    check_inputs,
-    evaluating,
-    first_line,
-    num_positions,
-    positions_of,
-)
+from .pondering_backbone import are_close, check_inputs, evaluating, first_line, num_positions, positions_of
 from .pondering_cache import CACHE_NAME, CACHE_NAMES, check_owner, given_cache, start_manager, step_cache
 from .pondering_errors import INSTALL_TESTED, PonderingError, untested_version
 from .pondering_generate_drafts import read_source
 from .pondering_generate_exits import PonderingExit, check_exits_once
-from .pondering_generate_speculation import speculative_sample
+from .pondering_generate_speculation import check_settings, speculative_sample
 
 
 logger = logging.get_logger(__name__)
-
 
 SETTINGS = (
     "pondering_steps",
@@ -54,47 +49,50 @@ SETTINGS = (
     "num_draft_tokens",
     "draft_source",
 )
-_OF_FORWARD = ("output_pondering", "pondering_exit")  # of forward, which transformers hands on
-_CALL = contextvars.ContextVar("pondering_generation_call", default=None)
+_OF_FORWARD = ("output_pondering", "pondering_exit")  # which transformers hands on
+_CALL: contextvars.ContextVar["GenerationCall | None"] = contextvars.ContextVar("pondering_call", default=None)
 
 
+@dataclass
 class GenerationCall:
     """One call of `generate`: its settings, and what is recorded while it lasts.
 
     Attributes:
+        model: whose call it is.
         steps: S of this call.
         exit: a PonderingExit, or None where every token takes all S steps.
         num_draft_tokens: how far ahead the model may guess; 0: not at all.
-        draft_source: where the guesses come from (pondering_generate_drafts.py); None without guesses.
-        model: whose call it is.
+        draft_source: where the guesses come from (pondering_generate_drafts.py).
         autocast: (whether it was on, its dtype) within the model's forward pass, as the last one saw it.
         acceptance_rate: the share of guesses that proved right, told by whoever drafts.
         steps_used: list of (first slot, (B, T) steps that each position took), one entry a forward pass; filled only
             where tokens may take fewer than S.
+        slot_offset: of the first token of `input_ids`, where the prompt was embeddings or cached before.
     """
 
-    def __init__(self, steps, exit=None, num_draft_tokens=0, draft_source=None, model=None):
-        self.model = model
-        self.steps, self.exit = steps, exit
-        self.num_draft_tokens, self.draft_source = num_draft_tokens, draft_source
-        self.acceptance_rate, self.autocast = 0.0, None
-        self.steps_used = []
-        self.slot_offset = None  # of the first token of `input_ids`, where the prompt was embeddings or cached before
+    model: PreTrainedModel
+    steps: int
+    exit: PonderingExit | None = None
+    num_draft_tokens: int = 0
+    draft_source: Callable | None = None
+    autocast: tuple[bool, torch.dtype] | None = None
+    acceptance_rate: float = 0.0
+    steps_used: list[tuple[int, torch.Tensor]] = field(default_factory=list)
+    slot_offset: int | None = None
 
     @classmethod
-    def read(cls, kwargs, generation_config, model):
-        """Take the settings out of `kwargs`, or else from the generation configurations, and check them.
+    def read(
+        cls, given: dict[str, Any], generation_config: GenerationConfig | None, model: PreTrainedModel
+    ) -> "GenerationCall":
+        """The settings among what was given to `generate`, or else in the generation configurations, checked.
 
         Raises:
             PonderingError: one of them is wrong, or they do not go together.
         """
-        _check_names(kwargs, generation_config, model.generation_config)
-        values, criterion_of_call = {}, kwargs.get("pondering_exit_criterion")
-        for name in SETTINGS:
-            sources = [kwargs.pop(name, None), getattr(generation_config, name, None)]
-            sources.append(getattr(model.generation_config, name, None))
-            values[name] = next((value for value in sources if value is not None), None)
-        steps, threshold, criterion, num_draft_tokens, draft_source = values.values()
+        _check_names(given, generation_config, model.generation_config)
+        steps, threshold, criterion, num_draft_tokens, draft_source = (
+            _setting(name, given, generation_config, model) for name in SETTINGS
+        )
         steps = model.config.pondering_steps if steps is None else steps
         check_steps("pondering_steps", steps)
         num_draft_tokens = 0 if num_draft_tokens is None else num_draft_tokens
@@ -103,9 +101,10 @@ class GenerationCall:
                 f"`num_draft_tokens` must be an integer >= 0 (0: no drafts), got {num_draft_tokens!r}"
             )
         exit = PonderingExit.read(criterion, threshold)
+        # As a default of the model a criterion may wait for a call's threshold.
         default = getattr(model.generation_config, "pondering_exit_criterion", None)
-        if exit is None and (criterion_of_call is not None or (criterion is not None and default is None)):
-            # As a default of the model it may wait for a call's threshold.
+        is_of_call = given.get("pondering_exit_criterion") is not None
+        if exit is None and (is_of_call or (criterion is not None and default is None)):
             raise PonderingError(
                 "`pondering_exit_criterion` needs `pondering_exit_threshold`, the distance below which a token stops: "
                 "give both or none"
@@ -115,31 +114,47 @@ class GenerationCall:
                 "`num_draft_tokens` and `pondering_exit_threshold` do not go together, as drafts run ahead on "
                 "the very passes that an exit leaves out: use one of them"
             )
-        source = read_source(draft_source, model)
-        return cls(steps, exit, num_draft_tokens, source if num_draft_tokens else None, model)
+        return cls(model, steps, exit, num_draft_tokens, read_source(draft_source, model))
 
 
-def _check_names(kwargs, *generation_configs):
+def _setting(name, given, generation_config, model):
+    """What was said first of all: in the call, in its GenerationConfig, in the model's."""
+    values = (
+        given.get(name),
+        *(getattr(config, name, None) for config in (generation_config, model.generation_config)),
+    )
+    return next((value for value in values if value is not None), None)
+
+
+def _check_names(given, *generation_configs):
     """Raise for a setting about pondering or drafts that does not exist, whoever makes it."""
-    names = [*kwargs]
-    for config in generation_configs:
-        names += [] if config is None else [*config.__dict__]
-    for name in names:
-        is_ours = "ponder" in name or name == "num_steps"
-        is_near = "draft" in name and difflib.get_close_matches(name, SETTINGS, n=1, cutoff=0.8)
-        if not (is_ours or is_near) or name in (*SETTINGS, *_OF_FORWARD) or hasattr(GenerationConfig(), name):
+    known = GenerationConfig()
+    for name in [*given, *(name for config in generation_configs if config is not None for name in config.__dict__)]:
+        if name in (*SETTINGS, *_OF_FORWARD) or hasattr(known, name):
             continue
         near = difflib.get_close_matches(name, SETTINGS, n=1, cutoff=0.5)
-        hint = f"did you mean `{near[0]}`?" if near else f"the settings are {', '.join(SETTINGS)}"
-        raise PonderingError(f"`{name}` is no setting of generate: {hint}")
+        is_ours = "ponder" in name or name == "num_steps"
+        if is_ours or difflib.get_close_matches(name, SETTINGS, n=1, cutoff=0.7):
+            hint = f"did you mean `{near[0]}`?" if near else f"the settings are {', '.join(SETTINGS)}"
+            raise PonderingError(f"`{name}` is no setting of generate: {hint}")
 
 
-def current_call():
+def current_call() -> GenerationCall | None:
     """The GenerationCall that this thread is in, or None outside `generate`."""
     return _CALL.get()
 
 
-def keep_settings(generation_config):
+@contextlib.contextmanager
+def during(call: GenerationCall) -> Iterator[None]:
+    """Within it, `call` is this thread's current call."""
+    token = _CALL.set(call)
+    try:
+        yield
+    finally:
+        _CALL.reset(token)
+
+
+def keep_settings(generation_config: GenerationConfig) -> None:
     """Make transformers read these settings back from generation_config.json.
 
     From a file that is marked as made from a model's configuration it takes only what it knows itself.
@@ -148,22 +163,44 @@ def keep_settings(generation_config):
         generation_config._from_model_config = False
 
 
-@contextlib.contextmanager
-def during(call):
-    """Within it, `call` is this thread's current call."""
-    token = _CALL.set(call)
-    try:
-        yield call
-    finally:
-        _CALL.reset(token)
-
-
 class PonderingGenerationMixin(GenerationMixin):
     """transformers' GenerationMixin with the settings above."""
 
     @torch.no_grad()
-    def generate(self, inputs=None, generation_config=None, *args, **kwargs):
-        """transformers' `generate`, and the settings at the head of pondering_generate.py.
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *args: Any,
+        pondering_steps: int | None = None,
+        pondering_exit_threshold: float | None = None,
+        pondering_exit_criterion: str | Callable | None = None,
+        num_draft_tokens: int | None = None,
+        draft_source: str | Callable | None = None,
+        **kwargs: Any,
+    ) -> ModelOutput | torch.Tensor:
+        """transformers' `generate`, which takes everything that it takes for other models, and says how to ponder.
+
+        What is said about pondering may as well be an attribute of a GenerationConfig: of the one that is given, or of
+        `model.generation_config`, and so be saved with the model.
+
+        Args:
+            inputs: (B, T), the prompts; `input_ids` is another name.
+            generation_config, args, kwargs: as of transformers' `GenerationMixin.generate`: `attention_mask`,
+                `max_new_tokens`, `do_sample`, `streamer`, `past_key_values` (a cache of all passes) ...
+            pondering_steps: S, how often to ponder before each token of this call, >= 0; by default
+                `model.config.pondering_steps`.
+            pondering_exit_threshold: stop pondering a token where the distance that the criterion measures is below
+                this number >= 0. By default no token stops early.
+            pondering_exit_criterion: that distance, measured after each pass: "kl" (Kullback-Leibler divergence of
+                its prediction from that of the pass before, in nats), "entropy" (of its prediction, in nats), "argmax"
+                (1 - the largest probability, where it is of the token that the pass before predicted, else 1), or a
+                function of (logits (n, V), logits of the pass before or None) that gives distances (n,).
+            num_draft_tokens: guess up to so many tokens ahead with the model itself; at most S are of use. The text
+                stays what it is, and a sample is of the same distribution. 0, the default: none.
+            draft_source: where the guesses come from: "own" (each pass's prediction), "heads" (trained draft heads),
+                "prompt_lookup" (what followed in the text before), or an object like PromptLookup. By default the
+                heads, where the model has them.
 
         Returns:
             What transformers returns. With `return_dict_in_generate=True` the output also has `pondering_steps_used`
@@ -173,25 +210,26 @@ class PonderingGenerationMixin(GenerationMixin):
         Raises:
             PonderingError: a setting or the prompt cannot be used; nothing has been computed then.
         """
-        _take_cache(kwargs)
-        call = GenerationCall.read(kwargs, generation_config, self)
+        cache = given_cache(kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
+        if cache is not None:  # under the name that transformers has for it
+            kwargs[CACHE_NAME] = cache
+        settings = (
+            pondering_steps,
+            pondering_exit_threshold,
+            pondering_exit_criterion,
+            num_draft_tokens,
+            draft_source,
+        )
+        given = {**dict(zip(SETTINGS, settings, strict=True)), **kwargs}
+        call = GenerationCall.read(given, generation_config, self)
         check_prompt(self, inputs, call.steps, generation_config, kwargs)
-        self._check_itself(call, kwargs)
-        with during(call):
-            output = super().generate(inputs, generation_config, *args, **kwargs)
-        if isinstance(output, ModelOutput):
-            self._report(call, output, self._num_prompt_tokens(inputs, kwargs))
-        return output
-
-    def _check_itself(self, call, kwargs):
-        """What an untested transformers calls for; changes `kwargs` where only caches do not work there."""
         if not check_generation_once(self):
-            needing = {
-                "past_key_values": given_cache(kwargs) is not None,
-                "num_draft_tokens": call.num_draft_tokens,
-                "pondering_exit_threshold": call.exit,
-            }
-            for name, is_set in needing.items():
+            for name, is_set in (
+                ("past_key_values", cache is not None),
+                ("num_draft_tokens", call.num_draft_tokens),
+                ("pondering_exit_threshold", call.exit),
+            ):
                 if is_set:
                     raise PonderingError(
                         f"`{name}` needs a cache, which does not work under transformers {untested_version()}: leave "
@@ -200,11 +238,16 @@ class PonderingGenerationMixin(GenerationMixin):
             kwargs["use_cache"] = False
         if call.exit is not None:
             check_exits_once(self)
+        with during(call):
+            output = super().generate(inputs, generation_config, *args, **kwargs)
+        if isinstance(output, ModelOutput):
+            _report(call, output, _num_prompt_tokens(inputs, kwargs))
+        return output
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
         call = current_call()
         if call is not None and call.num_draft_tokens:
-            _check_drafts(generation_mode, generation_config)
+            check_settings(generation_mode, generation_config)
         if call is not None and call.exit is not None:
             for name in ("output_hidden_states", "output_attentions"):
                 if getattr(generation_config, name, None):
@@ -221,10 +264,10 @@ class PonderingGenerationMixin(GenerationMixin):
 
     # transformers reads the parameters of this method to learn what the model takes.
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
-    def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
         # The backbone's own, which may know more than transformers' usual one: Phi-3 drops its cache where the text
         # grows past the length from which other rotations hold, BLOOM makes masks of its own for static caches.
-        prepare = getattr(self.backbone, "prepare_inputs_for_generation", super().prepare_inputs_for_generation)
+        prepare: Any = getattr(self.backbone, "prepare_inputs_for_generation", super().prepare_inputs_for_generation)
         model_inputs = prepare(input_ids, *args, **kwargs)
         if _is_called_for_virtual_tokens(self):
             # PEFT looks under one of the names. Where it finds none it would put its tokens in again and again.
@@ -265,74 +308,70 @@ class PonderingGenerationMixin(GenerationMixin):
             self, input_ids, logits_processor, stopping_criteria, generation_config, call, *args, **model_kwargs
         )
 
-    def generate_batch(self, inputs, generation_config=None, *args, **kwargs):
+    def generate_batch(
+        self,
+        inputs: list[list[int]],
+        generation_config: GenerationConfig | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
         """transformers' continuous batching, and `pondering_steps`: S of all requests.
 
         Raises:
             PonderingError: a setting or a prompt cannot be used; nothing has been computed then.
         """
         call = current_call() or GenerationCall.read(kwargs, generation_config, self)
+        kwargs = {name: value for name, value in kwargs.items() if name not in SETTINGS}
         if not check_generation_once(self):
             raise PonderingError(
                 f"continuous batching needs a cache, which does not work under transformers {untested_version()}: "
                 f"use `generate`, or {INSTALL_TESTED}"
             )
-        check_prompts(self, inputs, call.steps, generation_config, kwargs)
+        mask = kwargs.get("attention_mask")
+        if mask is not None and not mask.bool().all():
+            raise PonderingError(
+                "continuous batching takes no padding: give `generate_batch` lists of different lengths"
+            )
+        unmasked = {name: value for name, value in kwargs.items() if name != "attention_mask"}
+        for token_ids in inputs:  # each must be one that `generate` would take
+            prompt = torch.as_tensor(token_ids, dtype=None if len(token_ids) else torch.long)
+            check_prompt(self, prompt.unsqueeze(0), call.steps, generation_config, unmasked)
         with during(call):
             return super().generate_batch(inputs, generation_config, *args, **kwargs)
 
-    def init_continuous_batching(self, generation_config=None, *args, **kwargs):
+    def init_continuous_batching(
+        self, generation_config: GenerationConfig | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """transformers' own, over a paged cache with pages for every pass (pondering_cache.py)."""
         call = current_call() or GenerationCall.read({}, generation_config, self)
         return start_manager(self, call, generation_config, *args, **kwargs)
 
-    def _num_prompt_tokens(self, inputs, kwargs):
-        """How many of the tokens in the output's `sequences` are the prompt's."""
-        prompt = inputs if inputs is not None else kwargs.get("input_ids")
-        if prompt is not None:
-            return prompt.shape[1]
-        return 0 if kwargs.get("inputs_embeds") is not None else 1  # otherwise transformers begins with one token
 
-    def _report(self, call, output, num_prompt_tokens):
-        sequences = output.sequences
+def _num_prompt_tokens(inputs, kwargs):
+    """How many of the tokens in the output's `sequences` are the prompt's."""
+    prompt = inputs if inputs is not None else kwargs.get("input_ids")
+    if prompt is not None:
+        return prompt.shape[1]
+    return 0 if kwargs.get("inputs_embeds") is not None else 1  # otherwise transformers begins with one token
+
+
+def _report(call, output, num_prompt_tokens):
+    """Put into the output of `generate` what is asked of it about pondering."""
+    sequences = output.sequences
+    if "pondering_steps_used" not in output:
         shape = (len(sequences), sequences.shape[1] - num_prompt_tokens)
-        if "pondering_steps_used" not in output:
-            used = torch.full(shape, call.steps, device=sequences.device)
-            if call.steps_used:
-                used = _steps_of_new_tokens(call, output, num_prompt_tokens, used)
-            output["pondering_steps_used"] = used
-        if call.num_draft_tokens:
-            output["draft_acceptance_rate"] = call.acceptance_rate
-
-
-def _take_cache(arguments):
-    """Rename the cache to what transformers calls it, whichever name it was given under."""
-    cache = given_cache(arguments)
-    for name in CACHE_NAMES:
-        arguments.pop(name, None)
-    if cache is not None:
-        arguments[CACHE_NAME] = cache
+        used = torch.full(shape, call.steps, device=sequences.device)
+        if call.steps_used:
+            used = _steps_of_new_tokens(call, output, num_prompt_tokens, used)
+        output["pondering_steps_used"] = used
+    if call.num_draft_tokens:
+        output["draft_acceptance_rate"] = call.acceptance_rate
 
 
 def _is_called_for_virtual_tokens(model):
     """Whether PEFT's prompt learning has put itself around the model's `prepare_inputs_for_generation`."""
     wrapper = getattr(model.__dict__.get("prepare_inputs_for_generation"), "__self__", None)
     return bool(getattr(getattr(wrapper, "active_peft_config", None), "is_prompt_learning", False))
-
-
-def _check_drafts(generation_mode, generation_config):
-    mode = getattr(generation_mode, "value", generation_mode)
-    if mode not in ("greedy_search", "sample"):
-        advice = "leave out `num_draft_tokens`, or use greedy search or sampling"
-        raise PonderingError(f"`num_draft_tokens` does not go with {str(mode).replace('_', ' ')}: {advice}")
-    if generation_config.use_cache is False:
-        raise PonderingError("`num_draft_tokens` needs the cache: leave out `use_cache=False`")
-    kind = generation_config.cache_implementation
-    if kind not in (None, "dynamic", "dynamic_full"):  # the last one in transformers 4.57
-        raise PonderingError(
-            f"`num_draft_tokens` works with transformers' dynamic cache, not with a {kind} one: leave out "
-            "`cache_implementation`, or set num_draft_tokens=0"
-        )
 
 
 def _steps_of_new_tokens(call, output, num_prompt_tokens, used):
@@ -356,12 +395,19 @@ def _steps_of_new_tokens(call, output, num_prompt_tokens, used):
     return recorded.gather(0, beam_indices[:, :count].clamp(min=0))  # rows change places from token to token
 
 
-def check_prompt(model, inputs, num_steps, generation_config, kwargs):
+def check_prompt(
+    model: PreTrainedModel,
+    inputs: torch.Tensor | None,
+    num_steps: int,
+    generation_config: GenerationConfig | None,
+    kwargs: dict[str, Any],
+) -> None:
     """Raise unless the model can go on from this prompt.
 
     Args:
-        inputs, generation_config, kwargs: as `generate` got them.
+        model: a PonderingForCausalLM.
         num_steps: S of the call.
+        inputs, generation_config, kwargs: as `generate` got them.
 
     Raises:
         PonderingError: the prompt is empty, has ids outside the vocabulary or, with the tokens to come, more tokens
@@ -378,61 +424,49 @@ def check_prompt(model, inputs, num_steps, generation_config, kwargs):
     elif prompt is not None:
         _check_token_ids(prompt, model.get_input_embeddings().weight.shape[0])
         shape = prompt.shape
+    elif past_length:
+        raise PonderingError("`past_key_values` needs the text that it holds, and more: give `input_ids`")
+    elif _setting("bos_token_id", *sources) is None:
+        raise PonderingError(
+            "the prompt is empty, and no `bos_token_id` says what begins a text: give at least one token"
+        )
     else:
-        _check_beginning(past_length, sources)
         return
-    mask = kwargs.get("attention_mask")
-    length = shape[1]
+    mask, length = kwargs.get("attention_mask"), shape[1]
     if mask is not None:
         length = _check_mask(mask, shape, past_length)
     _check_positions(num_positions(model.backbone), length, shape[1], sources)
-    if past_length:
-        # A mask that also covers the cache says that the prompt is only what follows.
-        covers_cache = mask is not None and mask.shape[1] > shape[1]
-        if covers_cache and embeds is not None:
+    if not past_length:
+        return
+    # A mask that also covers the cache says that the prompt is only what follows.
+    if mask is None or mask.shape[1] == shape[1]:
+        if shape[1] <= past_length:
             raise PonderingError(
-                "`inputs_embeds` must hold the whole text, also what `past_key_values` holds, and `attention_mask` "
-                "must be as long as they are"
+                f"`past_key_values` holds {past_length} tokens, but the prompt has only {shape[1]}: give the whole "
+                "text, what the cache holds and at least one token more"
             )
-        _check_continuation(shape, 0 if covers_cache else past_length, past_rows, sources)
+    elif embeds is not None:
+        raise PonderingError(
+            "`inputs_embeds` must hold the whole text, also what `past_key_values` holds, and `attention_mask` must "
+            "be as long as they are"
+        )
+    num_rows = shape[0] * max(_setting(name, *sources) or 1 for name in ("num_beams", "num_return_sequences"))
+    if past_rows not in (None, num_rows):
+        raise PonderingError(
+            f"`past_key_values` holds {past_rows} rows, but {num_rows} are generated: go on with as many prompts, "
+            "beams and sequences as it was filled with, or leave it out"
+        )
 
 
 def _check_cache(model, past_key_values, num_steps):
     """How many tokens it holds, and in how many rows (None where its slots do not tell)."""
-    if past_key_values is None:
-        return 0, None
-    if isinstance(past_key_values, Cache) and past_key_values.get_seq_length() == 0:
+    if past_key_values is None or (isinstance(past_key_values, Cache) and past_key_values.get_seq_length() == 0):
         return 0, None
     step_cache(past_key_values, model.config.base_config, num_steps + 1)
     check_owner(past_key_values, model.backbone)
     keys = getattr(past_key_values.layers[0], "keys", None)
     rows = keys.shape[0] if torch.is_tensor(keys) and keys.ndim == 4 else None
     return int(past_key_values.get_seq_length()), rows
-
-
-def _check_beginning(past_length, sources):
-    """Without a prompt transformers begins with the token that begins a text."""
-    if past_length:
-        raise PonderingError("`past_key_values` needs the text that it holds, and more: give `input_ids`")
-    if _setting("bos_token_id", *sources) is None:
-        raise PonderingError(
-            "the prompt is empty, and no `bos_token_id` says what begins a text: give at least one token"
-        )
-
-
-def _check_continuation(shape, past_length, past_rows, sources):
-    """What a prompt of this shape needs of a cache that holds `past_length` of its tokens."""
-    if shape[1] <= past_length:
-        raise PonderingError(
-            f"`past_key_values` holds {past_length} tokens, but the prompt has only {shape[1]}: give the whole text, "
-            "what the cache holds and at least one token more"
-        )
-    repeats = max(_setting(name, *sources) or 1 for name in ("num_beams", "num_return_sequences"))
-    if past_rows is not None and past_rows != shape[0] * repeats:
-        raise PonderingError(
-            f"`past_key_values` holds {past_rows} rows, but {shape[0] * repeats} are generated: go on with as many "
-            "prompts, beams and sequences as it was filled with, or leave it out"
-        )
 
 
 def _check_token_ids(input_ids, vocab_size):
@@ -504,26 +538,10 @@ def _check_positions(limit, length, width, sources):
         )
 
 
-def _setting(name, kwargs, generation_config, model):
-    sources = (kwargs.get(name), getattr(generation_config, name, None), getattr(model.generation_config, name, None))
-    return next((value for value in sources if value is not None), None)
-
-
-def check_prompts(model, inputs, num_steps, generation_config, kwargs):
-    """Raise unless every prompt of `inputs`, a list of lists of token ids, is one that `generate` would take."""
-    mask = kwargs.get("attention_mask")
-    if mask is not None and not mask.bool().all():
-        raise PonderingError("continuous batching takes no padding: give `generate_batch` lists of different lengths")
-    kwargs = {name: value for name, value in kwargs.items() if name != "attention_mask"}
-    for token_ids in inputs:
-        prompt = torch.as_tensor(token_ids, dtype=None if len(token_ids) else torch.long)
-        check_prompt(model, prompt.unsqueeze(0), num_steps, generation_config, kwargs)
-
-
 _NUM_NEW = 3
 
 
-def check_generation_once(model):
+def check_generation_once(model: PreTrainedModel) -> bool:
     """Under an untested transformers, hold cached against uncached generation and that against the model's logits.
 
     Returns:
@@ -574,7 +592,7 @@ def _generate(model, ids, mask, use_cache):
         output_logits=True,
         return_dict_in_generate=True,
     )
-    with during(GenerationCall(1, model=model)):
+    with during(GenerationCall(model, 1)):
         output = GenerationMixin.generate(model, ids, settings, attention_mask=mask)
     return torch.stack(output.logits, dim=1)
 

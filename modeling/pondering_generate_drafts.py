@@ -12,6 +12,7 @@ import itertools
 import math
 from array import array
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -89,7 +90,7 @@ class DraftHeads(nn.Module):
         num_heads = min(len(hidden_states), max(0, len(self.up) - first_pass))
         if num_heads == 0:
             return hidden_states
-        weights = self.up, self.up_bias, self.down, self.down_bias
+        weights: tuple[torch.Tensor, ...] = (self.up, self.up_bias, self.down, self.down_bias)
         if num_heads < len(self.up):
             weights = tuple(weight[first_pass : first_pass + num_heads] for weight in weights)
         up, up_bias, down, down_bias = weights
@@ -157,7 +158,7 @@ class PendingTokens:
 
     def __init__(self, column: int, token: int) -> None:
         self.column, self.tokens, self.next_passes = column, [token], [0]
-        self.drafters: list[float | None] = [None]
+        self.drafters: list[Any] = [None]
         self.guesses: list[dict[float, int]] = [{}]
         self.num_verdicts = self.num_hits = 0
         self.hit_rate = 1.0  # of late
@@ -205,7 +206,8 @@ class PendingTokens:
             self._learn(final)
         for index, rank in enumerate(passes):
             is_last, is_final = index + 1 == len(tokens), rank == num_steps
-            token, drafter = predicted[rank], rank
+            token = predicted[rank]
+            drafter: float = rank
             guesses = {} if is_last else self.guesses[index + 1]
             guesses[rank] = token
             if is_last:

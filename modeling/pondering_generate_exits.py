@@ -19,8 +19,11 @@ stopped keeps what it had; the result is the same.
 import copy
 import inspect
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
 
@@ -43,10 +46,14 @@ from .pondering_vocabulary import chunk_elements, chunks
 from .pondering_vocabulary_embedding import PonderingEmbedding
 
 
+_MASK_ARGUMENTS = {"inputs_embeds", "attention_mask", CACHE_NAME, "position_ids", "and_mask_function"}
+_MASKS_CAN_BE_MADE = set(inspect.signature(create_masks_for_generate).parameters) >= _MASK_ARGUMENTS
+
+
 class KLDivergence:
     """How much a pass has changed the prediction: KL(p^i || p^(i-1)) in nats."""
 
-    def __call__(self, logits, previous_logits):
+    def __call__(self, logits: torch.Tensor, previous_logits: torch.Tensor | None) -> torch.Tensor:
         """logits, previous_logits: (n, V) of this pass and the one before, None before pass 1. Returns (n,), >= 0."""
         if previous_logits is None:
             return logits.new_full(logits.shape[:1], math.inf)
@@ -57,7 +64,7 @@ class KLDivergence:
 class Entropy:
     """How undecided the prediction of a pass is: its entropy in nats."""
 
-    def __call__(self, logits, previous_logits):
+    def __call__(self, logits: torch.Tensor, previous_logits: torch.Tensor | None) -> torch.Tensor:
         """As in KLDivergence; `previous_logits` are not read."""
         log_p = logits.log_softmax(-1)
         return -(log_p.exp() * log_p).nan_to_num(nan=0.0).sum(-1).clamp(max=0)
@@ -66,7 +73,7 @@ class Entropy:
 class ArgmaxProbability:
     """How surely a pass predicts the token that the pass before predicted: 1 - max p^i, or 1 where it does not."""
 
-    def __call__(self, logits, previous_logits):
+    def __call__(self, logits: torch.Tensor, previous_logits: torch.Tensor | None) -> torch.Tensor:
         """As in KLDivergence. Returns (n,) between 0 and 1."""
         if previous_logits is None:
             return logits.new_ones(logits.shape[:1])
@@ -75,36 +82,40 @@ class ArgmaxProbability:
         return distance.where(token_ids == previous_logits.argmax(-1), 1).clamp(min=0)
 
 
-CRITERIA = {"kl": KLDivergence, "entropy": Entropy, "argmax": ArgmaxProbability}
+CRITERIA: dict[str, Callable] = {"kl": KLDivergence, "entropy": Entropy, "argmax": ArgmaxProbability}
 
 
 class PonderingExit:
     """When tokens stop pondering.
 
-    criterion: called with (logits (n, V) of a pass, logits (n, V) of the pass before or None before pass 1), both in
-        float32 or wider, gives the distances (n,) from convergence.
-    threshold: a token stops where its distance is below.
-    record: called once a forward pass with the steps (B, T) that each position took.
+    Args:
+        criterion: called with (logits (n, V) of a pass, logits (n, V) of the pass before or None before pass 1), both
+            in float32 or wider, gives the distances (n,) from convergence.
+        threshold: a token stops where its distance is below.
+        record: called once a forward pass with the steps (B, T) that each position took.
     """
 
-    def __init__(self, criterion, threshold, record=None):
+    def __init__(
+        self,
+        criterion: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor],
+        threshold: float,
+        record: Callable[[torch.Tensor], Any] | None = None,
+    ) -> None:
         self.criterion, self.threshold, self.record = criterion, threshold, record
 
     @classmethod
-    def read(cls, criterion, threshold):
+    def read(cls, criterion: str | Callable | None, threshold: float | None) -> "PonderingExit | None":
         """From what a user gave; None where no threshold was given.
 
         Raises:
             PonderingError: the criterion is unknown or missing, or the threshold is no number >= 0.
         """
-        if isinstance(criterion, str):
-            if criterion not in CRITERIA:
-                known = ", ".join(map(repr, CRITERIA))
-                raise PonderingError(
-                    f"`pondering_exit_criterion` must be one of {known} or an object of your own, got {criterion!r}"
-                )
-            criterion = CRITERIA[criterion]()
-        elif criterion is not None and not callable(criterion):
+        known = ", ".join(map(repr, CRITERIA))
+        if isinstance(criterion, str) and criterion not in CRITERIA:
+            raise PonderingError(
+                f"`pondering_exit_criterion` must be one of {known} or an object of your own, got {criterion!r}"
+            )
+        if criterion is not None and not isinstance(criterion, str) and not callable(criterion):
             raise PonderingError(
                 "`pondering_exit_criterion` must be a name or callable with (logits, previous_logits), "
                 f"got {criterion!r}"
@@ -116,16 +127,15 @@ class PonderingExit:
             raise PonderingError(f"`pondering_exit_threshold` must be a finite number >= 0, got {threshold!r}")
         if criterion is None:
             raise PonderingError(
-                "`pondering_exit_threshold` needs `pondering_exit_criterion`: one of "
-                f"{', '.join(map(repr, CRITERIA))} or an object of your own"
+                f"`pondering_exit_threshold` needs `pondering_exit_criterion`: one of {known} or an object of your own"
             )
-        return cls(criterion, threshold)
+        return cls(CRITERIA[criterion]() if isinstance(criterion, str) else criterion, threshold)
 
-    def recording(self, record):
+    def recording(self, record: Callable[[torch.Tensor], Any]) -> "PonderingExit":
         """The same, calling `record` with what happened."""
         return PonderingExit(self.criterion, self.threshold, record)
 
-    def converged(self, logits, previous_logits):
+    def converged(self, logits: torch.Tensor, previous_logits: torch.Tensor | None) -> torch.Tensor:
         """(n,) booleans, from logits (n, V) of a pass and of the one before."""
         distances = self.criterion(logits, previous_logits)
         if not torch.is_tensor(distances) or distances.shape != logits.shape[:1]:
@@ -137,47 +147,44 @@ class PonderingExit:
         return distances < self.threshold
 
 
-_MASK_ARGUMENTS = {"inputs_embeds", "attention_mask", CACHE_NAME, "position_ids", "and_mask_function"}
-_MASKS_CAN_BE_MADE = set(inspect.signature(create_masks_for_generate).parameters) >= _MASK_ARGUMENTS
-
-
-class _CompletingCache(Cache):
+class _CompletedCache(Cache):
     """The slots of one pass: what is written is completed by what stopped tokens computed last.
 
-    memory: a list for each layer: keys, values (B, H, T, D) as last computed, and what else `update` was given.
+    active: an _ActiveTokens. last_states: a list for each layer: keys, values (B, H, T, D) as last computed, and what
+    else `update` was given.
     """
 
-    chosen = memory = None
+    active = last_states = None
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        chosen, memory = self.chosen.on(key_states.device), self.memory[layer_idx]
-        if not chosen.is_everything:
-            key_states, value_states = chosen.put(memory[0], key_states), chosen.put(memory[1], value_states)
-        memory[:] = key_states, value_states, args, kwargs
+        active, last = self.active.on(key_states.device), self.last_states[layer_idx]
+        if not active.is_everything:
+            key_states, value_states = active.put(last[0], key_states), active.put(last[1], value_states)
+        last[:] = key_states, value_states, args, kwargs
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        return (keys, values) if chosen.has_all_rows else (keys[chosen.rows], values[chosen.rows])
+        return (keys, values) if active.has_all_rows else (keys[active.rows], values[active.rows])
 
 
-class _Chosen:
+class _ActiveTokens:
     """The tokens of a pass: some rows of a batch (all with `keeps_rows`), and in each of them some positions.
 
-    rows: (b,) indices. active: (b, T) booleans, which tokens of these rows go on. positions: (b, t) indices of the
-    tokens that are computed, where a row with fewer names its first one again; None: all T.
+    rows: (b,) indices. mask: (b, T) booleans, which tokens of these rows go on. positions: (b, t) indices of the
+    tokens that are computed, where a row with fewer names its first one again; None: all T. places: (n,), where the
+    tokens that go on are among the b * t that are computed.
     """
 
-    def __init__(self, active, may_shorten, keeps_rows=False):
-        self.rows = (active.any(1) | keeps_rows).nonzero().squeeze(1)
-        self.active = active[self.rows]
-        self.has_all_rows = len(self.rows) == len(active)
-        self.is_everything = self.has_all_rows and bool(self.active.all())
+    def __init__(self, mask, may_shorten, keeps_rows):
+        self.rows = _indices(mask.any(1) | keeps_rows)
+        self.mask = mask[self.rows]
+        self.has_all_rows = len(self.rows) == len(mask)
+        self.is_everything = self.has_all_rows and bool(self.mask.all())
         self.positions = None
-        count = int(self.active.sum(1).max())
-        kept = self.active
-        if may_shorten and count < active.shape[1]:
-            order = torch.argsort(~self.active, dim=1, stable=True)[:, :count]
-            self.positions = order.where(self.active.gather(1, order), order[:, :1])
-            kept = torch.arange(count) < self.active.sum(1, keepdim=True)
-        self.places = _places(kept)
+        count, kept = int(self.mask.sum(1).max()), self.mask
+        if may_shorten and count < mask.shape[1]:
+            order = torch.argsort(~self.mask, dim=1, stable=True)[:, :count]
+            self.positions = order.where(self.mask.gather(1, order), order[:, :1])
+            kept = torch.arange(count) < self.mask.sum(1, keepdim=True)
+        self.places = _indices(kept)
         self.copies = {self.rows.device: self}
 
     def on(self, device):
@@ -186,26 +193,31 @@ class _Chosen:
             return self
         if device not in self.copies:
             self.copies[device] = there = copy.copy(self)
-            for name in ("rows", "active", "positions", "places"):
+            for name in ("rows", "mask", "positions", "places"):
                 tensor = getattr(self, name)
                 setattr(there, name, None if tensor is None else tensor.to(device, non_blocking=True))
         return self.copies[device]
 
-    def take(self, tensor, dim=1):
-        """The part of (B or 1, ..., T, ...) that the pass computes on, with T at `dim`; `dim` None: whole rows."""
-        if not self.has_all_rows and len(tensor) > 1:
-            tensor = tensor[self.rows]
-        if self.positions is None or dim is None:
-            return tensor
-        index = self.positions.view(len(self.rows), *[1] * (dim - 1), -1, *[1] * (tensor.ndim - dim - 1))
-        tensor = tensor.expand(len(self.rows), *tensor.shape[1:])
-        return torch.take_along_dim(tensor, index, dim)
+    def take(self, value, dim):
+        """The part of (B or 1, ..., T, ...) that the pass computes on, with T at `dim`; `dim` None: whole rows.
+
+        Anything but a tensor is given back as it is.
+        """
+        if not torch.is_tensor(value):
+            return value
+        here = self.on(value.device)
+        if not here.has_all_rows and len(value) > 1:
+            value = value[here.rows]
+        if here.positions is None or dim is None:
+            return value
+        index = here.positions.view(len(here.rows), *[1] * (dim - 1), -1, *[1] * (value.ndim - dim - 1))
+        return torch.take_along_dim(value.expand(len(here.rows), *value.shape[1:]), index, dim)
 
     def put(self, old, new):
         """`old` (B, H, T, D) with the states (b, H, t, D) of the pass in the place of the tokens that go on."""
         old = old.clone()
         if self.positions is None:
-            old[self.rows] = new.where(self.active[:, None, :, None], old[self.rows])
+            old[self.rows] = new.where(self.mask[:, None, :, None], old[self.rows])
         else:
             old[self.rows[:, None], :, self.positions] = new.transpose(1, 2)
         return old
@@ -213,15 +225,10 @@ class _Chosen:
     def results(self, hidden_states):
         """(b, t, d) of the pass to (n, d): the tokens that go on, row by row."""
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-        return flat if self.is_everything else flat[self.places]
+        return flat if self.is_everything else flat[self.on(flat.device).places]
 
 
-def _places(mask):
-    """The indices of what is true in a mask, as if it were flat."""
-    return mask.flatten().nonzero().flatten()
-
-
-class _Inputs:
+class _BackboneInputs:
     """What the backbone is given beside embeddings, for any choice of tokens."""
 
     def __init__(self, backbone, shape, attention_mask, position_ids, others):
@@ -250,29 +257,28 @@ class _Inputs:
             return torch.zeros(self.shape, dtype=torch.bool, device=device)
         return mask[:, -self.shape[1] :].to(device) == 0
 
-    def of(self, chosen, inputs_embeds, cache):
-        """Keyword arguments of the backbone for a pass over `chosen` tokens; `cache` is the pass's own, as it was."""
-        others = {name: _taken(chosen, v, None) if torch.is_tensor(v) else v for name, v in self.others.items()}
-        mask, position_ids = self.attention_mask, self.position_ids
-        if chosen.positions is not None:
+    def of(self, active, inputs_embeds, cache):
+        """Keyword arguments of the backbone for a pass over these tokens; `cache` is the pass's own, as it was."""
+        mask, dim = self.attention_mask, None
+        if active.positions is not None:
             if self.masks is None:  # the same in every pass
                 self.masks = create_masks_for_generate(
                     config=self.config,
                     inputs_embeds=inputs_embeds.new_empty(*self.shape, 0),
                     attention_mask=mask,
-                    position_ids=position_ids,
+                    position_ids=self.position_ids,
                     and_mask_function=_always,
                     **{CACHE_NAME: cache},
                 )
-            mask = self.masks
-        dim = None if chosen.positions is None else 2
-        mask = {kind: _taken(chosen, one, dim) for kind, one in mask.items()} if isinstance(mask, dict) else mask
-        mask = mask if isinstance(mask, dict) else _taken(chosen, mask, dim)
-        return {"attention_mask": mask, "position_ids": _taken(chosen, position_ids, 1), **others}
-
-
-def _taken(chosen, tensor, dim):
-    return None if tensor is None else chosen.on(tensor.device).take(tensor, dim)
+            mask, dim = self.masks, 2
+        if isinstance(mask, dict):
+            mask = {kind: active.take(one, dim) for kind, one in mask.items()}
+        others = {name: active.take(value, None) for name, value in self.others.items()}
+        return {
+            "attention_mask": active.take(mask, dim),
+            "position_ids": active.take(self.position_ids, 1),
+            **others,
+        }
 
 
 def _always(batch_index, head_index, query_index, key_index):
@@ -280,8 +286,19 @@ def _always(batch_index, head_index, query_index, key_index):
     return key_index >= 0
 
 
-class AdaptivePasses:
+def _indices(mask):
+    """Where a mask of booleans is true, as if it were flat."""
+    return mask.flatten().nonzero().flatten()
+
+
+class PassesWithExits:
     """Runs the passes of one forward call over (B, T) tokens, of which each stops when it has converged.
+
+    Args:
+        model: a PonderingForCausalLM.
+        num_steps: S.
+        past_key_values: a step cache, or None.
+        exit: when a token stops.
 
     Attributes after `run`:
         hidden_states: (B, T, d_h), those of each token's last pass.
@@ -289,7 +306,9 @@ class AdaptivePasses:
         logits: (B, T, V) of that pass, where all tokens stopped before pass S and so many fit; otherwise None.
     """
 
-    def __init__(self, model, num_steps, past_key_values, exit):
+    def __init__(
+        self, model: PreTrainedModel, num_steps: int, past_key_values: Cache | None, exit: PonderingExit
+    ) -> None:
         self.model, self.num_steps, self.exit = model, num_steps, exit
         self.num_layers = model.config.num_hidden_layers
         if not takes_cache(model.backbone):
@@ -301,94 +320,93 @@ class AdaptivePasses:
         if self.has_own_cache:  # passes hand keys and values on, through a cache of this call
             past_key_values = step_cache(None, model.config.base_config, num_steps + 1)
         self.past_key_values = past_key_values
-        self.memory = [[] for _ in range(self.num_layers)]
+        self.last_states: list[list] = [[] for _ in range(self.num_layers)]
         self.embedding = PonderingEmbedding(model.backbone, model.config)
-        self.hidden_states = self.logits = self.steps = None
-        self.adapters, self.row_of_tokens = AdapterRows(model), None
+        self.hidden_states: Any = None
+        self.logits: torch.Tensor | None = None
+        self.adapters = AdapterRows(model)
 
-    def run(self, hidden_inputs, **inputs):
+    def run(
+        self,
+        hidden_inputs: torch.Tensor,
+        attention_mask: torch.Tensor | dict | None = None,
+        position_ids: torch.Tensor | None = None,
+        **others: Any,
+    ) -> "PassesWithExits":
         """hidden_inputs: (B, T, d), what pass 0 reads; the rest goes to the backbone. Gives back itself."""
-        with self.adapters:
-            return self._run(hidden_inputs, **inputs)
-
-    def _run(self, hidden_inputs, attention_mask=None, position_ids=None, **others):
-        shape = hidden_inputs.shape[:2]
+        shape, device = hidden_inputs.shape[:2], hidden_inputs.device
         if self.has_own_cache and are_packed(position_ids, attention_mask):
             attention_mask = _packed_mask(self.model.backbone, hidden_inputs, position_ids)
-        inputs = _Inputs(self.model.backbone, shape, attention_mask, position_ids, others)
+        inputs = _BackboneInputs(self.model.backbone, shape, attention_mask, position_ids, others)
         # Who goes on is decided on the device and handed to the host once a pass, where all indices are made of it.
-        device = hidden_inputs.device
-        active, active_here = torch.ones(shape, dtype=torch.bool, device=device), torch.ones(shape, dtype=torch.bool)
+        mask, mask_here = torch.ones(shape, dtype=torch.bool, device=device), torch.ones(shape, dtype=torch.bool)
         padding = inputs.padding(device)
         self.steps = torch.full(shape, self.num_steps, device=device)
         before = (None, None)
-        for index in range(self.num_steps + 1):
-            chosen = _Chosen(active_here, inputs.may_shorten, inputs.keeps_rows)
-            flat = self._run_pass(index, hidden_inputs, chosen, inputs)
-            places = None if chosen.is_everything else _places(active_here).to(device, non_blocking=True)
-            self.hidden_states = _replaced(self.hidden_states, places, flat, shape)
-            if index == self.num_steps:
-                self.logits = None
-                break
-            if self.adapters.exist:
-                self.row_of_tokens = active_here.nonzero()[:, 0].tolist()
-            embedding, logits, stops = self._evaluate(flat, *before)
-            embedding = self.model.finish_embedding(embedding).to(device)
-            old = hidden_inputs.flatten(0, 1)
-            hidden_inputs = _replaced(
-                hidden_inputs, places, (old if places is None else old[places]) + embedding, shape
-            )
-            going_on = _going_on(active, stops, padding)
-            going_on_here = going_on.cpu()
-            self.steps = self.steps.masked_fill(active & ~going_on, index)
-            self._keep_logits(logits, active_here, going_on_here)
-            if not going_on_here.any():
-                self._fill(index + 1)
-                break
-            still = _places(going_on_here[active_here])
-            before = (_rows(flat, still), None if logits is None else _rows(logits, still))
-            active, active_here = going_on, going_on_here
+        with self.adapters:
+            for index in range(self.num_steps + 1):
+                active = _ActiveTokens(mask_here, inputs.may_shorten, inputs.keeps_rows)
+                flat = self._run_pass(index, hidden_inputs, active, inputs)
+                places = None if active.is_everything else _indices(mask_here).to(device, non_blocking=True)
+                self.hidden_states = _replaced(self.hidden_states, places, flat, shape)
+                if index == self.num_steps:
+                    self.logits = None
+                    break
+                embedding, logits, stops = self._evaluate(flat, *before, mask_here)
+                old = hidden_inputs.flatten(0, 1)
+                new = (old if places is None else old[places]) + self.model.finish_embedding(embedding).to(device)
+                hidden_inputs = _replaced(hidden_inputs, places, new, shape)
+                going_on = _going_on(mask, stops, padding)
+                going_on_here = going_on.cpu()
+                self.steps = self.steps.masked_fill(mask & ~going_on, index)
+                self._keep_logits(logits, mask_here, going_on_here)
+                if not going_on_here.any():
+                    self._fill(index + 1)
+                    break
+                still = _indices(going_on_here[mask_here])
+                before = (_rows(flat, still), None if logits is None else _rows(logits, still))
+                mask, mask_here = going_on, going_on_here
         if self.exit.record is not None:
             self.exit.record(self.steps)
         return self
 
-    def last_logits(self, kept):
+    def last_logits(self, kept: slice | torch.Tensor) -> torch.Tensor:
         """(B, kept, V), the logits of each token's last pass at some positions; `kept` indexes them."""
         if self.logits is not None:
             return self.logits[:, kept].to(self.hidden_states.dtype)
         return backbone_logits(self.model.backbone, self.hidden_states[:, kept])
 
-    def _run_pass(self, index, hidden_inputs, chosen, inputs):
+    def _run_pass(self, index, hidden_inputs, active, inputs):
         """(n, d_h), the last hidden states of the tokens that go on."""
-        cache = pass_cache(self.past_key_values, index, self.num_layers, _CompletingCache)
-        cache.chosen, cache.memory = chosen, self.memory
-        arguments = inputs.of(chosen, hidden_inputs, cache)
+        cache = pass_cache(self.past_key_values, index, self.num_layers, _CompletedCache)
+        cache.active, cache.last_states = active, self.last_states
         if self.adapters.exist:
-            self.adapters.rows = chosen.rows.tolist()
+            self.adapters.rows = active.rows.tolist()
         output = run_backbone(
             self.model.backbone,
-            chosen.on(hidden_inputs.device).take(hidden_inputs),
+            active.take(hidden_inputs, 1),
             past_key_values=cache,
             use_cache=True,
-            **arguments,
+            **inputs.of(active, hidden_inputs, cache),
         )
         # With a device_map the last layer may lie elsewhere.
-        return chosen.on(hidden_inputs.device).results(output.last_hidden_state.to(hidden_inputs.device))
+        return active.results(output.last_hidden_state.to(hidden_inputs.device))
 
-    def _evaluate(self, flat, flat_before, logits_before):
+    def _evaluate(self, flat, flat_before, logits_before, mask):
         """Pondering embeddings (n, d), logits (n, V) where they fit one chunk, and who has converged (n,).
 
         Logits are float32 or wider, whatever the kernel and however many chunks: a criterion measures small changes.
         """
         parts = list(chunks(flat, self.model.config.vocab_size))
         embeddings, stops = [], []
+        row_of_tokens = mask.nonzero()[:, 0].tolist() if self.adapters.exist else None
         # In several pieces it would be rounded in another way than it is without exits.
         at_once = len(parts) > 1 and self.embedding.kernel != "plain"
         if at_once:
             embeddings.append(self.embedding(flat.unsqueeze(0))[0])
         for part in parts:
             if self.adapters.exist:
-                self.adapters.rows = self.row_of_tokens[part]
+                self.adapters.rows = row_of_tokens[part]
             if at_once:
                 logits = self.embedding.wide_logits(flat[part])
             else:
@@ -398,23 +416,22 @@ class AdaptivePasses:
             if previous is None and flat_before is not None:
                 previous = self.embedding.wide_logits(flat_before[part])
             stops.append(self.exit.converged(logits, previous).to(flat.device))
-        self.adapters.rows = self.row_of_tokens
+        self.adapters.rows = row_of_tokens
         return torch.cat(embeddings), logits if len(parts) == 1 else None, torch.cat(stops)
 
-    def _keep_logits(self, logits, active, going_on):
-        stopping = active & ~going_on
-        vocab_size = self.model.config.vocab_size
-        if logits is None or active.numel() * vocab_size > chunk_elements(logits.device) or not stopping.any():
+    def _keep_logits(self, logits, mask, going_on):
+        stopping, vocab_size = mask & ~going_on, self.model.config.vocab_size
+        if logits is None or mask.numel() * vocab_size > chunk_elements(logits.device) or not stopping.any():
             return
         if self.logits is None:
-            self.logits = logits.new_empty(*active.shape, vocab_size)
-        places = _places(stopping).to(logits.device, non_blocking=True)
-        self.logits.view(-1, vocab_size)[places] = _rows(logits, _places(stopping[active]))
+            self.logits = logits.new_empty(*mask.shape, vocab_size)
+        places = _indices(stopping).to(logits.device, non_blocking=True)
+        self.logits.view(-1, vocab_size)[places] = _rows(logits, _indices(stopping[mask]))
 
     def _fill(self, first):
         for index in range(first, self.num_steps + 1):
             cache = pass_cache(self.past_key_values, index, self.num_layers)
-            for layer_index, (keys, values, args, kwargs) in enumerate(self.memory):
+            for layer_index, (keys, values, args, kwargs) in enumerate(self.last_states):
                 cache.update(keys, values, layer_index, *args, **kwargs)
 
 
@@ -446,14 +463,14 @@ def _packed_mask(backbone, hidden_inputs, position_ids):
     )
 
 
-def _going_on(active, stops, padding):
+def _going_on(mask, stops, padding):
     """(B, T) booleans. Padding goes on with its row for as long as all tokens of the row do, and holds up none."""
-    undecided = active.masked_scatter(active, ~stops) & ~padding
+    undecided = mask.masked_scatter(mask, ~stops) & ~padding
     whole = (undecided | padding).all(1, keepdim=True) & undecided.any(1, keepdim=True)
-    return undecided | (padding & active & whole)
+    return undecided | (padding & mask & whole)
 
 
-def check_exits_once(model):
+def check_exits_once(model: PreTrainedModel) -> None:
     """Under an untested transformers, hold passes that tokens may leave early against whole passes.
 
     Raises:

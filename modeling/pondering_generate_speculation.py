@@ -185,7 +185,7 @@ def speculative_sample(
     Raises:
         PonderingError: something that drafts do not go with.
     """
-    _check_call(generation_config, synced_gpus, model_kwargs)
+    _check_call(synced_gpus, model_kwargs)
     _check_backbone(model.backbone, input_ids.shape[1], stopping_criteria.max_length, model_kwargs)
     check_wrapping(model)
     text = GrowingText(input_ids, stopping_criteria, generation_config, streamer)
@@ -212,6 +212,30 @@ def speculative_sample(
     )
 
 
+def check_settings(generation_mode: Any, generation_config: GenerationConfig) -> None:
+    """Raise for settings of transformers' `generate` that drafts do not go with.
+
+    Args:
+        generation_mode: transformers' GenerationMode.
+        generation_config: of the call.
+    """
+    mode = getattr(generation_mode, "value", generation_mode)
+    if mode not in ("greedy_search", "sample"):
+        advice = "leave out `num_draft_tokens`, or use greedy search or sampling"
+        raise PonderingError(f"`num_draft_tokens` does not go with {str(mode).replace('_', ' ')}: {advice}")
+    if generation_config.use_cache is False:
+        raise PonderingError("`num_draft_tokens` needs the cache: leave out `use_cache=False`")
+    kind = generation_config.cache_implementation
+    if kind not in (None, "dynamic", "dynamic_full"):  # the last one in transformers 4.57
+        raise PonderingError(
+            f"`num_draft_tokens` works with transformers' dynamic cache, not with a {kind} one: leave out "
+            "`cache_implementation`, or set num_draft_tokens=0"
+        )
+    for name in ("output_hidden_states", "output_attentions"):
+        if getattr(generation_config, name, None):
+            raise PonderingError(f"`{name}` needs one forward pass a token: leave out `num_draft_tokens`")
+
+
 def _check_backbone(backbone, prompt_length, max_length, model_kwargs):
     """Raise where tokens that run ahead would change what the backbone computes for the others."""
     name = backbone.config.model_type
@@ -235,10 +259,7 @@ def _check_backbone(backbone, prompt_length, max_length, model_kwargs):
         )
 
 
-def _check_call(generation_config, synced_gpus, model_kwargs):
-    for name in ("output_hidden_states", "output_attentions"):
-        if getattr(generation_config, name, None):
-            raise PonderingError(f"`{name}` needs one forward pass a token: leave out `num_draft_tokens`")
+def _check_call(synced_gpus, model_kwargs):
     if synced_gpus:
         raise PonderingError("`num_draft_tokens` does not go with `synced_gpus`, where each process has its own speed")
     cache = given_cache(model_kwargs)

@@ -6,6 +6,8 @@ softmax of the scores. The noise of a token's place is drawn once and the same f
 both choose alike wherever their scores are alike, and the final choice is a sample that no draft can bias.
 """
 
+from collections.abc import Sequence
+
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
@@ -70,7 +72,7 @@ class TokenChooser:
         self.noise = GumbelNoise(num_prompts, device) if do_sample else None
 
     def __call__(
-        self, logits: torch.Tensor, places: list[Place | None], is_final: list[bool], token_ids: torch.Tensor
+        self, logits: torch.Tensor, places: Sequence[Place | None], is_final: list[bool], token_ids: torch.Tensor
     ) -> tuple[list[int], torch.Tensor]:
         """Choose a token for each place.
 
@@ -135,8 +137,7 @@ class GrowingText:
         self.token_ids = input_ids.long()
         self.reserve(self.prompt_length + 64)
         self.lengths = [self.prompt_length] * self.batch_size
-        # The length at which the row was told to stop.
-        self.finished_at: list[int | None] = [None] * self.batch_size
+        self.finished_at: dict[int, int] = {}  # the length at which a row was told to stop
         self.pads_finished = any(hasattr(criteria, "eos_token_id") for criteria in stopping_criteria)
         self.num_streamed = self.prompt_length
         wanted = generation_config.return_dict_in_generate
@@ -151,18 +152,19 @@ class GrowingText:
 
     def is_done(self, row: int) -> bool:
         """Whether this row needs no more tokens: as in transformers, without an eos token rows go on together."""
-        if self.finished_at[row] is None:
+        if row not in self.finished_at:
             return False
         if self.pads_finished or self.lengths[row] == self.stopping_criteria.max_length:
             return True
-        return None not in self.finished_at and self.lengths[row] >= max(self.finished_at)
+        are_all_told = len(self.finished_at) == self.batch_size
+        return are_all_told and self.lengths[row] >= max(self.finished_at.values())
 
     @property
     def all_done(self) -> bool:
         """Whether no row needs more tokens."""
         return all(self.is_done(row) for row in range(self.batch_size))
 
-    def accept(self, rows: list[int], scores: torch.Tensor, logits: torch.Tensor) -> None:
+    def accept(self, rows: Sequence[int], scores: torch.Tensor, logits: torch.Tensor) -> None:
         """Take note that the token behind the end of these rows, which stands in `token_ids`, is a true one.
 
         Args:
@@ -179,8 +181,8 @@ class GrowingText:
         stops = [self.stopping_criteria(self.token_ids[:, :end], self.up_to(end, self.scores)) for end in lengths]
         told = torch.stack(stops).tolist()  # at once, as each look waits for the device
         for row in rows:
-            if self.finished_at[row] is None and told[lengths.index(self.lengths[row])][row]:
-                self.finished_at[row] = self.lengths[row]
+            if told[lengths.index(self.lengths[row])][row]:
+                self.finished_at.setdefault(row, self.lengths[row])
         if self.streamer is not None:  # a token is put out when every row has it
             ready = min((length for row, length in enumerate(self.lengths) if not self.is_done(row)), default=None)
             for column in self.sequences(ready)[:, self.num_streamed :].cpu().unbind(1):
@@ -194,7 +196,7 @@ class GrowingText:
     def sequences(self, width: int | None = None) -> torch.Tensor:
         """(B, width) of what was generated, finished rows padded. None: as wide as it is once all is done."""
         if width is None:
-            width = max(self.lengths if self.pads_finished else self.finished_at)
+            width = max(self.lengths if self.pads_finished else self.finished_at.values())
         token_ids = self.token_ids[:, :width].clone()
         for row, length in enumerate(self.lengths):
             token_ids[row, length:] = self.pad_token

@@ -257,7 +257,7 @@ def test_where_generate_is_another_it_is_said(newer, monkeypatch):
 def test_where_exits_or_drafts_are_others_they_are_refused(newer, monkeypatch):
     model = tiny.pondering_model("llama", pondering_steps=2)
     generated(model)
-    monkeypatch.setattr(pondering_generate_exits._Chosen, "put", lambda self, old, new: old * 0)
+    monkeypatch.setattr(pondering_generate_exits._ActiveTokens, "put", lambda self, old, new: old * 0)
     with pytest.raises(PonderingError, match=r"`pondering_exit_threshold` does not work under transformers 5\.31"):
         generated(model, **EXIT)
     monkeypatch.setattr(pondering_generate_wave, "_compare_wave", lambda model: (torch.zeros(2), torch.ones(2)))
