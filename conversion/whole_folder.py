@@ -89,10 +89,10 @@ def whole_folder(destination: str | os.PathLike, overwrite: bool = False) -> Ite
     """
     path = check_destination(destination, overwrite)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    created: list[Path] = []
+    missing = [folder for folder in path.parents if not folder.exists()]
     try:
         with writing(destination):
-            _make_parents(path.parent, created)
+            path.parent.mkdir(parents=True, exist_ok=True)
             _clean_up_after_killed_runs(path)
             partial.mkdir()
             yield partial
@@ -101,17 +101,9 @@ def whole_folder(destination: str | os.PathLike, overwrite: bool = False) -> Ite
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         if not path.exists():
-            for folder in reversed(created):
+            for folder in missing:
                 with suppress(OSError):  # another process may have put something there
                     folder.rmdir()
-
-
-def _make_parents(folder: Path, created: list[Path]) -> None:
-    """Create `folder` and its missing parents, and add each to the list `created`, outermost first."""
-    missing = [place for place in (folder, *folder.parents) if not place.exists()]
-    for place in reversed(missing):
-        place.mkdir(exist_ok=True)
-        created.append(place)
 
 
 def _put_in_place(partial: Path, path: Path) -> None:
