@@ -258,7 +258,7 @@ def merge(new: str, old: str | None) -> str:
 
     def brought_up_to_date(found: re.Match) -> str:
         name, content = found.groups()
-        return _block(name, sections[name]) if _hash(content) == written.get(name) else found[0]
+        return _block(name, new_sections.get(name, content)) if _hash(content) == written.get(name) else found[0]
 
     body = _SECTION.sub(brought_up_to_date, body)
     for name in sections:
