@@ -1,17 +1,25 @@
-"""A Trainer callback that logs how a model ponders."""
+"""Callbacks for Trainer: what a model's pondering looks like in the logs, and how far the training is."""
 
+import time
 from contextlib import ExitStack
+from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from .evaluation import FOR_LOSS_OF_EACH_PASS
 from .modeling import PonderingError
 from .modeling.pondering_backbone import backbone_decoder, backbone_logits, evaluating
+from .progress import progress_bar
 
 
 @torch.no_grad()
-def pondering_statistics(model, input_ids, attention_mask=None, labels=None):
+def pondering_statistics(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
+) -> dict[str, float]:
     """How `model` ponders over one batch, as a dict of numbers that every logger takes. One forward pass.
 
     Logits are made one row at a time. Nothing of the model is changed, not even the mode of one of its modules.
@@ -30,7 +38,9 @@ def pondering_statistics(model, input_ids, attention_mask=None, labels=None):
     real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     if labels is None:
         labels = input_ids.masked_fill(~real, -100)
-    inputs, entropies, statistics = [], [], {}
+    inputs: list[torch.Tensor] = []
+    entropies: list[float] = []
+    statistics: dict[str, float] = {}
 
     def before_pass(decoder, arguments, keywords):
         inputs.append(keywords["inputs_embeds"])
@@ -89,22 +99,27 @@ class PonderingCallback(TrainerCallback):
         every: in steps, on top of every evaluation; 0: only then.
     """
 
-    def __init__(self, batch, every=0):
-        self.batch, self.every, self.trainer = dict(batch), every, None
+    def __init__(self, batch: dict[str, torch.Tensor], every: int = 0) -> None:
+        self.batch, self.every = dict(batch), every
+        self.trainer: Any = None
 
-    def attach(self, trainer):
+    def attach(self, trainer: Trainer) -> "PonderingCallback":
         """Register with a Trainer, whose loggers then get the numbers. Returns the callback."""
         self.trainer = trainer
         trainer.add_callback(self)
         return self
 
-    def on_init_end(self, args, state, control, **kwargs):
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         raise PonderingError("give PonderingCallback its Trainer: PonderingCallback(batch).attach(trainer)")
 
-    def on_evaluate(self, args, state, control, model=None, **kwargs):
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
         self._log(model)
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
         if self.every and state.global_step % self.every == 0 and not control.should_evaluate:
             self._log(model)  # not twice: the evaluation that follows this step will
 
@@ -115,3 +130,54 @@ class PonderingCallback(TrainerCallback):
         with accelerator.autocast():
             statistics = pondering_statistics(model, **batch)
         self.trainer.log(statistics)
+
+
+class TrainingProgress(TrainerCallback):
+    """A bar over the steps with the losses, tokens per second and the time left.
+
+    The time of evaluations and checkpoints does not count.
+
+    Args:
+        tokens_per_step: in all rows of all processes.
+        label: what the bar is called.
+    """
+
+    def __init__(self, tokens_per_step: int, label: str = "training") -> None:
+        self.tokens_per_step, self.label = tokens_per_step, label
+        self.bar: Any = None
+        self.shown: dict[str, str] = {}
+        self.start, self.seconds, self.steps = 0.0, 0.0, 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.steps * self.tokens_per_step / self.seconds if self.seconds else 0.0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.start = time.perf_counter()
+        shown = state.is_world_process_zero and not args.disable_tqdm
+        self.bar = progress_bar(self.label, "step", state.max_steps, shown=shown, initial=state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        now = time.perf_counter()
+        self.seconds += now - self.start
+        self.start = now
+        self.steps += 1
+        self.bar.set_postfix({**self.shown, "tokens/s": f"{self.tokens_per_second:,.0f}"}, refresh=False)
+        self.bar.update()
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.start = time.perf_counter()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.start = time.perf_counter()
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: Any, logs: dict | None = None, **kwargs: Any
+    ) -> None:
+        logged = logs or {}
+        self.shown |= {name: f"{logged[name]:.3f}" for name in ("loss", "eval_loss") if name in logged}
+
+    def close(self) -> None:
+        """End the bar; what is printed next begins on a line of its own."""
+        if self.bar is not None:
+            self.bar.close()

@@ -182,7 +182,6 @@ NOT_YET_ANNOTATED = {
     "modeling/pondering_vocabulary_cpu.py",
     "modeling/pondering_vocabulary_embedding.py",
     "modeling/pondering_vocabulary_loss.py",
-    "ponder_hf/callbacks.py",
     "ponder_hf/cli/__init__.py",
     "ponder_hf/cli/convert.py",
     "ponder_hf/cli/data_flags.py",
@@ -210,20 +209,6 @@ NOT_YET_ANNOTATED = {
     "ponder_hf/demo/run.py",
     "ponder_hf/demo/separate_process.py",
     "ponder_hf/devices.py",
-    "ponder_hf/training/adapter.py",
-    "ponder_hf/training/arguments.py",
-    "ponder_hf/training/checkpoints.py",
-    "ponder_hf/training/draft_heads.py",
-    "ponder_hf/training/initialisation.py",
-    "ponder_hf/training/lora.py",
-    "ponder_hf/training/training_data.py",
-    "ponder_hf/training/options.py",
-    "ponder_hf/training/record.py",
-    "ponder_hf/training/run.py",
-    "ponder_hf/demo/simple_training.py",
-    "ponder_hf/training/start.py",
-    "ponder_hf/training/trainer.py",
-    "ponder_hf/training/watch.py",
 }
 
 

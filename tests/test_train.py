@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from ponder_hf import PonderingForCausalLM
 from ponder_hf.evaluation import evaluate_passes
 from ponder_hf.training.options import TrainOptions
-from ponder_hf.training.training_data import load_training_data
+from ponder_hf.training.plan import load_training_data
 
 
 pytest_plugins = ["training_material"]

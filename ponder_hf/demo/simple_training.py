@@ -1,24 +1,25 @@
 """Train on blocks with Trainer in one call, for the demo and for experiments: no checkpoints, no resume."""
 
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
-from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from transformers import PreTrainedModel, Trainer, TrainingArguments, default_data_collator
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from ponder_hf.callbacks import TrainingProgress
+from ponder_hf.data import Blocks
 from ponder_hf.evaluation import evaluate_passes
 from ponder_hf.training.trainer import cache_setting_kept
 
 
 # TrainingArguments' fields as training a language model here wants them; `train` takes any other value of any of them.
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     "adam_beta2": 0.95,
     "dataloader_pin_memory": False,
-    "disable_tqdm": True,
+    "disable_tqdm": False,
     "logging_nan_inf_filter": False,
     "logging_steps": 10,
     "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
@@ -34,61 +35,62 @@ DEFAULTS = {
 class Run:
     """What one training run recorded.
 
-    losses: (step, training loss), a mean over the steps since the one before. passes: (step, loss of each pass on
-    held-out blocks). step_seconds: of each step, evaluations not counted. tokens_per_step: in all rows of a step.
+    Args:
+        losses: (step, training loss), a mean over the steps since the one before.
+        passes: (step, loss of each pass on held-out blocks).
+        step_seconds: of each step, evaluations not counted.
+        tokens_per_step: in all rows of a step.
     """
 
-    losses: list = field(default_factory=list)
-    passes: list = field(default_factory=list)
-    step_seconds: list = field(default_factory=list)
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    passes: list[tuple[int, list[float]]] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
     tokens_per_step: int = 0
 
     @property
-    def tokens_per_second(self):
+    def tokens_per_second(self) -> float:
         """By the median step, so that a moment in which the machine was busy does not count."""
         return self.tokens_per_step / statistics.median(self.step_seconds)
 
 
-class _Recorder(TrainerCallback):
-    """Fills in a Run and shows a progress bar on standard error."""
+class _Recorder(TrainingProgress):
+    """Fills in a Run beside the progress bar."""
 
     def __init__(self, run, label, held_out, evaluate_every):
-        self.run, self.label, self.held_out, self.evaluate_every = run, label, held_out, evaluate_every
-        self.bar = self.start = None
+        super().__init__(run.tokens_per_step, label)
+        self.run, self.held_out, self.evaluate_every = run, held_out, evaluate_every
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.bar = tqdm(total=state.max_steps, desc=self.label, unit="step", file=sys.stderr, dynamic_ncols=True)
+        super().on_train_begin(args, state, control)
         self._evaluate(state, model)
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.start = time.perf_counter()
-
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.run.step_seconds.append(time.perf_counter() - self.start)
-        self.bar.update()
-        if self.evaluate_every and (
-            state.global_step % self.evaluate_every == 0 or state.global_step == args.max_steps
-        ):
+        before = self.seconds
+        super().on_step_end(args, state, control)
+        self.run.step_seconds.append(self.seconds - before)
+        is_last = state.global_step == args.max_steps
+        if is_last or (self.evaluate_every and state.global_step % self.evaluate_every == 0):
             self._evaluate(state, model)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
+        super().on_log(args, state, control, logs)
         if "loss" in logs:
             self.run.losses.append((state.global_step, logs["loss"]))
-            self.bar.set_postfix_str(f"loss {logs['loss']:.3f}", refresh=False)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.close()
-
-    def close(self):
-        if self.bar is not None:
-            self.bar.close()
 
     def _evaluate(self, state, model):
         if self.evaluate_every:
             self.run.passes.append((state.global_step, evaluate_passes(model, self.held_out)))
+        self.start = time.perf_counter()
 
 
-def train(model, blocks, label="training", held_out=None, evaluate_every=0, **arguments):
+def train(
+    model: PreTrainedModel,
+    blocks: Blocks,
+    label: str = "training",
+    held_out: Blocks | None = None,
+    evaluate_every: int = 0,
+    **arguments: Any,
+) -> Run:
     """Train a model on blocks with transformers' Trainer, in their order. It is in evaluation mode afterwards.
 
     Args:

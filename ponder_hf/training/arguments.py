@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import difflib
 import os
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -28,7 +30,7 @@ RENAMED = {
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
 # The method's authors' recipe, for lack of a better one for every start; learning rates are by size, below.
-RECIPE = {
+RECIPE: dict[str, Any] = {
     "adam_beta1": 0.9,
     "adam_beta2": 0.95,
     "weight_decay": 0.1,
@@ -44,7 +46,7 @@ RECIPE = {
     "report_to": "none",
 }
 # Draft heads learn fast, and from any text.
-HEADS_RECIPE = {"learning_rate": 2e-3, "weight_decay": 0.0, "max_steps": 600}
+HEADS_RECIPE: dict[str, Any] = {"learning_rate": 2e-3, "weight_decay": 0.0, "max_steps": 600}
 _SCRATCH_RATES = ((100e6, 1e-3), (300e6, 6e-4), (float("inf"), 3e-4))  # up to so many parameters
 _CONTINUED = 1 / 3
 _LORA_RATE = 2e-4
@@ -63,14 +65,14 @@ FREE_ON_RESUME = frozenset(
 )
 
 
-def argument_names():
+def argument_names() -> tuple[str, ...]:
     """The fields of TrainingArguments that can be asked for."""
     return tuple(
         each.name for each in dataclasses.fields(TrainingArguments) if each.init and each.name not in NOT_ARGUMENTS
     )
 
 
-def check_argument_names(names):
+def check_argument_names(names: Iterable[str]) -> None:
     """Raise a PonderingError for a name that is no field of TrainingArguments, with the nearest one that is."""
     known = argument_names()
     for name in names:
@@ -82,7 +84,7 @@ def check_argument_names(names):
             raise PonderingError(f"`{name}` is not a training argument of this transformers{hint}")
 
 
-def learning_rate(kind, num_parameters, lora):
+def learning_rate(kind: str, num_parameters: int, lora: bool) -> float:
     """The recipe's peak learning rate.
 
     From scratch it is the authors': 1e-3 at 70M parameters to 3e-4 from 410M on. A trained model goes on with a third
@@ -94,16 +96,27 @@ def learning_rate(kind, num_parameters, lora):
     return rate if kind == "scratch" else rate * _CONTINUED
 
 
-def current_names(arguments):
+def current_names(arguments: dict[str, Any]) -> dict[str, Any]:
     """These arguments by the names that this release of transformers prefers."""
     known = argument_names()
     return {RENAMED[name] if RENAMED.get(name) in known else name: value for name, value in arguments.items()}
 
 
-def complete_arguments(given, kind, num_parameters, lora, evaluates, draft_heads=False):
-    """The recipe's arguments with those that were `given` over them, as a dict that JSON can hold."""
+def complete_arguments(
+    given: dict[str, Any], kind: str, num_parameters: int, lora: bool, evaluates: bool, draft_heads: bool = False
+) -> dict[str, Any]:
+    """The recipe's arguments with those that were `given` over them, as a dict that JSON can hold.
+
+    Args:
+        given: fields of TrainingArguments that were asked for.
+        kind: what is started from: "plain", "pondering" or "scratch".
+        num_parameters: of the model.
+        lora: an adapter is trained.
+        evaluates: there is something to evaluate on.
+        draft_heads: only draft heads are trained.
+    """
     check_argument_names(given)
-    arguments = {**RECIPE, "learning_rate": learning_rate(kind, num_parameters, lora)}
+    arguments: dict[str, Any] = {**RECIPE, "learning_rate": learning_rate(kind, num_parameters, lora)}
     if draft_heads:
         arguments.update(HEADS_RECIPE)
         if "num_train_epochs" in given:
@@ -116,14 +129,14 @@ def complete_arguments(given, kind, num_parameters, lora, evaluates, draft_heads
     return {**arguments, **current_names(given)}
 
 
-def keep_token_apart(arguments):
+def keep_token_apart(arguments: dict[str, Any]) -> None:
     """Move `hub_token` from the arguments, which are stored with every checkpoint, to the environment."""
     token = arguments.pop("hub_token", None)
     if token is not None:
         os.environ["HF_TOKEN"] = token
 
 
-def make_arguments(output, arguments):
+def make_arguments(output: str | os.PathLike, arguments: dict[str, Any]) -> TrainingArguments:
     """TrainingArguments for a run that writes to `output`.
 
     Raises:
@@ -134,7 +147,7 @@ def make_arguments(output, arguments):
 
 
 @contextlib.contextmanager
-def wrong_arguments():
+def wrong_arguments() -> Iterator[None]:
     """Translate what transformers raises where arguments are wrong or ask for what is not installed."""
     try:
         yield

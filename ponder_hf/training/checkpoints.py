@@ -9,46 +9,61 @@
 Trainer never uploads what begins with an underscore, and does not see it when it looks for checkpoints.
 """
 
+import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.trainer_utils import get_last_checkpoint
 
 from ponder_hf import PonderingError
 from ponder_hf.conversion.files import CONFIG
 from ponder_hf.conversion.whole_folder import flush, flush_entry
-from ponder_hf.errors import writing
+from ponder_hf.errors import reading, writing
+
+from .arguments import FREE_ON_RESUME, check_argument_names, current_names
+from .options import OPTION_NAMES, TrainOptions
 
 
+RECORD = "ponder_training.json"  # in every checkpoint: what it was made with
 PARTIAL, REMOVED = "_partial-", "_removed-"
 _FINAL = "model"
 _NAME = re.compile(r"checkpoint-(\d+)")
+# Options that say how this call is to be carried out, or where its data now lies, which its fingerprint checks.
+_FREE_OPTIONS = frozenset("output resume overwrite merge data validation data_name".split())
 # trainer_state.json is the last file that Trainer itself writes.
 _NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
 
 
-def checkpoints(output):
+def checkpoints(output: Path) -> list[Path]:
     """The checkpoints in a run's folder, oldest first."""
     found = [(int(match[1]), path) for path in _entries(output) if (match := _NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found) if path.is_dir()]
 
 
-def last_checkpoint(output):
+def last_checkpoint(output: Path) -> Path | None:
     """The newest checkpoint in a run's folder, or None."""
-    return next(iter(reversed(checkpoints(output))), None)
+    found = get_last_checkpoint(output) if output.is_dir() else None
+    return None if found is None else Path(found)
 
 
-def checkpoint_to_resume(output, resume):
+def checkpoint_to_resume(output: Path, resume: str) -> Path:
     """The checkpoint that `resume` means: "last", or a folder.
 
     Raises:
         PonderingError: there is none, or it is not whole.
     """
     if resume == "last":
-        checkpoint = last_checkpoint(output)
-        if checkpoint is None:
+        newest = last_checkpoint(output)
+        if newest is None:
             raise PonderingError(f"{output} has no checkpoint to resume: leave `resume` out to start")
+        checkpoint = newest
     else:
         checkpoint = Path(resume).expanduser()
         if not checkpoint.is_dir() and (output / resume).is_dir():
@@ -67,14 +82,14 @@ def checkpoint_to_resume(output, resume):
     return checkpoint
 
 
-def clean_up(output):
+def clean_up(output: Path) -> None:
     """Remove what a run that was killed left half written or half deleted."""
     for path in _entries(output):
         if path.name.startswith((PARTIAL, REMOVED)):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def publish(partial, checkpoint):
+def publish(partial: Path, checkpoint: Path) -> None:
     """Rename a complete folder to the name of its checkpoint; an older checkpoint of that name goes."""
     flush(partial)
     if checkpoint.exists():
@@ -83,7 +98,7 @@ def publish(partial, checkpoint):
     flush_entry(checkpoint.parent)
 
 
-def remove(checkpoint):
+def remove(checkpoint: Path) -> None:
     """Delete a checkpoint; however early that ends, nobody takes what is left for one."""
     aside = checkpoint.with_name(REMOVED + checkpoint.name)
     shutil.rmtree(aside, ignore_errors=True)
@@ -91,7 +106,7 @@ def remove(checkpoint):
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def remove_oldest(output, limit, keep=None):
+def remove_oldest(output: Path, limit: int | None, keep: str | os.PathLike | None = None) -> None:
     """Delete the oldest checkpoints above `limit`, but neither the newest nor `keep`."""
     if not limit or limit < 0:
         return
@@ -105,7 +120,7 @@ def remove_oldest(output, limit, keep=None):
 
 
 @contextmanager
-def final_model(output):
+def final_model(output: Path) -> Iterator[Path]:
     """A context that gives a folder to save a model in, and moves its files into `output` at the end.
 
     config.json comes last and an older one goes first, so that a folder with a config.json holds a whole model.
@@ -135,3 +150,65 @@ def _replace(path, destination):
 
 def _entries(output):
     return list(output.iterdir()) if output.is_dir() else []
+
+
+def make_record(options: TrainOptions, arguments: dict[str, Any], fingerprint: str) -> dict[str, Any]:
+    """The record of a run, as a dict that JSON can hold."""
+    return {"options": options.as_dict(), "arguments": arguments, "fingerprint": fingerprint}
+
+
+def read_record(checkpoint: Path) -> dict[str, Any]:
+    """The record in a checkpoint.
+
+    Raises:
+        PonderingError: there is none, because something else wrote the checkpoint.
+    """
+    path = checkpoint / RECORD
+    if not path.is_file():
+        raise PonderingError(
+            f"{checkpoint} has no {RECORD}, `ponder-hf train` did not write it: use it as `source` of a new run"
+        )
+    with reading(path):
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
+def resumed_options(options: TrainOptions, checkpoint: Path) -> tuple[TrainOptions, dict[str, Any], dict[str, Any]]:
+    """The options and arguments of the run that goes on from a checkpoint, and its record.
+
+    What is given again must say what the record says, unless it may differ.
+
+    Raises:
+        PonderingError: something given contradicts the checkpoint.
+    """
+    record = read_record(checkpoint)
+    stored = record["options"]
+    given = {name: getattr(options, name) for name in options.given if name in OPTION_NAMES}
+    for name, value in given.items():
+        if name not in _FREE_OPTIONS and value != stored[name]:
+            raise _contradiction(name, value, stored[name], checkpoint)
+    check_argument_names(options.arguments)
+    arguments = dict(record["arguments"])
+    for name, value in current_names(options.arguments).items():
+        if name not in FREE_ON_RESUME and value != arguments.get(name, value):
+            raise _contradiction(name, value, arguments[name], checkpoint)
+        if name not in FREE_ON_RESUME and name not in arguments:
+            raise PonderingError(
+                f"`{name}` was not given when {checkpoint} was made: leave it out, or start a new run with "
+                f"{checkpoint} as `source`"
+            )
+        arguments[name] = value
+    return replace(options, **{**stored, **given}), arguments, record
+
+
+def check_fields(fields: dict[str, Any], config: PreTrainedConfig, checkpoint: Path) -> None:
+    """Raise a PonderingError for pondering fields that are not those of the checkpoint's configuration."""
+    for name, value in fields.items():
+        if value != getattr(config, name):
+            raise _contradiction(name, value, getattr(config, name), checkpoint)
+
+
+def _contradiction(name, value, stored, checkpoint):
+    return PonderingError(
+        f"`{name}` is {value}, but {checkpoint} was made with {stored}: leave it out, or start a new run with "
+        f"{checkpoint} as `source`"
+    )

@@ -5,17 +5,20 @@ divergence of their distributions from the last pass's. What the model generates
 `num_draft_tokens` it comes sooner.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers import PreTrainedModel
 
-from ponder_hf.modeling import PonderingError
+from ponder_hf.modeling import PonderingError, PonderingForCausalLM
 from ponder_hf.modeling.pondering_backbone import backbone_logits, evaluating
 
 from .trainer import PonderingTrainer
 
 
-def freeze_all_but_heads(model):
+def freeze_all_but_heads(model: PonderingForCausalLM) -> PonderingForCausalLM:
     """The model, with draft heads on all passes but the last if it had none, which alone learn from now on."""
     if model.draft_heads is None:
         model.add_draft_heads()
@@ -26,7 +29,9 @@ def freeze_all_but_heads(model):
     return model
 
 
-def draft_head_loss(model, input_ids, attention_mask=None):
+def draft_head_loss(
+    model: PonderingForCausalLM, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """How far the heads are from the last pass.
 
     Args:
@@ -38,16 +43,16 @@ def draft_head_loss(model, input_ids, attention_mask=None):
         (loss, agreement): the mean divergence of the heads in nats per token, and for each head how often its best
         token is the last pass's.
     """
-    states = []
+    collected: list[torch.Tensor] = []
     with torch.no_grad():
         output = model.ponder(
             model.get_input_embeddings()(input_ids),
             model.config.pondering_steps,
             attention_mask=attention_mask,
-            on_hidden_states=states.append,
+            on_hidden_states=collected.append,
         )
         targets = backbone_logits(model.backbone, output.last_hidden_state).flatten(0, 1).float()
-    states = torch.stack([state.flatten(0, 1) for state in states[: model.config.draft_heads]])
+    states = torch.stack([state.flatten(0, 1) for state in collected[: model.config.draft_heads]])
     logits = backbone_logits(model.backbone, model.draft_heads(states)).float()
     weight = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     weight = (weight / weight.sum()).flatten()
@@ -60,12 +65,14 @@ def draft_head_loss(model, input_ids, attention_mask=None):
 class DraftHeadTrainer(PonderingTrainer):
     """A Trainer for the draft heads of a frozen model. It logs `draft_{i}_agreement` of each head beside the loss."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False  # losses are means over a batch, not over all that are accumulated
-        self._agreements = []
+        self._agreements: list[torch.Tensor] = []
 
-    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+    def compute_loss(
+        self, model: PreTrainedModel, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
         if return_outputs:  # the evaluation of the model itself
             return super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         self.pondering_model.eval()  # dropout in a frozen model would only blur what the heads are to learn
@@ -73,7 +80,7 @@ class DraftHeadTrainer(PonderingTrainer):
         self._agreements.append(agreement.detach())
         return loss
 
-    def log(self, logs, *args, **kwargs):
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self._agreements:
             rates = torch.stack(self._agreements).mean(0).tolist()
             logs = {**logs, **{f"draft_{index}_agreement": rate for index, rate in enumerate(rates)}}
@@ -81,7 +88,9 @@ class DraftHeadTrainer(PonderingTrainer):
         super().log(logs, *args, **kwargs)
 
 
-def train_draft_heads(model, blocks, steps=600, learning_rate=2e-3, rows=8):
+def train_draft_heads(
+    model: PonderingForCausalLM, blocks: torch.Tensor, steps: int = 600, learning_rate: float = 2e-3, rows: int = 8
+) -> list[float]:
     """Give `model` draft heads, if it has none, and train them in a plain loop; `ponder-hf train` uses Trainer.
 
     Each part of the model is in its former mode afterwards, and what learned before learns again.

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ponder_hf import PonderingError
+from ponder_hf import PonderingConfig, PonderingError, PonderingForCausalLM
 
 
 _LLAMA = ("self_attn.o_proj", "mlp.down_proj")
@@ -37,7 +37,7 @@ OUTPUT_PROJECTIONS = {
 _CUT = 3.0  # in standard deviations
 
 
-def check_initialisation(config):
+def check_initialisation(config: PonderingConfig) -> None:
     """Raise a PonderingError unless the backbone of this PonderingConfig is in OUTPUT_PROJECTIONS."""
     model_type = config.base_config.model_type
     if model_type not in OUTPUT_PROJECTIONS:
@@ -48,7 +48,7 @@ def check_initialisation(config):
 
 
 @torch.no_grad()
-def initialise(model):
+def initialise(model: PonderingForCausalLM) -> PonderingForCausalLM:
     """Draw the weights of a PonderingForCausalLM anew, from torch's random state. A gate stays closed.
 
     Raises:
@@ -64,9 +64,10 @@ def initialise(model):
             continue
         chosen = output_std if name.endswith(outputs) else std
         nn.init.trunc_normal_(module.weight, std=chosen, a=-_CUT * chosen, b=_CUT * chosen)
-        if getattr(module, "padding_idx", None) is not None:
-            module.weight[module.padding_idx].zero_()
-        if getattr(module, "bias", None) is not None:
-            nn.init.zeros_(module.bias)
+        padding, bias = getattr(module, "padding_idx", None), getattr(module, "bias", None)
+        if padding is not None:
+            module.weight[padding].zero_()
+        if bias is not None:
+            nn.init.zeros_(bias)
     model.tie_weights()
     return model

@@ -3,6 +3,7 @@
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ponder_hf import PonderingError
 from ponder_hf.modeling.configuration_pondering import PONDERING_FIELDS
@@ -75,7 +76,7 @@ class TrainOptions:
     overwrite: bool = False
     given: frozenset = frozenset()
 
-    def check(self):
+    def check(self) -> None:
         """Raise a PonderingError for what can be seen to be wrong without looking at any file."""
         for name, value in self.fields.items():
             PONDERING_FIELDS[name][1](name, value)
@@ -118,17 +119,17 @@ class TrainOptions:
         if self.merge and not self.lora:
             raise PonderingError("`merge` merges an adapter, but there is none: add `lora`, or leave it out")
 
-    def as_dict(self):
+    def as_dict(self) -> dict[str, Any]:
         """Everything as values that JSON can hold."""
         return {name: getattr(self, name) for name in (*OPTION_NAMES, "fields")}
 
     @property
-    def folder(self):
+    def folder(self) -> Path:
         """The output as an absolute path."""
-        return Path(self.output).expanduser().absolute()
+        return Path(str(self.output)).expanduser().absolute()
 
     @property
-    def evaluates(self):
+    def evaluates(self) -> bool:
         """Whether there is something to evaluate on."""
         return bool(self.validation) or self.held_out is not None
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from ponder_hf import PonderingConfig, PonderingError, PonderingForCausalLM
 from ponder_hf.conversion import load_pondering, load_tokenizer, open_checkpoint
-from ponder_hf.conversion.checkpoint import download_small_files
+from ponder_hf.conversion.checkpoint import Checkpoint, download_small_files
 from ponder_hf.conversion.files import CONFIG, read_json
 from ponder_hf.conversion.load_model import load_plain, plain_warnings, understand_plain
 from ponder_hf.errors import understanding
@@ -20,6 +21,7 @@ from ponder_hf.modeling.pondering_backbone_checkpoint import read_base_config
 
 from .draft_heads import freeze_all_but_heads
 from .initialisation import check_initialisation, initialise
+from .options import TrainOptions
 
 
 logger = logging.getLogger(__name__)
@@ -29,21 +31,26 @@ logger = logging.getLogger(__name__)
 class Start:
     """A model that can be made.
 
-    kind: "plain", "pondering" or "scratch". name: what the user called it. config: the PonderingConfig that it will
-    have. num_parameters: of the whole model. load: makes the PonderingForCausalLM. path: the folder or Hub id that an
-    adapter can name as its base; None where no such checkpoint exists.
+    Args:
+        kind: "plain", "pondering" or "scratch".
+        name: what the user called it.
+        config: what it will have.
+        num_parameters: of the whole model.
+        load: makes it.
+        tokenizer: its own, or the one that was asked for.
+        path: the folder or Hub id that an adapter can name as its base; None where no such checkpoint exists.
     """
 
     kind: str
     name: str
     config: PonderingConfig
     num_parameters: int
-    load: Callable
-    tokenizer: object
+    load: Callable[[], PonderingForCausalLM]
+    tokenizer: PreTrainedTokenizerBase
     path: str | None = None
 
 
-def find_start(options):
+def find_start(options: TrainOptions) -> Start:
     """The Start that these TrainOptions name.
 
     Raises:
@@ -51,7 +58,7 @@ def find_start(options):
     """
     if options.config is not None:
         return _from_scratch(options)
-    found = open_checkpoint(options.source, options.revision)
+    found = open_checkpoint(str(options.source), options.revision)
     tokenizer = load_tokenizer(found if options.tokenizer is None else options.tokenizer)
     if found.is_pondering:
         return pondering_start(found, tokenizer, options)
@@ -73,7 +80,7 @@ def find_start(options):
     )
 
 
-def pondering_start(found, tokenizer, options):
+def pondering_start(found: Checkpoint, tokenizer: PreTrainedTokenizerBase, options: TrainOptions) -> Start:
     """The Start that continues the pondering checkpoint `found`, a Checkpoint."""
     with understanding(found.name):
         config = PonderingConfig.from_pretrained(found.folder)

@@ -2,11 +2,22 @@
 
 import contextlib
 import json
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import Trainer
+from torch.utils.data import DataLoader
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
@@ -14,16 +25,15 @@ from transformers.utils.hub import PushInProgress
 from ponder_hf.errors import TrainingStopped
 from ponder_hf.evaluation import FOR_LOSS_OF_EACH_PASS
 from ponder_hf.hub.trainer_uploads import push_in_background, push_result, write_card_of_run
-from ponder_hf.modeling import PonderingError
+from ponder_hf.modeling import PonderingConfig, PonderingError, PonderingForCausalLM
 
-from .checkpoints import PARTIAL, final_model, last_checkpoint, publish, remove_oldest
+from .checkpoints import PARTIAL, RECORD, final_model, last_checkpoint, publish, remove_oldest
 
 
-RECORD = "ponder_training.json"  # in every checkpoint: what it was made with
 _PROGRESS = "loss_since_log"
 
 
-def check_smoothing(settings, config):
+def check_smoothing(settings: TrainingArguments, config: PonderingConfig) -> None:
     """Raise where Trainer would smooth labels and leave a part of the loss out without a word.
 
     Args:
@@ -48,7 +58,7 @@ def check_smoothing(settings, config):
 
 
 @contextlib.contextmanager
-def cache_setting_kept(config):
+def cache_setting_kept(config: PreTrainedConfig) -> Iterator[None]:
     """Trainer sets `use_cache` to False, and a model that is saved afterwards would say so in its config.json."""
     missing = object()
     before = getattr(config, "use_cache", missing)
@@ -77,24 +87,26 @@ class PonderingTrainer(Trainer):
             names on disk to names in memory, which are not always the same.
     """
 
-    def __init__(self, *args, record=None, model_is_loaded=False, **kwargs):
+    def __init__(
+        self, *args: Any, record: dict[str, Any] | None = None, model_is_loaded: bool = False, **kwargs: Any
+    ) -> None:
         self.record, self.model_is_loaded = record or {}, model_is_loaded
-        self._staging = None
-        self._pass_losses = None
-        model = kwargs.get("model", args[0] if args else None)
+        self._staging: Path | None = None
+        self._pass_losses: list[torch.Tensor] | None = None
+        model: Any = kwargs.get("model", args[0] if args else None)
         with cache_setting_kept(model.config):
             super().__init__(*args, **kwargs)
         check_smoothing(self.args, model.config)
 
     @property
-    def pondering_model(self):
+    def pondering_model(self) -> PonderingForCausalLM:
         """The PonderingForCausalLM within all wrappers."""
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
     # Losses
 
-    def training_step(self, *args, **kwargs):
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
             self._stop(f"the loss of step {self.state.global_step + 1} is {loss.item()}")
@@ -108,7 +120,9 @@ class PonderingTrainer(Trainer):
             retry = f"start from {checkpoint}, the last checkpoint, with a `learning_rate` below {rate:g}"
         raise TrainingStopped(f"{what}, so training stopped: {retry}, or check the data")
 
-    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+    def compute_loss(
+        self, model: PreTrainedModel, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
         if self._pass_losses is None or not return_outputs:
             return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
         # The mean over this batch: blocks are equally long, so the number of items in all batches has no say.
@@ -125,7 +139,14 @@ class PonderingTrainer(Trainer):
         self._pass_losses.append(self.accelerator.gather_for_metrics(losses.repeat(rows, 1)).cpu())
         return loss, outputs
 
-    def evaluation_loop(self, dataloader, description, prediction_loss_only=None, *args, **kwargs):
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         if not prediction_loss_only or self.compute_metrics is not None:
             return super().evaluation_loop(dataloader, description, prediction_loss_only, *args, **kwargs)
         self._pass_losses = []
@@ -197,7 +218,7 @@ class PonderingTrainer(Trainer):
         best = type(self.model).from_pretrained(self.state.best_model_checkpoint, dtype=self.model.dtype)
         self.model.load_state_dict(best.state_dict())
 
-    def resume_progress(self, checkpoint):
+    def resume_progress(self, checkpoint: str | os.PathLike) -> None:
         """Go on with the loss that the run had summed up since it last logged; called when training begins."""
         stored = json.loads((Path(checkpoint) / RECORD).read_text(encoding="utf-8"))
         if _PROGRESS in stored and hasattr(self, "_tr_loss"):
@@ -206,7 +227,7 @@ class PonderingTrainer(Trainer):
 
     # The model at the end, and uploads
 
-    def save_model(self, output_dir=None, _internal_call=False):
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As Trainer does; the output folder itself gets the model whole or not at all."""
         if output_dir is not None and Path(output_dir) != Path(self.args.output_dir):
             super().save_model(output_dir, _internal_call=True)
@@ -224,7 +245,14 @@ class PonderingTrainer(Trainer):
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
-    def push_to_hub(self, commit_message="End of training", token=None, revision=None, private=None, **kwargs):
+    def push_to_hub(
+        self,
+        commit_message: str = "End of training",
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any] | None:
         """Save the model and push it with its code, tokenizer and card, in one commit. Returns what was done."""
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
@@ -257,3 +285,13 @@ class PonderingTrainer(Trainer):
         settings = self._push_settings(f"Training in progress, step {self.state.global_step}")
         job = push_in_background(folder, self.hub_model_id, place, **settings)
         self.push_in_progress = PushInProgress([*(pushing.jobs if busy else ()), job])
+
+
+class RestoreLoggedLoss(TrainerCallback):
+    """Restores what PonderingTrainer stores in a checkpoint and Trainer does not, as soon as training begins."""
+
+    def __init__(self, trainer: PonderingTrainer, checkpoint: str | os.PathLike) -> None:
+        self.trainer, self.checkpoint = trainer, checkpoint
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.trainer.resume_progress(self.checkpoint)
