@@ -1,49 +1,91 @@
 """ponder_hf: language models that ponder in continuous space before each token (arXiv 2505.20674).
 
-Importing it registers the pondering classes with transformers' Auto classes.
+Importing it takes no time: torch and transformers are imported when one of the names below is first used. It does
+three things to other classes, once transformers is imported too, before or after it (`auto_classes.py`):
+
+- transformers' AutoConfig, AutoModel and AutoModelForCausalLM know pondering models;
+- `push_to_hub` of the pondering classes adds a model card and the tokenizer (`ponder_hf.hub.push_model`);
+- `except PonderingError` also catches what a checkpoint's own code raises that was loaded before.
 """
 
-import contextlib
-import sys
+import importlib
+from typing import TYPE_CHECKING, Any
 
-# First, as it says in words where transformers is too old for what is imported from it.
-from .modeling import PonderingConfig, PonderingError, PonderingForCausalLM, PonderingModel
+from .auto_classes import register_with_transformers
 
 
-# isort: split
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+if TYPE_CHECKING:
+    from .callbacks import PonderingCallback, pondering_statistics
+    from .conversion.convert import convert
+    from .conversion.export import export
+    from .evaluation import evaluate_passes, evaluate_text
+    from .hub import CodeOnPush, inspect_checkpoint, inspect_code
+    from .hub.push import push
+    from .modeling import (
+        PonderingConfig,
+        PonderingError,
+        PonderingExit,
+        PonderingForCausalLM,
+        PonderingModel,
+        PromptLookup,
+    )
+    from .training import PonderingTrainer, TrainOptions, train, train_draft_heads
 
 
 __version__ = "0.1.0"
-__all__ = ["PonderingConfig", "PonderingError", "PonderingForCausalLM", "PonderingModel"]
+__all__ = [
+    "CodeOnPush",
+    "PonderingCallback",
+    "PonderingConfig",
+    "PonderingError",
+    "PonderingExit",
+    "PonderingForCausalLM",
+    "PonderingModel",
+    "PonderingTrainer",
+    "PromptLookup",
+    "TrainOptions",
+    "convert",
+    "evaluate_passes",
+    "evaluate_text",
+    "export",
+    "inspect_checkpoint",
+    "inspect_code",
+    "pondering_statistics",
+    "push",
+    "train",
+    "train_draft_heads",
+]
+# Where each of them is.
+_NAMES = {
+    "callbacks": ("PonderingCallback", "pondering_statistics"),
+    "conversion": ("convert", "export"),
+    "evaluation": ("evaluate_passes", "evaluate_text"),
+    "hub": ("CodeOnPush", "inspect_checkpoint", "inspect_code", "push"),
+    "modeling": (
+        "PonderingConfig",
+        "PonderingError",
+        "PonderingExit",
+        "PonderingForCausalLM",
+        "PonderingModel",
+        "PromptLookup",
+    ),
+    "training": ("PonderingTrainer", "TrainOptions", "train", "train_draft_heads"),
+}
+_MODULES = (*_NAMES, "data", "demo", "devices")
 
-AutoConfig.register(PonderingConfig.model_type, PonderingConfig)
-AutoModel.register(PonderingConfig, PonderingModel)
-AutoModelForCausalLM.register(PonderingConfig, PonderingForCausalLM)
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
+    for module, names in _NAMES.items():
+        if name in names:
+            value = globals()[name] = getattr(importlib.import_module(f".{module}", __name__), name)
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _adopt_errors():
-    """Let `except PonderingError` catch what a checkpoint's own code raises that was loaded before this package.
-
-    Each such code has an error class of its own. It becomes a child of this one.
-    """
-    for name, module in [*sys.modules.items()]:
-        if name.startswith("transformers_modules.") and name.endswith(".pondering_errors"):
-            theirs = getattr(module, "PonderingError", None)
-            with contextlib.suppress(TypeError, AttributeError):  # the code of release 0.1.0: ValueError catches it
-                theirs.__bases__ = (PonderingError,)
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_MODULES})
 
 
-_adopt_errors()
-
-
-def _push_to_hub(self, repo_id, **arguments):
-    from .hub import push_model
-
-    return push_model(self, repo_id, **arguments)
-
-
-# The code that ships with a checkpoint pushes as transformers does; here it also gets a card and a tokenizer.
-for _model_class in (PonderingModel, PonderingForCausalLM):
-    _push_to_hub.__doc__ = "Push the model with its code, card and tokenizer; see ponder_hf.hub.push_model."
-    _model_class.push_to_hub = _push_to_hub
+register_with_transformers()

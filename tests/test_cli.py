@@ -1,5 +1,6 @@
 """The command line: what goes to which stream, with which exit code, and what the commands do with good input."""
 
+import dataclasses
 import io
 import json
 import logging
@@ -17,14 +18,16 @@ import transformers
 from checkpoints import WORDS, run
 from huggingface_hub import constants
 from patience import PATIENCE
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, HfArgumentParser, TrainingArguments
 
-from ponder_hf import PonderingForCausalLM, __version__
+from ponder_hf import PonderingForCausalLM, __version__, diagnosis
 from ponder_hf.cli import COMMANDS, build_parser, doctor
-from ponder_hf.cli.fields import FLAG_FIELDS, flag_of, given_fields
+from ponder_hf.cli.flags import FIELDS, flag_of, given_fields
+from ponder_hf.cli.training_flags import COMMON, further_flags
 from ponder_hf.cli.words import in_flags
 from ponder_hf.conversion import convert
 from ponder_hf.modeling.configuration_pondering import PONDERING_FIELDS
+from ponder_hf.training.arguments import argument_names
 
 
 IN_A_PROCESS = [sys.executable, "-c", "import sys; from ponder_hf.cli import main; sys.exit(main())"]
@@ -238,10 +241,13 @@ def parse_fields(*flags):
 
 
 def test_every_field_has_a_flag_with_help(capsys):
-    assert set(FLAG_FIELDS) == set(PONDERING_FIELDS) - {"pondering_format_version", "draft_heads"}
+    assert set(FIELDS) == set(PONDERING_FIELDS) - {"pondering_format_version", "draft_heads"}
+    assert {name: default for name, (default, _) in FIELDS.items()} == {
+        name: PONDERING_FIELDS[name][0] for name in FIELDS
+    }
     run("convert", "--help")
     text = " ".join(capsys.readouterr().out.split())
-    for name in FLAG_FIELDS:
+    for name in FIELDS:
         assert flag_of(name) in text
         assert "_" not in flag_of(name)
 
@@ -268,6 +274,78 @@ def test_values_of_flags(flags, expected):
     found = parse_fields(*flags.split())
     assert found == expected
     assert [type(value) for value in found.values()] == [type(value) for value in expected.values()]
+
+
+# The flags of training.
+
+
+def test_the_usual_training_arguments_are_parsed_as_transformers_does():
+    generated = {action.dest: action for action in HfArgumentParser(TrainingArguments)._actions}
+    for name, (kind, _, _) in COMMON.items():
+        assert (generated[name].type is kind) != (kind is bool), name
+        assert (generated[name].nargs == "?") == (kind is bool), name
+
+
+def test_every_training_argument_is_known_without_importing_it():
+    assert {flag_of(field.name) for field in dataclasses.fields(TrainingArguments)} <= set(further_flags())
+
+
+def test_help_of_train_is_short_and_has_one_spelling(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    assert run("train", "--help") == 0
+    short = capsys.readouterr().out
+    assert len(short.splitlines()) <= 72
+    assert run("train", "--help-all") == 0
+    whole = capsys.readouterr().out
+    assert not re.findall(r"--\w+_", short + whole)
+    for name in argument_names():
+        assert f"{flag_of(name)} " in whole
+    assert set(re.findall(r"^  (--[\w-]+)", short, flags=re.MULTILINE)) < set(re.findall(r"--[\w-]+", whole))
+
+
+def parse_training(*flags):
+    return vars(build_parser().parse_args(["train", "a", *flags]))
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--max-steps 3 --bf16 --push-to-hub false", {"max_steps": 3, "bf16": True, "push_to_hub": False}),
+        ("--per_device_train_batch_size=2", {"per_device_train_batch_size": 2}),
+        ("--adam_beta1 .5 --no-dataloader-pin-memory", {"adam_beta1": 0.5, "dataloader_pin_memory": False}),
+        ("--output_dir x_y", {"output": "x_y"}),
+        ("--max-steps 3", {"adam_beta1": None, "seed": None}),
+    ],
+)
+def test_values_of_training_flags(flags, expected):
+    found = parse_training(*flags.split())
+    assert {name: found.get(name) for name in expected} == expected
+
+
+# Flags that there are not.
+
+
+@pytest.mark.parametrize(
+    ("line", "near"),
+    [
+        ("convert --embeding-scale 2", "--embedding-scale"),
+        ("convert a b --draft-head 1", None),
+        ("generate a --prompt x --max-tokens 3", "--max-new-tokens"),
+        ("generate a --exit-threshold 3", "--pondering-exit-threshold"),
+        ("generate a --top_p 0.5", "--top-p"),
+        ("eval a --dta x", "--data"),
+        ("train --batch-size 3", "--per-device-train-batch-size"),
+        ("train --adam-epsilo 3", "--adam-epsilon"),
+        ("train a --do-train", None),
+        ("push a b --private-repo", "--private"),
+    ],
+)
+def test_an_unknown_flag_is_an_error_with_the_nearest(capsys, line, near):
+    assert run(*line.split()) == 2
+    message = capsys.readouterr().err
+    flag = next(word for word in line.split() if word.startswith("--") and f"no flag {word}" in message)
+    hint = re.search(rf"there is no flag {flag}(?:, did you mean (\S+)\?)? \(see `ponder-hf \w+ --help`\)\n$", message)
+    assert near is None or hint[1] == near
 
 
 # The library's words as flags.
@@ -411,9 +489,9 @@ def test_doctor_never_shows_a_token(capsys, monkeypatch, token):
 
 
 def test_doctor_says_what_an_extra_would_add(capsys, monkeypatch):
-    version = doctor._version
-    monkeypatch.setattr(doctor, "_version", lambda name: {"peft": None, "datasets": "2.0"}.get(name, version(name)))
-    extras = doctor.find_extras()
+    version = diagnosis._version
+    monkeypatch.setattr(diagnosis, "_version", lambda name: {"peft": None, "datasets": "2.0"}.get(name, version(name)))
+    extras = diagnosis.find_extras()
     if not extras:
         pytest.skip("ponder-hf is not installed here, so its extras are not known")
     assert [line.partition(">")[0] for line in extras["train"]] == ["datasets", "peft"]
@@ -423,8 +501,8 @@ def test_doctor_says_what_an_extra_would_add(capsys, monkeypatch):
 
 
 def test_doctor_finds_what_gets_in_the_way(capsys, monkeypatch, tmp_path):
-    version = doctor._version
-    monkeypatch.setattr(doctor, "_version", lambda name: "3.9" if name == "transformers" else version(name))
+    version = diagnosis._version
+    monkeypatch.setattr(diagnosis, "_version", lambda name: "3.9" if name == "transformers" else version(name))
     (tmp_path / "file").touch()
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file/cache"))
     assert run("doctor", "--json") == 0

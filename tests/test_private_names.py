@@ -29,9 +29,12 @@ def own_names(trees):
                 found.add(node.name)
             elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
                 found.add(node.id)
-            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
-                if ast.unparse(node.value) in {"self", "model"}:
-                    found.add(node.attr)
+            elif (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.ctx, ast.Store)
+                and ast.unparse(node.value) in {"self", "model"}
+            ):
+                found.add(node.attr)
     return found
 
 

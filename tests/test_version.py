@@ -275,7 +275,7 @@ def test_the_command_line_refuses_what_is_too_old(check_refused, pretend, comman
 @pytest.mark.parametrize(("version", "is_good"), [("4.56.2", False), ("5.31.0", True)])
 def test_doctor_still_reports(pretend, monkeypatch, capsys, version, is_good):
     pretend(version)
-    monkeypatch.setattr("ponder_hf.cli.doctor.metadata.version", lambda name: version)
+    monkeypatch.setattr("ponder_hf.diagnosis.metadata.version", lambda name: version)
     assert checkpoints.run("doctor", "--json") == 0
     report = json.loads(capsys.readouterr().out)
     assert report["transformers"]["good_for_checkpoints"] is is_good

@@ -1,27 +1,35 @@
 """`ponder-hf convert`: a pondering checkpoint from a plain one."""
 
+import argparse
 import sys
+from typing import Any
 
-from .fields import add_field_flags, given_fields
+from .flags import add_field_flags, add_revision_flag, given_fields
 from .outcome import warn
+from .parser import add_command
 from .words import in_flags
 
 
-def add_parser(subparsers):
-    parser = subparsers.add_parser(
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    parser = add_command(
+        subparsers,
         "convert",
-        help="make a pondering checkpoint from a plain one",
+        "SOURCE DEST",
+        summary="make a pondering checkpoint from a plain one",
         description="Make a pondering checkpoint from a plain one, or from one that the method's authors wrote. "
         "Weights and dtype are kept; tokenizer, chat template and generation defaults travel along.",
+        example="convert EleutherAI/pythia-70m pondering-pythia-70m --pondering-steps 3",
     )
     add_source_and_destination(parser)
-    parser.add_argument(
+    add_field_flags(parser)
+    unusual = parser.add_argument_group("unusual checkpoints")
+    unusual.add_argument(
         "--authors",
         action="store_true",
         help="a model of the method's authors whose config.json lacks their flags: S = 3, --embedding-scale "
         "sqrt(hidden size) and --input-scale S, where no flag says otherwise",
     )
-    parser.add_argument(
+    unusual.add_argument(
         "--ignore-field",
         dest="ignore_fields",
         action="append",
@@ -29,32 +37,31 @@ def add_parser(subparsers):
         metavar="NAME",
         help="leave a field of config.json out that nobody knows; may be given several times",
     )
-    parser.add_argument(
+    unusual.add_argument(
         "--ignore-code",
         action="store_true",
         help="convert a checkpoint that names code of its own as transformers' own model of that type",
     )
-    add_field_flags(parser)
     return parser
 
 
-def add_source_and_destination(parser):
+def add_source_and_destination(parser: argparse.ArgumentParser) -> None:
     """The arguments that convert and export share."""
     parser.add_argument("source", metavar="SOURCE", help="a folder, or the id of a model on the Hub")
     parser.add_argument("destination", metavar="DEST", help="the folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace DEST if it is not empty")
-    parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
+    add_revision_flag(parser)
     parser.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="of one file of weights. Default: 5GB."
     )
 
 
-def writing_arguments(args):
+def writing_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """What the flags of add_source_and_destination say, as keyword arguments of convert and export."""
     return {"overwrite": args.overwrite, "revision": args.revision, "max_shard_size": args.max_shard_size}
 
 
-def run(args):
+def run(args: argparse.Namespace) -> dict[str, Any]:
     from ponder_hf.conversion import convert
 
     result = convert(

@@ -1,16 +1,22 @@
 """`ponder-hf demo`: train a small model on real text, make it ponder, and compare."""
 
+import argparse
 import sys
+from typing import Any
 
-from .fields import add_device_flag
+from .flags import add_device_flag
+from .parser import add_command
 
 
-def add_parser(subparsers):
-    parser = subparsers.add_parser(
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    parser = add_command(
+        subparsers,
         "demo",
-        help="train a small model, make it ponder, compare, and write a report",
+        "",
+        summary="train a small model, make it ponder, compare, and write a report",
         description="Train a small model on real text, make it ponder, train on beside a plain control, and write a "
         "report and a checkpoint. About four minutes on two cores; nothing is downloaded.",
+        example="demo --output my-demo",
     )
     parser.add_argument(
         "--output", default="ponder-demo", metavar="FOLDER", help="the folder to write. Default: ./ponder-demo."
@@ -49,7 +55,7 @@ def add_parser(subparsers):
     return parser
 
 
-def run(args):
+def run(args: argparse.Namespace) -> dict[str, Any]:
     from ponder_hf.demo import Options, run_demo, summary
 
     results = run_demo(Options(**{name: getattr(args, name) for name in Options.__dataclass_fields__}))

@@ -1,18 +1,23 @@
 """`ponder-hf eval`: the loss of each pass on a text."""
 
+import argparse
 import sys
+from typing import Any
 
-from .data_flags import add_text_flags
-from .fields import add_device_flag
+from .flags import add_device_flag, add_revision_flag, add_text_flags
+from .parser import add_command
 
 
-def add_parser(subparsers):
-    parser = subparsers.add_parser(
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    parser = add_command(
+        subparsers,
         "eval",
-        help="the loss of each pass on a text",
+        "SOURCE --data DATA",
+        summary="the loss of each pass on a text",
         description="Measure the loss and perplexity of each pass on text, in blocks as `train` makes them: documents "
         "one after another, cut into rows of N tokens. The first token of a block is not predicted, and what does not "
         "fill a last block is left out. SOURCE may be a plain model, which has one pass.",
+        example="eval pondering-pythia-70m --data my_text.txt --block-size 512",
     )
     parser.add_argument("source", metavar="SOURCE", help="a pondering or a plain model: a folder or a Hub id")
     add_text_flags(parser, required=True)
@@ -21,11 +26,11 @@ def add_parser(subparsers):
     parser.add_argument("--pondering-steps", type=int, metavar="S", help="in place of the checkpoint's own")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="Default: as stored.")
     add_device_flag(parser)
-    parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
+    add_revision_flag(parser)
     return parser
 
 
-def run(args):
+def run(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from ponder_hf.evaluation import evaluate_text

@@ -1,24 +1,30 @@
 """`ponder-hf export`: the plain backbone of a pondering checkpoint."""
 
+import argparse
 import sys
+from typing import Any
 
 from .convert import add_source_and_destination, writing_arguments
 from .outcome import warn
+from .parser import add_command
 from .words import in_flags
 
 
-def add_parser(subparsers):
-    parser = subparsers.add_parser(
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    parser = add_command(
+        subparsers,
         "export",
-        help="write the plain backbone of a pondering checkpoint",
+        "SOURCE DEST",
+        summary="write the plain backbone of a pondering checkpoint",
         description="Write the plain backbone of a pondering checkpoint, as transformers itself would save it. "
         "Pondering is lost: a model that was trained to ponder predicts differently without.",
+        example="export pondering-pythia-70m plain-pythia-70m",
     )
     add_source_and_destination(parser)
     return parser
 
 
-def run(args):
+def run(args: argparse.Namespace) -> dict[str, Any]:
     from ponder_hf.conversion import export
 
     result = export(args.source, args.destination, **writing_arguments(args))

@@ -1,12 +1,12 @@
 """`ponder-hf generate`: continue a text with a pondering checkpoint."""
 
+import argparse
 import sys
 import time
+from typing import Any
 
-from ponder_hf import PonderingError
-from ponder_hf.errors import reading
-
-from .fields import add_device_flag
+from .flags import add_device_flag, add_revision_flag
+from .parser import UsageError, add_command
 
 
 # Flags that `model.generate` takes as they are.
@@ -17,14 +17,18 @@ PONDERING = (
     "pondering_exit_criterion",
     "pondering_exit_threshold",
 )
+_EMPTY = "the prompt is empty: give some text with --prompt, or on standard input with --prompt -"
 
 
-def add_parser(subparsers):
-    parser = subparsers.add_parser(
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    parser = add_command(
+        subparsers,
         "generate",
-        help="continue a text",
+        "SOURCE --prompt TEXT",
+        summary="continue a text",
         description="Continue a text with a pondering checkpoint, greedily unless a flag of sampling is given. The "
         "text and its continuation go to standard output as they come.",
+        example="generate pondering-pythia-70m --prompt 'Once upon a time' --max-new-tokens 50",
     )
     parser.add_argument("source", metavar="SOURCE", help="a pondering checkpoint: a folder or a Hub id")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue; -: from standard input")
@@ -47,19 +51,36 @@ def add_parser(subparsers):
     )
     parser.add_argument("--pondering-exit-threshold", type=float, metavar="X", help="below which it has; 0: never")
     add_device_flag(parser)
-    parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
+    add_revision_flag(parser)
     return parser
 
 
-def run(args):
-    _check(args)
-    prompt = _read_prompt(args.prompt)
+def check(args: argparse.Namespace) -> None:
+    """Raise a UsageError for values that no checkpoint can be asked for."""
+    if args.draft_source is not None and args.num_draft_tokens is None:
+        raise UsageError("--draft-source says where guesses come from: say with --num-draft-tokens how many, too")
+    if args.max_new_tokens < 1:
+        raise UsageError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
+    if args.pondering_steps is not None and args.pondering_steps < 0:
+        raise UsageError(f"--pondering-steps must be at least 0 (no pondering), got {args.pondering_steps}")
+    if args.temperature is not None and not 0 < args.temperature < float("inf"):
+        raise UsageError(f"--temperature must be a finite number > 0, got {args.temperature}")
+    if args.top_p is not None and not 0 < args.top_p <= 1:
+        raise UsageError(f"--top-p must be > 0 and at most 1, got {args.top_p}")
+    if args.seed is not None and not 0 <= args.seed < 1 << 32:
+        raise UsageError(f"--seed must be at least 0 and below 2**32, got {args.seed}")
+    if not args.prompt.strip():
+        raise UsageError(_EMPTY)
 
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
     from transformers import TextStreamer, set_seed
 
+    from ponder_hf import PonderingError
     from ponder_hf.conversion import load_pondering, load_tokenizer, open_checkpoint
     from ponder_hf.devices import read_device
 
+    prompt = _read_prompt(args.prompt)
     device = read_device(args.device)
     source = open_checkpoint(args.source, args.revision)
     tokenizer = load_tokenizer(source)
@@ -106,27 +127,15 @@ def run(args):
     }
 
 
-def _check(args):
-    if args.draft_source is not None and args.num_draft_tokens is None:
-        raise PonderingError("--draft-source says where guesses come from: say with --num-draft-tokens how many, too")
-    if args.max_new_tokens < 1:
-        raise PonderingError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
-    if args.pondering_steps is not None and args.pondering_steps < 0:
-        raise PonderingError(f"--pondering-steps must be at least 0 (no pondering), got {args.pondering_steps}")
-    if args.temperature is not None and not 0 < args.temperature < float("inf"):
-        raise PonderingError(f"--temperature must be a finite number > 0, got {args.temperature}")
-    if args.top_p is not None and not 0 < args.top_p <= 1:
-        raise PonderingError(f"--top-p must be > 0 and at most 1, got {args.top_p}")
-    if args.seed is not None and not 0 <= args.seed < 1 << 32:
-        raise PonderingError(f"--seed must be at least 0 and below 2**32, got {args.seed}")
-
-
 def _read_prompt(prompt):
-    if prompt == "-":
-        with reading("standard input"):
-            prompt = sys.stdin.read()
+    from ponder_hf.errors import reading
+
+    if prompt != "-":
+        return prompt
+    with reading("standard input"):
+        prompt = sys.stdin.read()
     if not prompt.strip():
-        raise PonderingError("the prompt is empty: give some text with --prompt, or on standard input with --prompt -")
+        raise UsageError(_EMPTY)
     return prompt
 
 

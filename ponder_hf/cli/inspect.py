@@ -1,19 +1,28 @@
 """`ponder-hf inspect`: what a pondering checkpoint is."""
 
+import argparse
+from typing import Any
 
-def add_parser(subparsers):
-    parser = subparsers.add_parser(
+from .flags import add_revision_flag
+from .parser import add_command
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    parser = add_command(
+        subparsers,
         "inspect",
-        help="what a pondering checkpoint is",
+        "SOURCE",
+        summary="what a pondering checkpoint is",
         description="Show how a checkpoint ponders, its backbone, its size, and whose code it brings. Its weights are "
         "neither loaded nor, of a model on the Hub, downloaded, and none of its code is run.",
+        example="inspect your-name/pondering-pythia-70m",
     )
     parser.add_argument("source", metavar="SOURCE", help="a pondering checkpoint: a folder or a Hub id")
-    parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
+    add_revision_flag(parser)
     return parser
 
 
-def run(args):
+def run(args: argparse.Namespace) -> dict[str, Any]:
     from ponder_hf.hub import inspect_checkpoint
 
     result = inspect_checkpoint(args.source, args.revision)
@@ -22,7 +31,7 @@ def run(args):
     return result
 
 
-def as_table(result):
+def as_table(result: dict[str, Any]) -> str:
     """The result as lines of two columns for people."""
     backbone, code, weights = result["backbone"], result["code"], result["weights"]
     steps = result["pondering"]["pondering_steps"]

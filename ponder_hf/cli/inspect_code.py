@@ -1,21 +1,29 @@
 """`ponder-hf inspect-code`: whether the code in a checkpoint is a release's."""
 
+import argparse
 import sys
+from typing import Any
+
+from .flags import add_revision_flag
+from .parser import add_command
 
 
-def add_parser(subparsers):
-    parser = subparsers.add_parser(
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    parser = add_command(
+        subparsers,
         "inspect-code",
-        help="compare a checkpoint's code with this release's",
+        "SOURCE",
+        summary="compare a checkpoint's code with this release's",
         description="Compare the Python files in a checkpoint with those of the installed ponder_hf by SHA-256, and "
         "say: the same, an older release's, or changed and where. None of them is run.",
+        example="inspect-code your-name/pondering-pythia-70m",
     )
     parser.add_argument("source", metavar="SOURCE", help="a checkpoint: a folder or a Hub id")
-    parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
+    add_revision_flag(parser)
     return parser
 
 
-def run(args):
+def run(args: argparse.Namespace) -> dict[str, Any]:
     from ponder_hf.hub import inspect_code
 
     result = inspect_code(args.source, args.revision)

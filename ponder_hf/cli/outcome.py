@@ -5,10 +5,7 @@ import re
 import sys
 import traceback
 
-from huggingface_hub import get_token
-from tqdm import tqdm
-
-from ponder_hf.errors import first_line
+from .parser import UsageError
 
 
 UNEXPECTED, BAD_INPUT, INTERRUPTED = 1, 2, 130
@@ -16,53 +13,58 @@ DEBUG = "PONDER_HF_DEBUG"
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
 
 
-def is_debugging():
+def is_debugging() -> bool:
     """Whether the user wants to see tracebacks and what the libraries log."""
     return os.environ.get(DEBUG, "") not in ("", "0")
 
 
-def is_first_process():
+def is_first_process() -> bool:
     """Whether this process speaks for all that torchrun or `accelerate launch` started; true where it is alone."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def bad_input(error):
-    """Say what is wrong with the input and what to do."""
-    _traceback_if_debugging()
-    return _end(BAD_INPUT, f"error: {' '.join(str(error).split())}")
-
-
-def warn(message):
+def warn(message: str) -> None:
     """Say what may not be as the user means it, and go on."""
     if is_first_process():
         print(f"ponder-hf: warning: {without_token(message)}", file=sys.stderr, flush=True)
 
 
-def stopped(error):
-    """Say why it could not be finished although the input seemed fine."""
+def failed(error: Exception) -> int:
+    """Say why a command failed: what is wrong with its input, what could not be finished, or what nobody expected."""
     _traceback_if_debugging()
-    return _end(UNEXPECTED, f"error: {' '.join(str(error).split())}")
-
-
-def unexpected(error):
-    """Say what went wrong although the input seemed fine, and how to see more."""
+    if _is(error, "errors", "NotFinished"):
+        return _end(UNEXPECTED, f"error: {' '.join(str(error).split())}")
+    if isinstance(error, UsageError) or _is(error, "modeling.pondering_errors", "PonderingError"):
+        return _end(BAD_INPUT, f"error: {' '.join(str(error).split())}")
     if isinstance(error, BrokenPipeError):  # the reader of our output is gone (`| head`): nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return UNEXPECTED
-    _traceback_if_debugging()
     hint = "" if is_debugging() else f" ({DEBUG}=1 shows the traceback)"
-    return _end(UNEXPECTED, f"error: unexpected {type(error).__name__}: {first_line(error)}{hint}")
+    return _end(UNEXPECTED, f"error: unexpected {type(error).__name__}: {_first_line(error)}{hint}")
 
 
-def interrupted(error=None):
-    """Say that the user stopped it, and what `error`, a KeyboardInterrupt, says on how to go on."""
+def interrupted(error: KeyboardInterrupt) -> int:
+    """Say that the user stopped it, and what the error says on how to go on."""
     _traceback_if_debugging()
-    hint = "" if error is None else str(error)
-    return _end(INTERRUPTED, f"interrupted; {hint}" if hint else "interrupted")
+    return _end(INTERRUPTED, f"interrupted; {error}" if str(error) else "interrupted")
+
+
+def _is(error, module, name):
+    """Whether it is an error of ours. A class that nobody has imported yet has not been raised."""
+    return isinstance(error, getattr(sys.modules.get(f"ponder_hf.{module}"), name, ()))
+
+
+def _first_line(error):
+    try:
+        from ponder_hf.errors import first_line
+    except Exception:  # what failed is the import of the library
+        return " ".join(str(error).split())
+    return first_line(error)
 
 
 def _end(code, message):
-    for bar in list(getattr(tqdm, "_instances", ())):  # one that broke off would share its line with the message
+    # A progress bar that broke off would share its line with the message.
+    for bar in list(getattr(getattr(sys.modules.get("tqdm"), "tqdm", None), "_instances", ())):
         bar.close()
     print(f"ponder-hf: {without_token(message)}", file=sys.stderr, flush=True)
     return code
@@ -73,8 +75,10 @@ def _traceback_if_debugging():
         print(without_token(traceback.format_exc()), file=sys.stderr)
 
 
-def without_token(text):
+def without_token(text: str) -> str:
     """The text with every access token of the Hub made unreadable, whoever wrote it there."""
+    from huggingface_hub import get_token
+
     token = get_token()
     if token:
         text = text.replace(token, "(token)")

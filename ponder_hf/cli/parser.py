@@ -1,48 +1,147 @@
-"""argparse with errors of one line."""
+"""argparse with short help and errors of one line."""
 
 import argparse
 import difflib
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
-from ponder_hf import PonderingError
+
+class UsageError(Exception):
+    """A command line that is none. The message is one line: what is wrong and what to do about it."""
+
+
+class _Formatter(argparse.HelpFormatter):
+    """Wraps each paragraph of a description by itself, and puts long flags beside what they mean."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=35)
+
+    def _fill_text(self, text, width, indent):
+        fill = super()._fill_text
+        return "\n\n".join(fill(part, width, indent) for part in text.split("\n\n"))
+
+    def _format_args(self, action, default_metavar):
+        shown = super()._format_args(action, default_metavar)
+        return f"{action.metavar} ..." if action.nargs == "+" else shown
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser that raises PonderingError where argparse prints its usage and exits.
+    """An ArgumentParser that raises UsageError where argparse prints its usage and exits."""
 
-    complete: called once with the parser before it first parses, for flags that are slow to find out.
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # An abbreviated flag would change its meaning as soon as a longer one is added.
+        super().__init__(*args, allow_abbrev=False, formatter_class=_Formatter, **kwargs)  # type: ignore[misc]
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see `{self.prog} --help`)")
+
+
+class CommandParser(OneLineParser):
+    """The parser of one command.
+
+    Args:
+        further_flags: names those flags that it costs seconds to add, and takes no such time. None: there are none.
+        complete: adds them to the parser. Called once, when one of them is used or `--help-all` is.
     """
 
-    complete = None
+    def __init__(
+        self,
+        *args: Any,
+        further_flags: Callable[[], list[str]] | None = None,
+        complete: Callable[["CommandParser"], None] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._further_flags, self._complete = further_flags, complete
+        if complete is not None:
+            self.add_argument("--help-all", action=_HelpAll, help="show every flag, and exit")
 
-    def __init__(self, *args, **kwargs):
-        # An abbreviated flag would change its meaning as soon as a longer one is added.
-        super().__init__(*args, allow_abbrev=False, **kwargs)
-
-    def parse_known_args(self, args=None, namespace=None):
-        if self.complete is not None:
-            complete, self.complete = self.complete, None
+    def complete(self) -> None:
+        """Add the further flags."""
+        complete, self._complete = self._complete, None
+        if complete is not None:
             complete(self)
+
+    def flags(self) -> list[str]:
+        """Every flag that it knows."""
+        return list(self._option_string_actions)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's. A flag that there is not is refused first, before what seems to be missing."""
+        if self._further_flags is not None:  # TrainingArguments' fields, which many write as in Python
+            args = [_in_kebab_case(word) for word in args]
+        unknown = self._unknown(args)
+        further = self._further_flags() if unknown and self._further_flags is not None else []
+        if set(unknown) & set(further):
+            self.complete()
+            unknown, further = self._unknown(args), []
+        if unknown:
+            near = near_flag(unknown[0], [*self.flags(), *further])
+            self.error(f"there is no flag {unknown[0]}" + (f", did you mean {near}?" if near else ""))
         return super().parse_known_args(args, namespace)
 
-    def error(self, message):
-        raise PonderingError(f"{message} (see `{self.prog} --help`)")
-
-    def refuse(self, unknown):
-        """Raise for the arguments `unknown` that argparse could not place, with the flag near the first one."""
-        flags = [name for action in self._actions for name in action.option_strings]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
-        if near:
-            self.error(f"there is no flag {unknown[0]}, did you mean {near[0]}?")
-        self.error(f"unexpected argument {unknown[0]}")
+    def _unknown(self, words):
+        flags = [word.partition("=")[0] for word in words if word.startswith("--") and " " not in word]
+        flags = flags[: flags.index("--")] if "--" in flags else flags
+        return [flag for flag in flags if flag not in self._option_string_actions]
 
 
-def check_command(argv, commands):
-    """Raise a PonderingError where the first word of the command line is no command, with the ones near it."""
+class _HelpAll(argparse.Action):
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str, **settings: Any) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser: Any, *args: Any) -> None:
+        parser.complete()
+        parser.print_help()
+        parser.exit()
+
+
+def _in_kebab_case(word):
+    flag, separator, value = word.partition("=")
+    return flag.replace("_", "-") + separator + value if flag.startswith("--") and " " not in flag else word
+
+
+def near_flag(flag: str, known: Sequence[str]) -> str | None:
+    """The flag that somebody may have meant who wrote `flag`: almost the same, one it is a part of, or similar."""
+    part = flag.lstrip("-")
+    near = (
+        difflib.get_close_matches(flag, known, n=1, cutoff=0.8)
+        or [each for each in known if part in each and len(part) > 3]
+        or difflib.get_close_matches(flag, known, n=1)
+    )
+    return near[0] if near else None
+
+
+def add_command(
+    subparsers: Any, name: str, arguments: str, *, summary: str, description: str, example: str, **settings: Any
+) -> CommandParser:
+    """Add the parser of a command, whose help begins with its arguments, what it does, and an example.
+
+    Args:
+        subparsers: of the whole command line.
+        name: of the command.
+        arguments: what always stands on its line, as "SOURCE DEST".
+        summary: a line in the list of commands.
+        description: a few sentences.
+        example: a command line without the name of the program.
+        settings: of ArgumentParser.
+    """
+    usage = " ".join(filter(None, ("ponder-hf", name, arguments, "[FLAGS]")))
+    description = f"{description}\n\nexample: ponder-hf {example}"
+    parser = subparsers.add_parser(
+        name, prog=f"ponder-hf {name}", usage=usage, help=summary, description=description, **settings
+    )
+    parser._positionals.title, parser._optionals.title = "arguments", "flags"
+    return parser
+
+
+def check_command(argv: Sequence[str], commands: Sequence[str]) -> None:
+    """Raise a UsageError where the first word of the command line is no command, with the ones near it."""
     word = next((word for word in argv if not word.startswith("-")), None)
     if word is None:
         if not any(word in ("-h", "--help", "--version") for word in argv):
-            raise PonderingError(f"no command given: say `ponder-hf COMMAND` with one of {', '.join(commands)}")
+            raise UsageError(f"no command given: say `ponder-hf COMMAND` with one of {', '.join(commands)}")
     elif word not in commands:
         near = difflib.get_close_matches(word, commands, n=2, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"the commands are {', '.join(commands)}"
-        raise PonderingError(f"there is no command {word!r}: {hint}")
+        raise UsageError(f"there is no command {word!r}: {hint}")

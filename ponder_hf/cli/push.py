@@ -1,14 +1,21 @@
 """`ponder-hf push`: put a checkpoint on the Hub."""
 
+import argparse
 import sys
+from typing import Any
+
+from .parser import add_command
 
 
-def add_parser(subparsers):
-    parser = subparsers.add_parser(
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    parser = add_command(
+        subparsers,
         "push",
-        help="put a checkpoint on the Hub",
+        "FOLDER REPO",
+        summary="put a checkpoint on the Hub",
         description="Put a pondering checkpoint or an adapter on the Hub, with code, tokenizer and model card, in one "
         "commit. Files that are there already are not sent again. The token is that of HF_TOKEN or `hf auth login`.",
+        example="push pondering-pythia-70m your-name/pondering-pythia-70m --dry-run",
     )
     parser.add_argument("folder", metavar="FOLDER", help="the folder of the checkpoint")
     parser.add_argument("repository", metavar="REPO", help="its name on the Hub, NAME/MODEL; made if it is not there")
@@ -31,7 +38,7 @@ def add_parser(subparsers):
     return parser
 
 
-def run(args):
+def run(args: argparse.Namespace) -> dict[str, Any]:
     from ponder_hf.hub import push
 
     result = push(

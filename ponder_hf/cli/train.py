@@ -2,57 +2,57 @@
 
 import argparse
 import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from .data_flags import add_text_flags
-from .fields import add_device_flag, add_field_flags, given_fields
+from .flags import add_device_flag, add_field_flags, add_revision_flag, add_text_flags, given_fields
 from .outcome import is_first_process
-from .training_flags import add_training_flags, read_arguments_file
+from .parser import add_command
+from .training_flags import add_common_flags, add_further_flags, further_flags, read_arguments_file
 
 
-def add_parser(subparsers):
-    parser = subparsers.add_parser(
+if TYPE_CHECKING:
+    from ponder_hf.training import TrainOptions
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    parser = add_command(
+        subparsers,
         "train",
-        help="train a model to ponder",
+        "SOURCE --data DATA --output DIR",
+        summary="train a model to ponder",
         description="Train a plain base, which is made to ponder first, a pondering checkpoint, or, with --config, a "
-        "new model. Everything is transformers' Trainer; each of its arguments is a flag. OUTPUT gets the "
-        "checkpoints, and at the end the model.",
+        "new model, by transformers' Trainer. DIR gets checkpoints, and at the end the model.",
+        example="train EleutherAI/pythia-70m --data my_text.txt --output trained --held-out 0.01",
         argument_default=argparse.SUPPRESS,
+        further_flags=further_flags,
+        complete=add_further_flags,
     )
-    parser.add_argument("source", nargs="?", metavar="SOURCE", help="a plain or a pondering model: a folder or Hub id")
     _add_run_flags(parser)
     _add_data_flags(parser)
-    _add_scratch_flags(parser)
-    _add_adapter_flags(parser)
+    add_common_flags(parser)
     add_field_flags(parser)
+    _add_adapter_flags(parser)
+    _add_scratch_flags(parser)
     parser.set_defaults(json=False)
-    parser.complete = add_training_flags
     return parser
 
 
 def _add_run_flags(parser):
     group = parser.add_argument_group("run")
-    group.add_argument(
-        "--output", "--output-dir", "--output_dir", metavar="DIR", help="the folder to write. Required."
-    )
-    group.add_argument(
-        "--resume",
-        nargs="?",
-        const="last",
-        metavar="CHECKPOINT",
-        help="continue the run in DIR from its last checkpoint, or from this one; nothing else need be said again",
-    )
+    group.add_argument("source", nargs="?", metavar="SOURCE", help="a plain or a pondering model: a folder or Hub id")
+    group.add_argument("--output", metavar="DIR", help="the folder to write. Required.")
+    group.add_argument("--output-dir", dest="output", help=argparse.SUPPRESS)  # Trainer's name for it
     group.add_argument("--overwrite", action="store_true", help="replace DIR if it is not empty")
-    group.add_argument("--arguments", metavar="FILE", help="a YAML file with any of these flags; flags win over it")
     group.add_argument(
-        "--draft-heads",
-        action="store_true",
-        help="leave SOURCE, a pondering model, as it is and train draft heads for it, which speed up `generate` with "
-        "num_draft_tokens",
+        "--resume", nargs="?", const="last", metavar="CHECKPOINT", help="go on from DIR's last checkpoint, or this one"
     )
+    group.add_argument("--arguments", metavar="FILE", help="a YAML file with any of these flags; flags win over it")
     add_device_flag(group)
-    group.add_argument("--revision", help="branch, tag or commit of SOURCE on the Hub")
+    add_revision_flag(group, "SOURCE")
+    group.add_argument("--dtype", metavar="DTYPE", help="of the weights: float32, bfloat16, auto. Default: float32.")
     group.add_argument(
-        "--dtype", metavar="DTYPE", help="of the weights: float32, bfloat16, or auto, as stored. Default: float32."
+        "--draft-heads", action="store_true", help="train only draft heads for SOURCE, which speed up `generate`"
     )
 
 
@@ -60,31 +60,13 @@ def _add_data_flags(parser):
     group = parser.add_argument_group("data")
     add_text_flags(group)
     group.add_argument("--split", metavar="SPLIT", help="of a data set to train on. Default: train.")
+    group.add_argument(
+        "--held-out", type=_part, metavar="PART", help="share (0.01) or number of blocks to evaluate on"
+    )
+    group.add_argument("--validation", nargs="+", metavar="DATA", help="other data to evaluate on")
+    group.add_argument("--validation-split", metavar="SPLIT", help="of a data set there. Default: validation.")
     group.add_argument("--streaming", action="store_true", help="read DATA while training; needs --max-steps")
-    group.add_argument(
-        "--shuffle-buffer", type=int, metavar="N", help="streaming, shuffle among so many blocks. Default: 0."
-    )
-    group.add_argument("--validation", nargs="+", metavar="DATA", help="what to evaluate on")
-    group.add_argument(
-        "--validation-split", metavar="SPLIT", help="of a data set of the Hub there. Default: validation."
-    )
-    group.add_argument(
-        "--held-out",
-        type=_part,
-        metavar="PART",
-        help="without --validation: a share of the blocks (0.01) or their number to keep apart and evaluate on",
-    )
-
-
-def _add_scratch_flags(parser):
-    group = parser.add_argument_group("from scratch")
-    group.add_argument(
-        "--config", metavar="CONFIG", help="in place of SOURCE: a config.json, or the folder or Hub id that has one"
-    )
-    group.add_argument("--tokenizer", metavar="TOKENIZER", help="a folder or Hub id with the tokenizer to use")
-    group.add_argument(
-        "--initialisation", metavar="WHOSE", help="authors: the paper's. transformers: its own. Default: authors."
-    )
+    group.add_argument("--shuffle-buffer", type=int, metavar="N", help="blocks to shuffle among then. Default: 0.")
 
 
 def _add_adapter_flags(parser):
@@ -97,7 +79,14 @@ def _add_adapter_flags(parser):
     group.add_argument("--merge", action="store_true", help="at the end, save the model with the adapter merged in")
 
 
-def run(args):
+def _add_scratch_flags(parser):
+    group = parser.add_argument_group("from scratch")
+    group.add_argument("--config", metavar="CONFIG", help="in place of SOURCE: a config.json, or what has one")
+    group.add_argument("--tokenizer", metavar="TOKENIZER", help="a folder or Hub id with the tokenizer to use")
+    group.add_argument("--initialisation", metavar="WHOSE", help="authors (the paper's; default) or transformers")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
     given = dict(vars(args))
     if "arguments" in given:
         given = {**_said(read_arguments_file(args.arguments, args.parser)), **_said(args)}
@@ -117,7 +106,7 @@ def run(args):
     return result
 
 
-def make_options(given):
+def make_options(given: Mapping[str, Any]) -> "TrainOptions":
     """TrainOptions from a dict of what was said: options, pondering fields and training arguments."""
     from ponder_hf.training.arguments import argument_names
     from ponder_hf.training.options import OPTION_NAMES, TrainOptions

@@ -5,20 +5,16 @@ a name with its value.
 """
 
 import argparse
-import contextlib
 import re
-from collections.abc import Iterator
 
-from ponder_hf import PonderingError
-
-from .fields import FLAG_FIELDS
+from .flags import FIELDS
 from .generate import PONDERING
 
 
 # `name`, `name=value`, `name="value"`; with a number also without backticks.
 _WORDS = re.compile(r"`(?P<name>[a-z]\w*)(?:=[\"']?(?P<value>[^`\"']*)[\"']?)?`|\b(?P<bare>[a-z]\w*)=(?P<number>\d+)")
 # What config.json and generation_config.json may say as well as a flag.
-_IN_FILES = {*FLAG_FIELDS, *PONDERING}
+_IN_FILES = {*FIELDS, *PONDERING}
 
 
 def in_flags(message: str, args: argparse.Namespace) -> str:
@@ -26,10 +22,9 @@ def in_flags(message: str, args: argparse.Namespace) -> str:
 
     Where it names only what a file of a checkpoint may say, and no flag said it here, the error is about that file.
     """
-    shown = {
-        action.dest: action.option_strings[0] if action.option_strings else action.metavar
-        for action in args.parser._actions
-    }
+    shown: dict[str, str] = {}
+    for action in args.parser._actions:
+        shown.setdefault(action.dest, action.option_strings[0] if action.option_strings else action.metavar)
     names = {found["name"] or found["bare"] for found in _WORDS.finditer(message)} & set(shown)
     if names <= _IN_FILES and all(getattr(args, name, None) is None for name in names):
         return message
@@ -41,12 +36,3 @@ def in_flags(message: str, args: argparse.Namespace) -> str:
         return shown[name] if value in (None, "True") else f"{shown[name]} {value}"
 
     return _WORDS.sub(translated, message)
-
-
-@contextlib.contextmanager
-def errors_in_flags(args: argparse.Namespace) -> Iterator[None]:
-    """A context in which errors, and what an interruption says on how to go on, speak of flags."""
-    try:
-        yield
-    except (PonderingError, KeyboardInterrupt) as error:
-        raise type(error)(in_flags(str(error), args)) from error

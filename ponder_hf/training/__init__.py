@@ -1,1 +1,9 @@
 """Training, by transformers' Trainer and its arguments."""
+
+from .draft_heads import train_draft_heads
+from .options import TrainOptions
+from .run import train
+from .trainer import PonderingTrainer
+
+
+__all__ = ["PonderingTrainer", "TrainOptions", "train", "train_draft_heads"]
