@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from ponder_hf import PonderingError
 from ponder_hf.errors import first_line
+from ponder_hf.modeling import PonderingError
 
 
 # What the command line says in its own words, or what would do nothing; each with what to say instead.

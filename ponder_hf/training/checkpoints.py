@@ -22,10 +22,10 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.trainer_utils import get_last_checkpoint
 
-from ponder_hf import PonderingError
 from ponder_hf.conversion.files import CONFIG
 from ponder_hf.conversion.whole_folder import flush, flush_entry
 from ponder_hf.errors import reading, writing
+from ponder_hf.modeling import PonderingError
 
 from .arguments import FREE_ON_RESUME, check_argument_names, current_names
 from .options import OPTION_NAMES, TrainOptions

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ponder_hf import PonderingConfig, PonderingError, PonderingForCausalLM
+from ponder_hf.modeling import PonderingConfig, PonderingError, PonderingForCausalLM
 
 
 _LLAMA = ("self_attn.o_proj", "mlp.down_proj")

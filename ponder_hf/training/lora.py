@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ponder_hf import PonderingConfig, PonderingError, PonderingForCausalLM
 from ponder_hf.conversion.whole_folder import whole_folder
 from ponder_hf.errors import reading
+from ponder_hf.modeling import PonderingConfig, PonderingError, PonderingForCausalLM
 
 from .options import TrainOptions
 from .start import Start

@@ -10,12 +10,12 @@ from huggingface_hub import get_token
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
-from ponder_hf import PonderingError
 from ponder_hf.conversion import check_tokenizer, load_tokenizer, open_checkpoint
 from ponder_hf.conversion.whole_folder import check_destination
 from ponder_hf.data import Blocks, StreamedBlocks, check_apart, load_blocks, split_held_out
 from ponder_hf.data.blocks import choose_block_size
 from ponder_hf.data.sources import usual_split
+from ponder_hf.modeling import PonderingError
 
 from . import lora
 from .arguments import complete_arguments, keep_token_apart, make_arguments, wrong_arguments

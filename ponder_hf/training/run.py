@@ -9,10 +9,10 @@ from typing import Any
 from transformers import PreTrainedModel, default_data_collator, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 
-from ponder_hf import PonderingError
 from ponder_hf.callbacks import PonderingCallback, TrainingProgress
 from ponder_hf.data.blocks import choose_block_size
 from ponder_hf.errors import TrainingStopped, writing
+from ponder_hf.modeling import PonderingError
 from ponder_hf.modeling.configuration_pondering import PONDERING_FIELDS
 
 from . import lora

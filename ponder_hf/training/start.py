@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ponder_hf import PonderingConfig, PonderingError, PonderingForCausalLM
 from ponder_hf.conversion import load_pondering, load_tokenizer, open_checkpoint
 from ponder_hf.conversion.checkpoint import Checkpoint, download_small_files
 from ponder_hf.conversion.files import CONFIG, read_json
 from ponder_hf.conversion.load_model import load_plain, plain_warnings, understand_plain
 from ponder_hf.errors import understanding
+from ponder_hf.modeling import PonderingConfig, PonderingError, PonderingForCausalLM
 from ponder_hf.modeling.pondering_backbone_checkpoint import read_base_config
 
 from .draft_heads import freeze_all_but_heads
