@@ -1,18 +1,9 @@
 """`generate` for pondering models: transformers' own, and what is said about pondering beside it.
 
-Five settings go with a call, each given to `generate` or set on a GenerationConfig (and so in generation_config.json):
-
-    pondering_steps             S for this call
-    pondering_exit_threshold    stop pondering a token that has converged (pondering_generate_exits.py); None: never
-    pondering_exit_criterion    how convergence is measured: "kl", "entropy", "argmax", or an object
-    num_draft_tokens            > 0: guess up to so many tokens ahead with the model itself
-                                (pondering_generate_speculation.py)
-    draft_source                where the guesses come from: "own", "heads", "prompt_lookup", or an object
-                                (pondering_generate_drafts.py)
-
-How a call goes: settings and prompt are checked before any work. transformers runs its own loop, in which
-`prepare_inputs_for_generation` gives the settings to each forward pass, and `_sample` goes over to drafting where that
-is asked for. At the end the output is told what happened.
+How a call goes: its settings (see PonderingGenerationMixin.generate) and the prompt are checked before any work. Then
+transformers runs its own loop, in which `prepare_inputs_for_generation` gives the settings to each forward pass, where
+tokens may stop early (pondering_generate_exits.py), and `_sample` goes over to drafting where that is asked for
+(pondering_generate_speculation.py). At the end the output is told what happened.
 
 While the call lasts its settings stand in a context variable of its thread, from which every forward pass of the call
 gets them. So strategies that hand on their arguments (to an assistant, say) do not hand these on.
@@ -64,7 +55,7 @@ class GenerationCall:
         num_draft_tokens: how far ahead the model may guess; 0: not at all.
         draft_source: where the guesses come from (pondering_generate_drafts.py).
         autocast: (whether it was on, its dtype) within the model's forward pass, as the last one saw it.
-        acceptance_rate: the share of guesses that proved right, told by whoever drafts.
+        acceptance_rate: the share of guesses that proved right, told by whoever drafts; None until then.
         steps_used: list of (first slot, (B, T) steps that each position took), one entry a forward pass; filled only
             where tokens may take fewer than S.
         slot_offset: of the first token of `input_ids`, where the prompt was embeddings or cached before.
@@ -76,7 +67,7 @@ class GenerationCall:
     num_draft_tokens: int = 0
     draft_source: Callable | None = None
     autocast: tuple[bool, torch.dtype] | None = None
-    acceptance_rate: float = 0.0
+    acceptance_rate: float | None = None
     steps_used: list[tuple[int, torch.Tensor]] = field(default_factory=list)
     slot_offset: int | None = None
 
@@ -164,7 +155,7 @@ def keep_settings(generation_config: GenerationConfig) -> None:
 
 
 class PonderingGenerationMixin(GenerationMixin):
-    """transformers' GenerationMixin with the settings above."""
+    """transformers' GenerationMixin, and what is said about pondering beside it."""
 
     @torch.no_grad()
     def generate(
@@ -240,6 +231,11 @@ class PonderingGenerationMixin(GenerationMixin):
             check_exits_once(self)
         with during(call):
             output = super().generate(inputs, generation_config, *args, **kwargs)
+        if call.num_draft_tokens and call.acceptance_rate is None:
+            raise PonderingError(
+                "nothing was drafted, as transformers took another way than `_sample`: leave out "
+                f"`num_draft_tokens`, or {INSTALL_TESTED}"
+            )
         if isinstance(output, ModelOutput):
             _report(call, output, _num_prompt_tokens(inputs, kwargs))
         return output

@@ -1,5 +1,7 @@
 """generate: the settings of a call, and the slots of its cache. Equality of results: test_equality.py."""
 
+import inspect
+
 import pytest
 import tiny
 import torch
@@ -7,6 +9,7 @@ from transformers import DynamicCache, GenerationConfig
 
 from ponder_hf import PonderingError, PonderingForCausalLM
 from ponder_hf.modeling.pondering_cache import CACHE_NAME, pass_cache, step_cache
+from ponder_hf.modeling.pondering_generate import SETTINGS
 
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -49,6 +52,14 @@ def test_the_steps_of_a_call_reach_every_token(steps):
     with torch.no_grad():
         tokens = model.generate(row.unsqueeze(0), pondering_steps=steps, **GREEDY)
         assert tokens[0].tolist() == recomputed(model, row, 8, pondering_steps=steps).tolist()
+
+
+def test_the_help_of_generate_says_what_is_about_pondering():
+    parameters = inspect.signature(PonderingForCausalLM.generate).parameters
+    arguments = PonderingForCausalLM.generate.__doc__.partition("Args:")[2].partition("Returns:")[0]
+    for name in SETTINGS:
+        assert parameters[name].default is None
+        assert f"\n            {name}: " in arguments
 
 
 @pytest.mark.parametrize("where", ["call", "generation config", "model", "file"])

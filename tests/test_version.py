@@ -260,6 +260,11 @@ def test_where_exits_or_drafts_are_others_they_are_refused(newer, monkeypatch):
     monkeypatch.setattr(pondering_generate_exits._ActiveTokens, "put", lambda self, old, new: old * 0)
     with pytest.raises(PonderingError, match=r"`pondering_exit_threshold` does not work under transformers 5\.31"):
         generated(model, **EXIT)
+    with monkeypatch.context() as moved:
+        # A transformers that calls `_sample` by another name.
+        moved.setattr(PonderingForCausalLM, "_sample", GenerationMixin._sample)
+        with pytest.raises(PonderingError, match="nothing was drafted, as transformers took another way"):
+            generated(model, num_draft_tokens=2)
     monkeypatch.setattr(pondering_generate_wave, "_compare_wave", lambda model: (torch.zeros(2), torch.ones(2)))
     with pytest.raises(PonderingError, match=r"`num_draft_tokens` does not work under transformers 5\.31"):
         generated(model, num_draft_tokens=2)

@@ -204,6 +204,8 @@ def test_keywords_of_the_loss_and_the_backbone_pass():
         ("drafts_source", "draft_source"),
         ("pondering_exit_threshhold", "pondering_exit_threshold"),
         ("ponder_exit_criterion", "pondering_exit_criterion"),
+        ("exit_threshold", "pondering_exit_threshold"),
+        ("num_darft_tokens", "num_draft_tokens"),
     ],
 )
 def test_typing_errors_in_generate(monkeypatch, name, meant):
