@@ -227,7 +227,7 @@ class PonderingConfig(PretrainedConfig):
         draft_heads: int = 0,
         pondering_format_version: int = FORMAT_VERSION,
         **kwargs: Any,
-    ):
+    ) -> None:
         check_transformers()
         kwargs.pop("auto_map", None)
         chosen = {name: kwargs.pop(name, None) for name in ("attn_implementation", "experts_implementation")}
@@ -286,7 +286,7 @@ class PonderingConfig(PretrainedConfig):
         return isinstance(other, PretrainedConfig) and self.to_dict() == other.to_dict()
 
     @classmethod
-    def from_dict(cls, config_dict, **kwargs):
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As transformers'.
 
         Raises:
@@ -306,21 +306,21 @@ class PonderingConfig(PretrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
     # transformers checks before it saves. What a class of configurations has or checks differently is the backbone's.
-    def validate(self):
+    def validate(self) -> None:
         """As transformers'; fields of pondering are checked when they are set."""
         getattr(self.base_config, "validate", list)()
 
     def _get_generation_parameters(self):
         return getattr(self.base_config, "_get_generation_parameters", dict)()
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """As transformers', with the whole of `base_config` and copies of its sizes; see the class."""
         output = self._without_copies(super().to_dict())
         names, within = self.base_config.attribute_map, output["base_config"]
         shown = {name: within.get(names.get(name, name)) for name in _SHOWN_IN_DICT}
         return {**output, **{name: value for name, value in shown.items() if value is not None}}
 
-    def to_diff_dict(self):
+    def to_diff_dict(self) -> dict[str, Any]:
         """What goes into config.json: every field once."""
         return self._without_copies(super().to_diff_dict())
 
@@ -329,12 +329,12 @@ class PonderingConfig(PretrainedConfig):
         output = {name: value for name, value in output.items() if _is_own(name)}
         return output if dtype is None else {**output, "dtype": dtype}
 
-    def save_pretrained(self, *args, **kwargs):
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As transformers', of a configuration that loads again."""
         check_vocabulary(self)
-        return super().save_pretrained(*args, **kwargs)
+        super().save_pretrained(*args, **kwargs)
 
-    def get_text_config(self, *args, **kwargs):
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PretrainedConfig:
         """The configuration of the decoder that runs in every pass: the backbone's."""
         base_config = self.__dict__.get("base_config")
         return self if base_config is None else base_config.get_text_config(*args, **kwargs)
@@ -345,7 +345,7 @@ for _name in dir(PretrainedConfig):
         setattr(PonderingConfig, _name, _OfBackbone(_name))
 
 
-def check_vocabulary(config, top_k=None, vocab_size=None):
+def check_vocabulary(config: PretrainedConfig, top_k: int | None = None, vocab_size: int | None = None) -> None:
     """Raise where `top_k` is more than `vocab_size`; each is the configuration's own where it is not given."""
     top_k = config.__dict__.get("pondering_top_k") if top_k is None else top_k  # not there while it is made
     if top_k is None:
@@ -416,7 +416,7 @@ class NoClassifier:
     config_class = PonderingConfig
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         raise PonderingError(
             "pondering models only predict tokens: classifiers and reward models of them are not supported; "
             "`ponder-hf export` or `model.to_base()` gives the plain backbone, which transformers makes one of"

@@ -12,14 +12,17 @@ This file holds only that. The backbone is transformers' own model, unchanged; w
 pondering_backbone.py. Positions and masks are the tokens' own, the same in every pass.
 """
 
+from collections.abc import Callable, Mapping
 from functools import partial
+from os import PathLike
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.modeling_outputs import BaseModelOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging
 
 from .configuration_pondering import PonderingConfig, check_steps, check_vocabulary
@@ -46,7 +49,7 @@ from .pondering_cache import CACHE_NAME, are_packed, given_cache, mark_owner, pa
 from .pondering_errors import INSTALL_TESTED, PonderingError, did_you_mean, untested_version
 from .pondering_generate import PonderingGenerationMixin, current_call, keep_settings
 from .pondering_generate_drafts import DraftHeads
-from .pondering_generate_exits import PassesWithExits
+from .pondering_generate_exits import PassesWithExits, PonderingExit
 from .pondering_vocabulary import scaled
 from .pondering_vocabulary_embedding import PonderingEmbedding, PonderingGate
 from .pondering_vocabulary_loss import (
@@ -98,7 +101,7 @@ class PonderingPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
-    def __init__(self, config):
+    def __init__(self, config: PonderingConfig) -> None:
         super().__init__(config)
         self.backbone = backbone_class(config.base_config)(config.base_config)
         # Masks that `generate` prepares must be of the kind that the backbone's layers expect.
@@ -156,34 +159,36 @@ class PonderingPreTrainedModel(PreTrainedModel):
             self._needs_verification = False
 
     @property
-    def embedding_size(self):
+    def embedding_size(self) -> int:
         """Width of the embeddings that the backbone takes; OPT's can differ from its hidden size."""
         embedding = self.backbone.get_input_embeddings()
         return getattr(embedding, "embedding_dim", None) or embedding.weight.shape[1]
 
     @property
-    def state_size(self):
+    def state_size(self) -> int:
         """Width of the last hidden states, which the head reads."""
         return self.backbone.get_output_embeddings().weight.shape[1]
 
     @property
-    def pondering_kernel(self):
+    def pondering_kernel(self) -> str:
         """How the pondering embedding is computed: "top_k", "vocabulary" or "plain"; see PonderingEmbedding."""
         return PonderingEmbedding(self.backbone, self.config).kernel
 
-    def get_input_embeddings(self):
+    def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()
 
-    def set_input_embeddings(self, value):
+    def set_input_embeddings(self, value: nn.Module) -> None:
         self.backbone.set_input_embeddings(value)
 
-    def get_output_embeddings(self):
+    def get_output_embeddings(self) -> nn.Module:
         return self.backbone.get_output_embeddings()
 
-    def set_output_embeddings(self, value):
+    def set_output_embeddings(self, value: nn.Module) -> None:
         self.backbone.set_output_embeddings(value)
 
-    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, *args, **kwargs):
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any
+    ) -> nn.Module:
         """As transformers', to a vocabulary that has at least `pondering_top_k` entries.
 
         Raises:
@@ -199,16 +204,16 @@ class PonderingPreTrainedModel(PreTrainedModel):
             )
         return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, *args, **kwargs)
 
-    def get_decoder(self):
+    def get_decoder(self) -> PreTrainedModel:
         """The model without its head: all passes."""
         return self
 
-    def get_encoder(self, modality=None):
+    def get_encoder(self, modality: str | None = None) -> PreTrainedModel:
         """There is none: the model itself then, as transformers and PEFT have it."""
         return self
 
     @classmethod
-    def from_base(cls, base, **arguments):
+    def from_base(cls, base: str | PathLike | PreTrainedModel, **arguments: Any) -> "PonderingPreTrainedModel":
         """Make a pondering model from a plain one, keeping every weight and its dtype.
 
         Args:
@@ -269,7 +274,7 @@ class PonderingPreTrainedModel(PreTrainedModel):
         return model
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """transformers' own; draft heads do not learn with the model, and loading would make them."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -277,7 +282,7 @@ class PonderingPreTrainedModel(PreTrainedModel):
             model.draft_heads.requires_grad_(False)
         return loaded
 
-    def add_draft_heads(self, num_passes=None):
+    def add_draft_heads(self, num_passes: int | None = None) -> None:
         """Give the first `num_passes` passes new draft heads (pondering_generate_drafts.py), or all but the last.
 
         They start as the passes' own predictions; `ponder_hf.training.draft_heads` trains them.
@@ -290,7 +295,7 @@ class PonderingPreTrainedModel(PreTrainedModel):
             self.draft_heads = DraftHeads(config.draft_heads, self.state_size).to(weight.device, self.backbone.dtype)
             self.draft_heads.requires_grad_(False)
 
-    def save_pretrained(self, *args, **kwargs):
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As transformers', under the class's own name.
 
         FSDP2 makes a subclass within torch for each sharded module; transformers would name that one in config.json
@@ -300,21 +305,29 @@ class PonderingPreTrainedModel(PreTrainedModel):
         current = type(self)
         self.__class__ = next(parent for parent in current.__mro__ if not parent.__module__.startswith("torch."))
         try:
-            return super().save_pretrained(*args, **kwargs)
+            super().save_pretrained(*args, **kwargs)
         finally:
             self.__class__ = current
 
-    def load_state_dict(self, state_dict, *args, **kwargs):
+    def load_state_dict(self, state_dict: Mapping[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
         """As torch's, and takes the official names of weights too: Trainer resumes by reading a file into this."""
         return super().load_state_dict(names_in_memory(self, state_dict), *args, **kwargs)
 
-    def to_base(self):
+    def to_base(self) -> PreTrainedModel:
         """The plain backbone, an instance of its own transformers class: the same weights, no copy."""
         if getattr(self, "generation_config", None) is not None:
             self.backbone.generation_config = self.generation_config
         return self.backbone
 
-    def ponder(self, inputs_embeds, num_steps, past_key_values=None, use_cache=False, on_hidden_states=None, **kwargs):
+    def ponder(
+        self,
+        inputs_embeds: torch.Tensor,
+        num_steps: int,
+        past_key_values: Cache | None = None,
+        use_cache: bool = False,
+        on_hidden_states: Callable[[torch.Tensor], None] | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
         """Run passes 0 .. S and give back the last one's output.
 
         Args:
@@ -348,8 +361,8 @@ class PonderingPreTrainedModel(PreTrainedModel):
             router_logits.extend(getattr(output, "router_logits", None) or ())
             return output
 
-        pondering_embedding = PonderingEmbedding(self.backbone, config) if num_steps else None
-        hidden_inputs = scaled(inputs_embeds, config.input_scale * config.embedding_scale)
+        pondering_embedding: Any = PonderingEmbedding(self.backbone, config) if num_steps else None
+        hidden_inputs = self.first_input(inputs_embeds)
         for step in range(num_steps):
             hidden_states = run_pass(step, **only_last).last_hidden_state
             if on_hidden_states is not None:
@@ -362,35 +375,35 @@ class PonderingPreTrainedModel(PreTrainedModel):
             output["router_logits"] = tuple(router_logits)
         return output
 
-    def finish_embedding(self, embedding):
+    def first_input(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """x^0 of token embeddings (..., d) as the embedding module gives them."""
+        return scaled(inputs_embeds, self.config.input_scale * self.config.embedding_scale)
+
+    def finish_embedding(self, embedding: torch.Tensor) -> torch.Tensor:
         """What is added of a pondering embedding (..., d): scaled, and gated where there is a gate."""
         embedding = scaled(embedding, self.config.embedding_scale)
         return embedding if self.pondering_gate is None else self.pondering_gate(embedding)
 
     @torch.no_grad()
-    def ponder_until_converged(self, inputs_embeds, num_steps, past_key_values, pondering_exit, **kwargs):
+    def ponder_until_converged(
+        self,
+        inputs_embeds: torch.Tensor,
+        num_steps: int,
+        past_key_values: Cache | None,
+        pondering_exit: PonderingExit,
+        **kwargs: Any,
+    ) -> PassesWithExits:
         """As `ponder`, but each token stops when it has converged. Gives back the PassesWithExits that have run."""
-        switches = ("output_hidden_states", "output_attentions", "output_router_logits")
-        wanted = [name for name in switches if kwargs.pop(name, False)]
-        if wanted:
-            raise PonderingError(f"`{wanted[0]}` needs the same passes for every token: leave out the exit threshold")
-        hidden_inputs = scaled(inputs_embeds, self.config.input_scale * self.config.embedding_scale)
-        return PassesWithExits(self, num_steps, past_key_values, pondering_exit).run(hidden_inputs, **kwargs)
+        for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
+            if kwargs.pop(name, False):
+                raise PonderingError(f"`{name}` needs the same passes for every token: leave out the exit threshold")
+        passes = PassesWithExits(self, num_steps, past_key_values, pondering_exit)
+        return passes.run(self.first_input(inputs_embeds), **kwargs)
 
     def _current_call(self):
+        # The call of `generate` that this forward pass belongs to, or None.
         call = None if torch.compiler.is_compiling() else current_call()
         return call if call is not None and call.model is self else None
-
-    def _note_autocast(self, device_type):
-        # accelerate puts it around `forward`; drafts, which do not call that, compute in the same.
-        call = self._current_call()
-        if call is not None:
-            call.autocast = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
-
-    def _default_steps(self):
-        # Within `generate` whoever calls the model by itself, as guidance does, means the S of the call.
-        call = self._current_call()
-        return self.config.pondering_steps if call is None else call.steps
 
     def _prepare(self, input_ids, inputs_embeds, past_key_values, use_cache, pondering_steps, kwargs):
         """Settle what `forward` was called with: (inputs_embeds, S, cache, use_cache, output switches in kwargs)."""
@@ -403,11 +416,17 @@ class PonderingPreTrainedModel(PreTrainedModel):
             raise PonderingError("give exactly one of `input_ids` and `inputs_embeds`")
         _check_names(kwargs)
         self._verify_once()
-        num_steps = self._default_steps() if pondering_steps is None else pondering_steps
+        num_steps, call = pondering_steps, self._current_call()
+        if num_steps is None:  # within `generate` whoever calls the model by itself, as guidance does, means its S
+            num_steps = self.config.pondering_steps if call is None else call.steps
         check_steps("pondering_steps", num_steps)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        self._note_autocast(inputs_embeds.device.type)
+        if (
+            call is not None
+        ):  # accelerate puts it around `forward`; drafts, which do not call that, compute in the same
+            kind = inputs_embeds.device.type
+            call.autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         if not torch.compiler.is_compiling():
             warn_of_what_never_runs(self.backbone)
         if not takes_cache(self.backbone):
@@ -432,44 +451,37 @@ class PonderingModel(PonderingPreTrainedModel):
 
     def forward(
         self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        use_cache=None,
-        pondering_steps=None,
-        return_dict=None,
-        **kwargs,
-    ):
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        pondering_steps: int | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast | tuple:
         """Arguments as in PonderingForCausalLM.forward.
 
         Returns:
-            BaseModelOutputWithPast with the last pass's `last_hidden_state` (B, T, d); MoeModelOutputWithPast where
-            there are `router_logits`, those of all passes (see `ponder`).
+            What the backbone's decoder returns (BaseModelOutputWithPast, MoeModelOutputWithPast) in the last pass:
+            `last_hidden_state` (B, T, d); with the cache and the `router_logits` of all passes (see `ponder`).
         """
         inputs = {"attention_mask": attention_mask, "position_ids": position_ids, **kwargs}
         inputs_embeds, num_steps, past_key_values, use_cache = self._prepare(
             input_ids, inputs_embeds, past_key_values, use_cache, pondering_steps, inputs
         )
         output = self.ponder(inputs_embeds, num_steps, past_key_values, use_cache, **inputs)
-        router_logits = getattr(output, "router_logits", None)
-        output_class = BaseModelOutputWithPast if router_logits is None else MoeModelOutputWithPast
-        result = output_class(
-            last_hidden_state=output.last_hidden_state,
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-            **{CACHE_NAME: past_key_values},
-            **({} if router_logits is None else {"router_logits": router_logits}),
-        )
-        return result.to_tuple() if _wants_tuple(return_dict, self.config) else result
+        if past_key_values is not None:
+            output[CACHE_NAME] = past_key_values
+        return output.to_tuple() if _wants_tuple(return_dict, self.config) else output
 
 
 class PonderingForCausalLM(PonderingPreTrainedModel, PonderingGenerationMixin):
     """A causal language model that ponders `pondering_steps` times before each token."""
 
     @property
-    def base_model(self):
+    def base_model(self) -> PonderingModel:
         """All passes without the logits: a PonderingModel of the very same modules.
 
         TRL computes its losses by calling this and multiplying with the head, so it must not be the bare backbone.
@@ -477,29 +489,30 @@ class PonderingForCausalLM(PonderingPreTrainedModel, PonderingGenerationMixin):
         passes = PonderingModel.__new__(PonderingModel)
         nn.Module.__init__(passes)
         passes.config, passes.backbone, passes.pondering_gate = self.config, self.backbone, self.pondering_gate
-        passes.training, passes._verify_once = self.training, self._verify_once
+        passes.training = self.training
+        passes._verify_once = self._verify_once  # type: ignore[method-assign]
         return passes
 
-    def get_decoder(self):
+    def get_decoder(self) -> PonderingModel:
         """As `base_model`: with the head it gives the logits. One pass alone is `backbone.get_decoder()`."""
         return self.base_model
 
     def forward(
         self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        labels=None,
-        use_cache=None,
-        logits_to_keep=0,
-        pondering_steps=None,
-        output_pondering=False,
-        pondering_exit=None,
-        return_dict=None,
-        **kwargs,
-    ):
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        pondering_steps: int | None = None,
+        output_pondering: bool = False,
+        pondering_exit: PonderingExit | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> PonderingCausalLMOutput | tuple:
         """Ponder over a batch of token sequences.
 
         Args:
@@ -526,8 +539,9 @@ class PonderingForCausalLM(PonderingPreTrainedModel, PonderingGenerationMixin):
         needs_loss = labels is not None or loss_arguments.get("shift_labels") is not None
         weight = self.config.intermediate_loss_weight
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        step_logits, step_losses = [], []
-        loss_of = partial(self._loss, labels=labels, loss_arguments=loss_arguments) if needs_loss else None
+        step_logits: list[Any] = []
+        step_losses: list[Any] = []
+        loss_of: Any = partial(self._loss, labels=labels, loss_arguments=loss_arguments) if needs_loss else None
         if pondering_exit is not None and num_steps:
             if output_pondering:
                 raise PonderingError("`output_pondering` needs all passes of every token: leave out `pondering_exit`")
@@ -548,8 +562,13 @@ class PonderingForCausalLM(PonderingPreTrainedModel, PonderingGenerationMixin):
 
         output = self.ponder(inputs_embeds, num_steps, past_key_values, use_cache, on_hidden_states=collect, **inputs)
         hidden_states, router_logits = output.last_hidden_state, getattr(output, "router_logits", None)
-        aux_loss, aux_weight = self._auxiliary_loss(router_logits, attention_mask, hidden_states.shape[1], num_steps)
-        loss = last_loss = None
+        aux_loss: Any = None
+        aux_weight: Any = None
+        if router_logits is not None:
+            mask = attention_mask[..., -hidden_states.shape[1] :] if torch.is_tensor(attention_mask) else None
+            aux_loss, aux_weight = auxiliary_loss(self.backbone, router_logits, mask, num_steps + 1)
+        loss: Any = None
+        last_loss: Any = None
         if needs_loss:
             loss = last_loss = loss_of(hidden_states)
             if step_losses and weight and self.training:
@@ -571,10 +590,10 @@ class PonderingForCausalLM(PonderingPreTrainedModel, PonderingGenerationMixin):
         )
         return result.to_tuple() if _wants_tuple(return_dict, self.config) else result
 
-    def save_pretrained(self, *args, **kwargs):
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As transformers does, in a way that settings of pondering in the generation configuration are read back."""
         keep_settings(self.generation_config)
-        return super().save_pretrained(*args, **kwargs)
+        super().save_pretrained(*args, **kwargs)
 
     @torch.no_grad()
     def _output_of_exits(self, passes, loss_of, kept, past_key_values):
@@ -584,20 +603,6 @@ class PonderingForCausalLM(PonderingPreTrainedModel, PonderingGenerationMixin):
             logits=passes.last_logits(kept),
             **{CACHE_NAME: past_key_values},
         )
-
-    def _auxiliary_loss(self, router_logits, attention_mask, length, num_steps):
-        """(sum over the passes, weight in the loss), or (None, None) where the backbone's own class adds none."""
-        if router_logits is None:
-            return None, None
-        if torch.is_tensor(attention_mask):
-            attention_mask = attention_mask[..., -length:]
-        count = len(router_logits) // (num_steps + 1)
-        found = [
-            auxiliary_loss(self.backbone, router_logits[first : first + count], attention_mask)
-            for first in range(0, len(router_logits), count)
-        ]
-        losses, weights = zip(*found, strict=True)
-        return (None if losses[0] is None else sum(losses)), weights[0]
 
     def _loss(self, hidden_states, labels, loss_arguments):
         if self.loss_function is not ForCausalLMLoss:  # the user put another one in, as in any model of transformers

@@ -7,12 +7,14 @@ logits in a way of its own, extend `finish_logits` and `backbone_readout`; to re
 import functools
 import inspect
 import types
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.utils import logging
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput, logging
 
 from .pondering_cache import CACHE_NAMES
 from .pondering_errors import PonderingError
@@ -43,7 +45,7 @@ REFUSED = {
 _ATTENTION_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
 
 
-def backbone_class(base_config):
+def backbone_class(base_config: PretrainedConfig) -> type[PreTrainedModel]:
     """The transformers class of the backbone, or a PonderingError that says why it cannot ponder."""
     model_type = base_config.model_type
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(base_config), None)
@@ -77,7 +79,7 @@ def _why_not(base_config, model_class):
     return None
 
 
-def finish_logits(logits, base_config):
+def finish_logits(logits: torch.Tensor, base_config: PretrainedConfig) -> torch.Tensor:
     """What some backbones do between the head and the logits. logits: (..., V), returned in the same shape."""
     cap = getattr(base_config, "final_logit_softcapping", None)  # Gemma
     if cap is not None:
@@ -92,18 +94,18 @@ def finish_logits(logits, base_config):
 
 
 @replaceable
-def decoder_context(inputs_embeds):
+def decoder_context(inputs_embeds: torch.Tensor) -> AbstractContextManager:
     """A context to run a backbone's decoder in, on embeddings (B, T, d)."""
     return nullcontext()
 
 
 @replaceable
-def head_context(hidden_states):
+def head_context(hidden_states: torch.Tensor) -> AbstractContextManager:
     """A context to run a backbone's head in, on states (B, T, d)."""
     return nullcontext()
 
 
-def backbone_logits(backbone, hidden_states):
+def backbone_logits(backbone: PreTrainedModel, hidden_states: torch.Tensor) -> torch.Tensor:
     """(..., V), what the backbone itself would put out for its last hidden states (B, T, d) or (n, d).
 
     The head always sees three dimensions, as hooks on it expect: n tokens are n rows of one token.
@@ -114,7 +116,7 @@ def backbone_logits(backbone, hidden_states):
         return finish_logits(backbone.get_output_embeddings()(hidden_states), backbone.config)
 
 
-def embedding_table(backbone, device=None):
+def embedding_table(backbone: PreTrainedModel, device: torch.device | None = None) -> torch.Tensor:
     """(V, d), every token's embedding as the backbone feeds it in, scaled where its embedding module scales (Gemma).
 
     A plain embedding gives its weight itself; any other (scaled, quantised, sharded, wrapped by PEFT) is asked for all
@@ -164,19 +166,19 @@ _OF_WEIGHTS = (
 )
 
 
-def is_about_weights(hook):
+def is_about_weights(hook: Callable) -> bool:
     """Whether a hook was set by a library that holds a module's weights, and not by somebody who looks at tokens."""
     return hook_origin(hook).startswith(tuple(f"{name}." for name in _OF_WEIGHTS))
 
 
-def hook_origin(hook):
+def hook_origin(hook: Callable) -> str:
     """The module that a hook is defined in, and a dot."""
     while isinstance(hook, functools.partial):
         hook = hook.func
     return f"{getattr(hook, '__module__', None)}."
 
 
-def hooks_of(module):
+def hooks_of(module: nn.Module) -> list[Callable]:
     """All hooks before and after the forward pass of a module."""
     return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
 
@@ -223,7 +225,7 @@ def _copy_without_token_hooks(module):
 _TRANSPARENT = ("torch.", "accelerate.hooks.", "accelerate.utils.operations.")
 
 
-def is_original(method, homes):
+def is_original(method: Callable | None, homes: Iterable[str]) -> bool:
     """Whether a method is defined in one of these modules, perhaps within autocast, compilation or offloading."""
     while method is not None:
         method = getattr(method, "__func__", method)
@@ -235,7 +237,7 @@ def is_original(method, homes):
     return False
 
 
-def warn_of_what_never_runs(backbone):
+def warn_of_what_never_runs(backbone: PreTrainedModel) -> None:
     """Say once that the backbone's own forward pass, and so what was put around it, is not part of pondering."""
     has_hooks = not all(is_about_weights(hook) for hook in hooks_of(backbone))
     if has_hooks or not is_original(backbone.forward, ("transformers",)):
@@ -256,8 +258,10 @@ class AdapterRows:
     rows: the prompt of each row, a list; None: all prompts in turn, however often.
     """
 
-    def __init__(self, model):
-        self.rows, self._handles, self._modules = None, [], []
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.rows: list[int] | None = None
+        self._handles: list[Any] = []
+        self._modules: list[nn.Module] = []
         if hasattr(model, "peft_config"):
             self._modules = [module for module in model.modules() if self._has_names(module)]
         self.exist = bool(self._modules)
@@ -288,7 +292,7 @@ class AdapterRows:
         return arguments, {**kwargs, "adapter_names": [names[row] for row in rows]}
 
 
-def backbone_readout(backbone):
+def backbone_readout(backbone: PreTrainedModel) -> Readout | None:
     """The head as a Readout for code that works on its bare weight, or None where only the module itself will do.
 
     That is so for a head that is wrapped (PEFT), quantised, sharded, moved by hooks, or of a class of its own.
@@ -301,7 +305,7 @@ def backbone_readout(backbone):
     return Readout(head.weight, head.bias, getattr(config, "final_logit_softcapping", None), factor)
 
 
-def bare_table(backbone):
+def bare_table(backbone: PreTrainedModel) -> tuple[torch.Tensor, float | torch.Tensor] | None:
     """(weight, scale) of the embedding module, as in `backbone_readout`: rows fed in are scale * weight. Or None."""
     module = backbone.get_input_embeddings()
     if not _is_bare_embedding(module) or getattr(module, "max_norm", None) is not None:
@@ -309,7 +313,7 @@ def bare_table(backbone):
     if type(module) is nn.Embedding:
         return module.weight, 1.0
     if isinstance(module, nn.Embedding) and type(module).__name__.endswith("ScaledWordEmbedding"):
-        scale = module.embed_scale
+        scale: Any = module.embed_scale
         return module.weight, scale.to(module.weight.dtype) if torch.is_tensor(scale) else scale
     return None
 
@@ -330,7 +334,7 @@ def _is_bare_embedding(module):
     return _is_bare(module) and not any(is_about_weights(hook) for hook in module._forward_pre_hooks.values())
 
 
-def backbone_decoder(backbone):
+def backbone_decoder(backbone: PreTrainedModel) -> PreTrainedModel:
     """The backbone without its head."""
     decoder = backbone.base_model
     # The prefix that the class names may not be there (Llama 4's text model).
@@ -347,12 +351,12 @@ def _parameters(decoder_class):
     return _PARAMETERS[decoder_class]
 
 
-def takes_position_ids(backbone):
+def takes_position_ids(backbone: PreTrainedModel) -> bool:
     """Whether it can be told the positions; models with ALiBi find them in the attention mask."""
     return "position_ids" in _parameters(type(backbone_decoder(backbone)))
 
 
-def num_positions(backbone):
+def num_positions(backbone: PreTrainedModel) -> int | None:
     """The length of the backbone's table of positions, or None where positions are computed (rotations, ALiBi)."""
     config = backbone.config
     if getattr(config, "alibi", False):
@@ -365,12 +369,12 @@ def num_positions(backbone):
     return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
 
 
-def takes_cache(backbone):
+def takes_cache(backbone: PreTrainedModel) -> bool:
     """Whether its decoder keeps keys and values at all; OpenAI GPT, for one, runs the whole text for every token."""
     return any(name in _parameters(type(backbone_decoder(backbone))) for name in CACHE_NAMES)
 
 
-def changing_rotations(backbone):
+def changing_rotations(backbone: PreTrainedModel) -> tuple[str, int] | None:
     """(kind, length): rotary embeddings that turn otherwise in texts longer than `length`. None: always alike.
 
     kind: "longrope", with one set of frequencies up to there and another beyond, or "dynamic", where each length
@@ -391,7 +395,13 @@ def changing_rotations(backbone):
     return None
 
 
-def run_backbone(backbone, inputs_embeds, position_ids=None, past_key_values=None, **kwargs):
+def run_backbone(
+    backbone: PreTrainedModel,
+    inputs_embeds: torch.Tensor,
+    position_ids: torch.Tensor | None = None,
+    past_key_values: Any = None,
+    **kwargs: Any,
+) -> ModelOutput:
     """One forward pass of the decoder without its head. inputs_embeds: (B, T, d). Returns transformers' output."""
     decoder = backbone_decoder(backbone)
     parameters = _parameters(type(decoder))
@@ -404,7 +414,7 @@ def run_backbone(backbone, inputs_embeds, position_ids=None, past_key_values=Non
 
 
 @contextmanager
-def evaluating(module):
+def evaluating(module: nn.Module) -> Iterator[nn.Module]:
     """Evaluation mode; each part is in its own former mode afterwards, as some may be frozen in another than the rest.
 
     module: any nn.Module.
@@ -418,7 +428,7 @@ def evaluating(module):
             part.training = training
 
 
-def check_inputs(model):
+def check_inputs(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids (2, 6) and their mask: the second row is left-padded by two."""
     ids = torch.arange(2, 14, device=model.device).view(2, 6) % model.config.vocab_size
     mask = torch.ones_like(ids)
@@ -426,11 +436,11 @@ def check_inputs(model):
     return ids, mask
 
 
-def positions_of(mask):
+def positions_of(mask: torch.Tensor) -> torch.Tensor:
     return (mask.cumsum(1) - 1).clamp(min=0)
 
 
-def are_close(found, expected):
+def are_close(found: torch.Tensor, expected: torch.Tensor) -> bool:
     """Whether two tensors are equal but for rounding. What is not a number is not."""
     tolerance = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 1e-1
     return found.shape == expected.shape and bool(
@@ -438,11 +448,11 @@ def are_close(found, expected):
     )
 
 
-def first_line(error):
+def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".split("\n")[0]
 
 
-def verify_backbone(backbone):
+def verify_backbone(backbone: PreTrainedModel) -> None:
     """Hold an untested backbone against itself: embedding, passes and head taken apart must give its own logits.
 
     Where its own loss is not made of what pondering's is, a warning says so.
@@ -510,15 +520,21 @@ def _compare_loss(backbone, ids, own, tolerance):
 _BALANCING_ARGUMENTS = ["num_experts", "top_k", "attention_mask"]  # after the router logits
 
 
-def auxiliary_loss(backbone, router_logits, attention_mask=None):
-    """How unevenly a mixture of experts uses its experts in one pass, and the weight of that in the loss.
+def auxiliary_loss(
+    backbone: PreTrainedModel,
+    router_logits: Sequence[torch.Tensor],
+    attention_mask: torch.Tensor | None = None,
+    num_passes: int = 1,
+) -> tuple[torch.Tensor | None, float | None]:
+    """How unevenly a mixture of experts uses its experts, summed over passes, and the weight of that in the loss.
 
     It is what the backbone's own class adds to its loss, by the function in transformers' file of the backbone.
 
     Args:
         backbone: the model, of transformers.
-        router_logits: tuple of (B * T, experts), of each layer that has experts.
+        router_logits: (B * T, experts) of each layer that has experts, pass after pass.
         attention_mask: (B, T), 0 where a token is padding; None, and any other kind of mask: every token counts.
+        num_passes: how many passes there are.
 
     Returns:
         (loss, weight): a scalar and a number; (None, None) where the class adds none.
@@ -543,8 +559,10 @@ def auxiliary_loss(backbone, router_logits, attention_mask=None):
             f"a backbone of model_type {config.model_type!r} balances its experts in a way of its own, which "
             "pondering does not know: set output_router_logits=False"
         )
-    is_mask = torch.is_tensor(attention_mask) and attention_mask.ndim == 2
-    return balance(router_logits, *experts, attention_mask if is_mask else None), weight
+    mask = attention_mask if torch.is_tensor(attention_mask) and attention_mask.ndim == 2 else None
+    count = len(router_logits) // num_passes
+    passes = [tuple(router_logits[first : first + count]) for first in range(0, len(router_logits), count)]
+    return sum(balance(each, *experts, mask) for each in passes), weight
 
 
 # What plain generation calls of the model for each token, and drafts do not.
@@ -559,7 +577,7 @@ _HOMES = (
 _INSTEAD = "do so on the head (`get_output_embeddings()`) or in a logits processor, or set num_draft_tokens=0"
 
 
-def check_wrapping(model):
+def check_wrapping(model: PreTrainedModel) -> None:
     """Raise unless what stands around the model, which drafts do not call, leaves its logits as they are.
 
     Raises:

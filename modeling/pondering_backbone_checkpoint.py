@@ -1,6 +1,11 @@
 """Read the checkpoint that a pondering model is made from: a plain one, or one that the method's authors wrote."""
 
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
+from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .configuration_pondering import PONDERING_FIELDS, PonderingConfig
@@ -39,14 +44,15 @@ _NOT_HERE = {
         _LOAD_FIRST,
     ),
 }
-_CONFIG_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 # The authors' configuration fields: what becomes of each here. None: dropped on purpose.
 AUTHORS_FLAGS = {
     "ponderinglm": None,  # llama and gpt_neox: pondering is on. A pondering model always ponders.
     "recurrent_model": None,  # gpt2: the same
     "pondering_steps": lambda value, raw: {"pondering_steps": value},
-    "scale_embeds": lambda value, raw: {"embedding_scale": _hidden_size(raw) ** 0.5} if value else {},
+    "scale_embeds": lambda value, raw: (
+        {"embedding_scale": raw.get("n_embd", raw.get("hidden_size")) ** 0.5} if value else {}
+    ),
     "mutiply_pondering_steps": lambda value, raw: {"input_scale": float(raw["pondering_steps"])} if value else {},
     "softmax_temperature": lambda value, raw: {"pondering_temperature": value},
     "checkpoint_num_layers": None,  # how many layers they recompute in training
@@ -103,11 +109,7 @@ class NeverSaved(str):
         return str, ()
 
 
-def _hidden_size(raw):
-    return raw["n_embd"] if "n_embd" in raw else raw["hidden_size"]
-
-
-def is_authors_config(raw):
+def is_authors_config(raw: Mapping[str, Any]) -> bool:
     """Whether a configuration file's contents come from the authors' implementation, with pondering switched on."""
     return any(raw.get(name) for name in _SWITCHES) and "pondering_steps" in raw
 
@@ -116,12 +118,8 @@ def _known_fields(model_type):
     return set(CONFIG_MAPPING[model_type]().to_dict()) | set(PretrainedConfig().to_dict()) | _LEGACY_FIELDS
 
 
-def authors_fields(raw):
-    """The pondering fields that the authors' configuration `raw` means, and `raw` without their flags.
-
-    Raises:
-        PonderingError: a field is neither theirs nor transformers'.
-    """
+def _authors_fields(raw):
+    """The pondering fields that the authors' configuration `raw` means, and `raw` without their flags."""
     rest = {name: value for name, value in raw.items() if name not in AUTHORS_FLAGS}
     if raw.get("model_type") not in _AUTHORS_MODEL_TYPES:
         raise PonderingError(
@@ -143,13 +141,20 @@ def authors_fields(raw):
     return fields, rest
 
 
-def understand_config(source, raw, given=(), authors=False, ignore_fields=(), ignore_code=False):
+def understand_config(
+    source: str | PathLike,
+    raw: dict[str, Any],
+    given: Mapping[str, Any] | None = None,
+    authors: bool = False,
+    ignore_fields: Sequence[str] = (),
+    ignore_code: bool = False,
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """The pondering fields that a config.json already means, and what of it is the backbone's.
 
     Args:
         source: what messages call it.
         raw: its contents.
-        given: the pondering fields that the caller names, a dict.
+        given: the pondering fields that the caller names.
         authors: whether it is the authors' model although the flags are missing that say so.
         ignore_fields: names of fields to leave out.
         ignore_code: whether to read a checkpoint with code of its own as if it had none.
@@ -163,11 +168,11 @@ def understand_config(source, raw, given=(), authors=False, ignore_fields=(), ig
         raw = {name: value for name, value in raw.items() if name != "auto_map"}
     raw = _without_fields(source, raw, ignore_fields)
     if authors:
-        steps = dict(given).get("pondering_steps", RELEASED_FLAGS["pondering_steps"])
+        steps = (given or {}).get("pondering_steps", RELEASED_FLAGS["pondering_steps"])
         raw = {**RELEASED_FLAGS, "pondering_steps": steps, "mutiply_pondering_steps": steps != 0, **raw}
         raw["ponderinglm"] = True
     if is_authors_config(raw):
-        return authors_fields(raw)
+        return _authors_fields(raw)
     found = [name for name in (*_SWITCHES, *RELEASED_FLAGS) if name in raw]
     is_off = any(name in raw and not raw[name] for name in _SWITCHES)
     if found and (not is_off or any(raw.get(name) for name in _SWITCHES)):
@@ -184,7 +189,7 @@ _AUTHORS_HINT = "`ponder-hf convert --authors` or from_base(..., authors=True)"
 _CODE_HINT = "`ponder-hf convert --ignore-code` or from_base(..., ignore_code=True)"
 
 
-def unflagged_weight(names, fields):
+def unflagged_weight(names: Iterable[str], fields: Mapping[str, Any] | None) -> str | None:
     """A warning about weights that only the authors' models have, where `fields` are not those of one; or None.
 
     Args:
@@ -242,12 +247,19 @@ def _without_fields(source, raw, names):
     return {name: value for name, value in raw.items() if name not in names}
 
 
-def read_base_config(source, given=(), authors=False, ignore_fields=(), ignore_code=False, **loading):
+def read_base_config(
+    source: str | PathLike,
+    given: Mapping[str, Any] | None = None,
+    authors: bool = False,
+    ignore_fields: Sequence[str] = (),
+    ignore_code: bool = False,
+    **loading: Any,
+) -> tuple[PretrainedConfig, dict[str, Any]]:
     """The backbone's configuration of the checkpoint `source`, and the pondering fields that it already means.
 
     Arguments as in `understand_config`; `loading` says where to find it.
     """
-    raw, _ = PretrainedConfig.get_config_dict(source, **{k: v for k, v in loading.items() if k in _CONFIG_ARGUMENTS})
+    raw, _ = PretrainedConfig.get_config_dict(source, **loading)
     fields, rest = understand_config(source, raw, given, authors, ignore_fields, ignore_code)
     config_class = CONFIG_MAPPING[rest.pop("model_type")]
     base_config = config_class.from_dict(rest)
@@ -255,7 +267,9 @@ def read_base_config(source, given=(), authors=False, ignore_fields=(), ignore_c
     return base_config, fields
 
 
-def load_backbone(source, base_config, fields=(), **loading):
+def load_backbone(
+    source: str | PathLike, base_config: PretrainedConfig, fields: Mapping[str, Any] | None = None, **loading: Any
+) -> PreTrainedModel:
     """The plain model in `source`, every weight accounted for; safetensors only.
 
     fields: what `read_base_config` found; a warning says where weights tell more than config.json.
@@ -301,7 +315,7 @@ def load_backbone(source, base_config, fields=(), **loading):
     return backbone
 
 
-def names_in_memory(model, state_dict):
+def names_in_memory(model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
     """A state dict with the names on disk renamed to those that the model has in memory (GPT-NeoX's `embed_out`).
 
     Raises:
@@ -322,7 +336,7 @@ def names_in_memory(model, state_dict):
     }
 
 
-def split_arguments(arguments):
+def split_arguments(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Part the arguments of `from_base` into those of loading, those of reading config.json, and pondering fields.
 
     Raises:

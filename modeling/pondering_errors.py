@@ -55,31 +55,31 @@ def _imported_version():
     return next((version for version in versions if not is_tested(version)), latest)
 
 
-def is_supported(version):
+def is_supported(version: str) -> bool:
     """Whether a version such as "5.23.0" is not older than the oldest that works. A name without numbers is newer."""
     found = _minor_version(version)
     return found is None or found >= OLDEST
 
 
-def is_tested(version):
+def is_tested(version: str) -> bool:
     """Whether a version is in the range that was tested. "5.24.0.dev0" counts as 5.24."""
     found = _minor_version(version)
     return found is not None and OLDEST <= found <= NEWEST
 
 
-def is_older_than(*minor):
+def is_older_than(*minor: int) -> bool:
     """Whether the transformers that is imported is older than such a minor version, as in is_older_than(5, 17)."""
     found = _minor_version(_imported_version())
     return found is not None and found < minor
 
 
-def untested_version():
+def untested_version() -> str | None:
     """The version of the transformers that is imported, if it is newer than what was tested, else None."""
     version = _imported_version()
     return version if is_supported(version) and not is_tested(version) else None
 
 
-def check_transformers(error=None):
+def check_transformers(error: ImportError | None = None) -> None:
     """Raise if the transformers that is imported is too old; say once a process if it is newer than what was tested.
 
     Args:
@@ -104,7 +104,7 @@ def check_transformers(error=None):
     # Each checkpoint brings a copy of this code, but a process has one logger of this name.
     logger = logging.getLogger("transformers.pondering")
     if not getattr(logger, "has_warned", False):
-        logger.has_warned = True
+        setattr(logger, "has_warned", True)  # noqa: B010 - which type checkers would want to know
         logger.warning(
             f"transformers {version} is newer than {TRANSFORMERS_RANGE}, the range that pondering models are tested "
             "with. A model checks itself at its first `generate`; if anything is wrong: " + INSTALL_TESTED

@@ -5,7 +5,9 @@ as no (tokens, vocabulary) tensor may be kept whole.
 """
 
 import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
@@ -18,7 +20,7 @@ from torch.nn.functional import linear
 CHUNK_ELEMENTS = {"cpu": 6 * 2**20, "other": 2**26}
 
 
-def chunk_elements(device):
+def chunk_elements(device: torch.device) -> int:
     """The entry of CHUNK_ELEMENTS for a device."""
     return CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["other"])
 
@@ -29,17 +31,18 @@ class replaceable:
     pondering_vocabulary_cpu.py sets `faster`, which takes the same arguments and gives None where it is no faster.
     """
 
-    def __init__(self, function):
+    def __init__(self, function: Callable) -> None:
         functools.update_wrapper(self, function)
-        self.function, self.faster = function, None
+        self.function = function
+        self.faster: Callable | None = None
 
-    def __call__(self, *arguments):
+    def __call__(self, *arguments: Any) -> Any:
         result = None if self.faster is None else self.faster(*arguments)
         return self.function(*arguments) if result is None else result
 
 
 @replaceable
-def product_with_head(hidden_states, weight, bias):
+def product_with_head(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """hidden_states @ weight.T + bias: (..., d), (V, d), (V,) or None to (..., V)."""
     return linear(hidden_states, weight, bias)
 
@@ -57,46 +60,56 @@ class Readout:
     cap: float | None = None
     factor: float = 1.0
 
-    def scores(self, hidden_states):
+    def to(self, dtype: torch.dtype) -> "Readout":
+        """The same in another dtype."""
+        return Readout(
+            self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype), self.cap, self.factor
+        )
+
+    def scores(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(n, d) to (n, V), before cap and factor."""
         return product_with_head(hidden_states, self.weight, self.bias)
 
-    def finish(self, scores):
+    def finish(self, scores: torch.Tensor) -> torch.Tensor:
         """Scores to logits, any shape; raised to float32 where they are half precision."""
-        if scores.dtype in (torch.float16, torch.bfloat16):
-            scores = scores.float()
+        scores = wide(scores)
         if self.cap is not None:
             scores = torch.tanh(scores / self.cap) * self.cap
         return scores if self.factor == 1 else scores * self.factor
 
-    def finish_backward(self, gradient, scores):
-        """The gradient of the scores from the gradient of the logits; overwrites `gradient`."""
-        if self.cap is not None:
+    def finish_backward(self, gradient: torch.Tensor, scores: torch.Tensor | None) -> torch.Tensor:
+        """The gradient of the scores from that of the logits; overwrites `gradient`. No cap: reads no scores."""
+        if self.cap is not None and scores is not None:
             gradient.mul_(1 - torch.tanh(scores.to(gradient.dtype) / self.cap).square_())
         return gradient if self.factor == 1 else gradient.mul_(self.factor)
 
 
-def chunks(hidden_states, vocab_size):
+def chunks(hidden_states: torch.Tensor, vocab_size: int) -> Iterator[slice]:
     """Slices over the tokens of (n, d) whose scores have at most CHUNK_ELEMENTS elements."""
     size = max(1, chunk_elements(hidden_states.device) // vocab_size)
     for first in range(0, len(hidden_states), size):
         yield slice(first, first + size)
 
 
-def wide_dtype(dtype):
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """What sums over many chunks are kept in: half precision would lose the small terms."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def zero_gradients(tensors, needed):
+def wide(tensor: torch.Tensor) -> torch.Tensor:
+    """Half precision raised to float32; any other as it is."""
+    return tensor.to(wide_dtype(tensor.dtype))
+
+
+def zero_gradients(tensors: Sequence[torch.Tensor | None], needed: Sequence[bool]) -> list[torch.Tensor | None]:
     """A buffer of zeros, in `wide_dtype`, for each tensor whose gradient is needed, None for the others."""
     return [
-        torch.zeros_like(tensor, dtype=wide_dtype(tensor.dtype)) if is_needed else None
+        torch.zeros_like(tensor, dtype=wide_dtype(tensor.dtype)) if is_needed and tensor is not None else None
         for tensor, is_needed in zip(tensors, needed, strict=True)
     ]
 
 
-def compute_dtype(tensor):
+def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
     """The dtype that autocast would multiply this tensor's matrices in, or its own where autocast is off."""
     device_type = tensor.device.type
     if torch.is_autocast_enabled(device_type):
@@ -104,7 +117,7 @@ def compute_dtype(tensor):
     return tensor.dtype
 
 
-def add_product(total, left, right):
+def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
     """total += left^T right, in the dtype of `total`. total: (V, d), left: (n, V), right: (n, d)."""
     if total.dtype == left.dtype:
         total.addmm_(left.t(), right)
@@ -112,7 +125,7 @@ def add_product(total, left, right):
         total += left.t() @ right
 
 
-def needs_plain_operations(*tensors):
+def needs_plain_operations(*tensors: torch.Tensor | None) -> bool:
     """Whether someone differentiates these in a way that only torch's own operations know: torch.func, forward mode.
 
     Where torch has no such question, torch.func ends in torch's own words about `setup_context`.
@@ -125,7 +138,7 @@ def needs_plain_operations(*tensors):
     return any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
-def scaled(tensor, factor):
+def scaled(tensor: torch.Tensor, factor: float | torch.Tensor) -> torch.Tensor:
     """tensor * factor. A factor of 1 leaves every bit as it is, and costs nothing."""
     return tensor if not torch.is_tensor(factor) and factor == 1 else tensor * factor
 
@@ -152,7 +165,7 @@ class _OftenDifferentiable(torch.autograd.Function):
         return None, None, *[next(found) if is_needed else None for is_needed in needed]
 
 
-def often_differentiable(plain, value, *inputs):
+def often_differentiable(plain: Callable, value: torch.Tensor, *inputs: torch.Tensor | None) -> torch.Tensor:
     """`value`, which a function with a backward pass of its own gave for `inputs`, differentiable any number of times.
 
     That function's backward pass has no derivative: torch would take what it gives for constants, without a word where

@@ -15,6 +15,8 @@ would be no faster. The last lines put them there.
 """
 
 import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
@@ -23,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.utils import logging
 
 from .pondering_backbone import decoder_context, head_context
-from .pondering_vocabulary import CHUNK_ELEMENTS, compute_dtype, product_with_head
+from .pondering_vocabulary import CHUNK_ELEMENTS, Readout, compute_dtype, product_with_head
 from .pondering_vocabulary_embedding import (
     largest,
     largest_of_head,
@@ -42,7 +44,7 @@ _FORWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"
 _BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
 
 
-def can_attend(hidden_states, readout, table):
+def can_attend(hidden_states: torch.Tensor, readout: Readout, table: torch.Tensor) -> bool:
     """Whether the flash kernel can compute it: on a CPU, no cap on the logits, head and table equally wide."""
     if hidden_states.device.type == "cpu" and _FORWARD is None and not torch.compiler.is_compiling():
         logger.warning_once(
@@ -61,7 +63,9 @@ def can_attend(hidden_states, readout, table):
     )
 
 
-def attend(hidden_states, readout, table, temperature):
+def attend(
+    hidden_states: torch.Tensor, readout: Readout, table: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor] | None:
     """vocabulary_sum. The normaliser is the logsumexp (n,) of logits / temperature, in float32 or wider."""
     if not can_attend(hidden_states, readout, table):
         return None
@@ -92,7 +96,16 @@ def _attend(hidden_states, readout, table, scale, num_parts, rows):
     return embedding[0], normaliser[0]
 
 
-def attend_backward(gradient, hidden_states, readout, table, temperature, embedding, normaliser, needs):
+def attend_backward(
+    gradient: torch.Tensor,
+    hidden_states: torch.Tensor,
+    readout: Readout,
+    table: torch.Tensor,
+    temperature: float,
+    embedding: torch.Tensor,
+    normaliser: torch.Tensor | None,
+    needs: Sequence[bool],
+) -> tuple[torch.Tensor | None, ...] | None:
     """vocabulary_gradients.
 
     The kernel has no gradient for a bias, sums in the dtype it is given, and always makes the (V, d) gradients.
@@ -115,14 +128,16 @@ def attend_backward(gradient, hidden_states, readout, table, temperature, embedd
     return for_hidden, for_head, None, for_table
 
 
-def uses_logits(hidden_states, readout, table):
+def uses_logits(
+    hidden_states: torch.Tensor, readout: Readout, table: torch.Tensor, to_the_bit: bool = False
+) -> bool | None:
     """makes_use_of_logits: few tokens read all of head and table, whichever way, and meet them faster in two products.
 
     Unless both are the same matrix: the flash kernel reads it once.
     """
     if not can_attend(hidden_states, readout, table):
         return None
-    return _are_few(hidden_states) and readout.weight.data_ptr() != table.data_ptr()
+    return not to_the_bit and _are_few(hidden_states) and readout.weight.data_ptr() != table.data_ptr()
 
 
 def _are_few(states):
@@ -134,7 +149,7 @@ _MOST_ROWS = 32
 _LEAST_WIDTH, _LEAST_WIDTH_OF_ONE_ROW = 512, 1024
 
 
-def is_few(states):
+def is_few(states: torch.Tensor) -> bool:
     """Whether (..., d) has so few rows that few_rows_product may be faster than functional.linear."""
     return (
         states.device.type == "cpu"
@@ -146,7 +161,9 @@ def is_few(states):
     )
 
 
-def few_rows_product(states, weight, bias=None):
+def few_rows_product(
+    states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor | None:
     """product_with_head of few rows."""
     if not is_few(states):
         return None
@@ -168,7 +185,7 @@ def _one_column(weight, column, num_parts):
     return product if even == len(weight) else torch.cat([product, weight[even:] @ column])
 
 
-def few_rows_sum(weights, table):
+def few_rows_sum(weights: torch.Tensor, table: torch.Tensor) -> torch.Tensor | None:
     """weighted_sum of few rows.
 
     A part of the table for each thread, since BLAS libraries give a product of so few rows to one; and rows by fours,
@@ -199,14 +216,14 @@ class _OnTheirSide(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def fast_layers(states):
+def fast_layers(states: torch.Tensor) -> AbstractContextManager | None:
     """decoder_context. Where there are several tokens a row nothing changes: texts keep the backbone's own bits."""
     num_rows, length, width = states.shape
     pays = length == 1 and width >= (_LEAST_WIDTH_OF_ONE_ROW if num_rows == 1 else _LEAST_WIDTH)
     return _OnTheirSide() if pays and is_few(states) else None
 
 
-def fast_head(states):
+def fast_head(states: torch.Tensor) -> AbstractContextManager | None:
     """head_context, on states of any width."""
     return _OnTheirSide() if states.shape[1] == 1 and is_few(states) else None
 
@@ -216,7 +233,7 @@ _ALIGNMENT = 32
 _TILES_A_CHUNK = 3  # what stays in the cache until it has been looked at, and is still large enough for the product
 
 
-def largest_by_blocks(scores, top_k):
+def largest_by_blocks(scores: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor] | None:
     """largest: the maxima of blocks are found faster, and the largest elements lie in the blocks with the largest."""
     if scores.device.type != "cpu" or len(scores) < _MOST_ROWS:  # of few rows, as in decoding, topk itself is fastest
         return None
@@ -243,7 +260,9 @@ def _candidates(scores, block, num_blocks):
 _largest_in_chunks = largest_of_head.function
 
 
-def largest_by_tiles(hidden_states, readout, top_k):
+def largest_by_tiles(
+    hidden_states: torch.Tensor, readout: Readout, top_k: int
+) -> tuple[torch.Tensor, torch.Tensor] | None:
     """largest_of_head: a product packs the rows of the head anew each time, so many tokens meet it tile by tile.
 
     Not where K is large.
@@ -256,7 +275,8 @@ def largest_by_tiles(hidden_states, readout, top_k):
         return None
     parts = hidden_states.split(_MANY_ROWS)
     found = [_largest_in_tiles(part, readout, top_k, width // _TILES_A_CHUNK) for part in parts]
-    return tuple(torch.cat(tensors) for tensors in zip(*found, strict=True))
+    values, token_ids = (torch.cat(tensors) for tensors in zip(*found, strict=True))
+    return values, token_ids
 
 
 def _largest_in_tiles(hidden_states, readout, top_k, width):
@@ -326,11 +346,11 @@ class _Best:
     def _forget(self):
         self.found, self.counts = [], torch.zeros(len(self.floor), dtype=torch.long)
 
-    def is_full(self):
+    def is_full(self) -> torch.Tensor:
         """Whether some token has found as much as fills a tile: all together need the memory of a few tiles."""
         return self.counts.amax() > self.groups_a_row
 
-    def add(self, tile, scores, above):
+    def add(self, tile: int, scores: torch.Tensor, above: torch.Tensor) -> None:
         """Note what is above the floor. scores, above: (n, width)."""
         groups = above.view(torch.int64).flatten().nonzero().flatten()
         rows = groups // self.groups_a_row
@@ -338,7 +358,7 @@ class _Best:
         self.found.append((rows, token_ids, scores.view(-1, 8).index_select(0, groups)))
         self.counts += torch.bincount(rows, minlength=len(self.counts))
 
-    def refine(self, num_kept):
+    def refine(self, num_kept: int) -> torch.Tensor:
         """Keep so many scores a token and raise the floor to the least of them.
 
         Returns (n,): whether they are the largest so far, as none lies below the floor that was.

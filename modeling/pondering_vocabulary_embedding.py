@@ -14,14 +14,17 @@ which finds them, needs none, and everything after it is sparse: a bag of K rows
 of K rows of the head backward.
 """
 
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+from transformers import PreTrainedModel
 
-from .configuration_pondering import check_vocabulary
+from .configuration_pondering import PonderingConfig, check_vocabulary
 from .pondering_backbone import backbone_logits, backbone_readout, bare_table, embedding_table, finish_logits
 from .pondering_vocabulary import (
     Readout,
@@ -32,12 +35,14 @@ from .pondering_vocabulary import (
     often_differentiable,
     replaceable,
     scaled,
-    wide_dtype,
+    wide,
     zero_gradients,
 )
 
 
-def plain_embedding(logits, table, temperature=1.0, top_k=None):
+def plain_embedding(
+    logits: torch.Tensor, table: torch.Tensor, temperature: float = 1.0, top_k: int | None = None
+) -> torch.Tensor:
     """t = softmax(logits / temperature) @ table, or the same over the K largest logits only (renormalised).
 
     The softmax of half-precision logits is computed in float32. This is the plain reference, with autograd through
@@ -52,7 +57,7 @@ def plain_embedding(logits, table, temperature=1.0, top_k=None):
     Returns:
         (..., d), in the dtype of `table`.
     """
-    scores = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    scores = wide(logits)
     if top_k is None:
         weights = torch.softmax(scores / temperature, dim=-1).to(table.dtype)
         return weights @ table
@@ -61,27 +66,33 @@ def plain_embedding(logits, table, temperature=1.0, top_k=None):
     return (weights.unsqueeze(-2) @ table[token_ids]).squeeze(-2)
 
 
-def probabilities(logits, temperature):
+def probabilities(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     """The softmax of logits / temperature, in float32 or wider."""
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        logits = logits.float()
+    logits = wide(logits)
     return torch.softmax(logits if temperature == 1 else logits / temperature, dim=-1)
 
 
 @replaceable
-def weighted_sum(weights, table):
+def weighted_sum(weights: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """weights @ table: (n, V), (V, d) to (n, d), in the dtype of `table`."""
     return weights.to(table.dtype) @ table
 
 
 @replaceable
-def makes_use_of_logits(hidden_states, readout, table):
-    """Whether the embedding of hidden states (n, d_h) is computed faster from its logits, where these cost little."""
+def makes_use_of_logits(
+    hidden_states: torch.Tensor, readout: Readout, table: torch.Tensor, to_the_bit: bool = False
+) -> bool:
+    """Whether the embedding of hidden states (n, d_h) is computed faster from its logits, where these are there.
+
+    to_the_bit: whether it must then be what vocabulary_embedding gives, and not only up to rounding.
+    """
     return True
 
 
 @replaceable
-def vocabulary_sum(hidden_states, readout, table, temperature):
+def vocabulary_sum(
+    hidden_states: torch.Tensor, readout: Readout, table: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """softmax over the whole vocabulary, and the weighted sum of all embeddings. No gradients.
 
     Args:
@@ -96,12 +107,21 @@ def vocabulary_sum(hidden_states, readout, table, temperature):
     embedding = hidden_states.new_empty(len(hidden_states), table.shape[1])
     for part in chunks(hidden_states, len(table)):
         weights = probabilities(readout.finish(readout.scores(hidden_states[part])), temperature)
-        torch.mm(weights.to(table.dtype), table, out=embedding[part])
+        embedding[part] = weighted_sum(weights, table)
     return embedding, None
 
 
 @replaceable
-def vocabulary_gradients(gradient, hidden_states, readout, table, temperature, embedding, normaliser, needs):
+def vocabulary_gradients(
+    gradient: torch.Tensor,
+    hidden_states: torch.Tensor,
+    readout: Readout,
+    table: torch.Tensor,
+    temperature: float,
+    embedding: torch.Tensor,
+    normaliser: torch.Tensor | None,
+    needs: Sequence[bool],
+) -> tuple[torch.Tensor | None, ...]:
     """The gradients of hidden states, head, bias and table, from that of the embedding (n, d).
 
     Args:
@@ -110,13 +130,12 @@ def vocabulary_gradients(gradient, hidden_states, readout, table, temperature, e
         needs: which of the four are needed; for the others there may be None.
     """
     dtype = hidden_states.dtype
-    wide = wide_dtype(dtype)
-    hidden_gradient = torch.empty_like(hidden_states) if needs[0] else None
-    buffers = zero_gradients((readout.weight, readout.bias, table), needs[1:])
+    hidden_gradient: Any = torch.empty_like(hidden_states) if needs[0] else None
+    buffers: Any = zero_gradients((readout.weight, readout.bias, table), needs[1:])
     weight_gradient, bias_gradient, table_gradient = buffers
-    mean = (gradient.to(wide) * embedding.to(wide)).sum(-1, keepdim=True)
+    mean = (wide(gradient) * wide(embedding)).sum(-1, keepdim=True)
     for part in chunks(hidden_states, len(table)):
-        scores = readout.scores(hidden_states[part])
+        scores: Any = readout.scores(hidden_states[part])
         weights = probabilities(readout.finish(scores), temperature)
         if readout.cap is None:  # nothing below reads them: two tensors of a chunk's size are alive, not three
             scores = None
@@ -124,7 +143,7 @@ def vocabulary_gradients(gradient, hidden_states, readout, table, temperature, e
             add_product(table_gradient, weights.to(dtype), gradient[part])
         if not any(needs[:3]):
             continue
-        score_gradient = (gradient[part] @ table.t()).to(wide).sub_(mean[part]).mul_(weights).div_(temperature)
+        score_gradient = wide(gradient[part] @ table.t()).sub_(mean[part]).mul_(weights).div_(temperature)
         del weights
         score_gradient = readout.finish_backward(score_gradient, scores)
         if needs[2]:
@@ -151,8 +170,7 @@ class _VocabularyEmbedding(torch.autograd.Function):
     @staticmethod
     def inputs(hidden_states, weight, bias, table, cap, factor, temperature, dtype):
         """What vocabulary_sum takes."""
-        readout = Readout(weight.to(dtype), bias if bias is None else bias.to(dtype), cap, factor)
-        return hidden_states.to(dtype), readout, table.to(dtype), temperature
+        return hidden_states.to(dtype), Readout(weight, bias, cap, factor).to(dtype), table.to(dtype), temperature
 
     @staticmethod
     @once_differentiable
@@ -171,12 +189,14 @@ class _VocabularyEmbedding(torch.autograd.Function):
 def _plain_vocabulary_embedding(hidden_states, weight, bias, table, cap, factor, temperature, dtype):
     """The same with all probabilities at once, by operations that torch differentiates; the plain reference."""
     with torch.autocast(hidden_states.device.type, enabled=False):
-        readout = Readout(weight.to(dtype), bias if bias is None else bias.to(dtype), cap, factor)
+        readout = Readout(weight, bias, cap, factor).to(dtype)
         logits = readout.finish(readout.scores(hidden_states.to(dtype)))
         return probabilities(logits, temperature).to(dtype) @ table.to(dtype)
 
 
-def vocabulary_embedding(hidden_states, readout, table, temperature):
+def vocabulary_embedding(
+    hidden_states: torch.Tensor, readout: Readout, table: torch.Tensor, temperature: float
+) -> torch.Tensor:
     """softmax over the whole vocabulary, and the weighted sum of all embeddings.
 
     Args:
@@ -190,7 +210,7 @@ def vocabulary_embedding(hidden_states, readout, table, temperature):
     """
     inputs = (hidden_states, readout.weight, readout.bias, table)
     settings = {"cap": readout.cap, "factor": readout.factor, "temperature": temperature}
-    plain = partial(_plain_vocabulary_embedding, **settings, dtype=compute_dtype(hidden_states))
+    plain: Any = partial(_plain_vocabulary_embedding, **settings, dtype=compute_dtype(hidden_states))
     if needs_plain_operations(*inputs):
         return plain(*inputs)
     embedding = _VocabularyEmbedding.apply(*inputs, *settings.values())
@@ -198,17 +218,18 @@ def vocabulary_embedding(hidden_states, readout, table, temperature):
 
 
 @replaceable
-def largest(scores, top_k):
+def largest(scores: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The K largest of each row in no order, like `scores.topk(K, sorted=False)`: values and indices, both (n, K)."""
     return scores.topk(top_k, dim=-1, sorted=False)
 
 
 @replaceable
-def largest_of_head(hidden_states, readout, top_k):
+def largest_of_head(hidden_states: torch.Tensor, readout: Readout, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The K largest scores of each token and their token ids, both (n, K); all scores are never there at once."""
     parts = [hidden_states[part] for part in chunks(hidden_states, len(readout.weight))] or [hidden_states]
     found = [largest(readout.scores(part), top_k) for part in parts]
-    return tuple(torch.cat(tensors) for tensors in zip(*found, strict=True))
+    values, token_ids = (torch.cat(tensors) for tensors in zip(*found, strict=True))
+    return values, token_ids
 
 
 class _ChosenScores(torch.autograd.Function):
@@ -290,7 +311,9 @@ def _plain_top_k_embedding(hidden_states, weight, bias, table, token_ids, cap, f
         return (weights.to(table.dtype).unsqueeze(-2) @ table[token_ids]).squeeze(-2)
 
 
-def top_k_embedding(hidden_states, readout, table, temperature, top_k):
+def top_k_embedding(
+    hidden_states: torch.Tensor, readout: Readout, table: torch.Tensor, temperature: float, top_k: int
+) -> torch.Tensor:
     """softmax over the K largest logits, and the weighted sum of their embeddings.
 
     Args:
@@ -305,7 +328,7 @@ def top_k_embedding(hidden_states, readout, table, temperature, top_k):
     """
     inputs = (hidden_states, readout.weight, readout.bias, table)
     settings = {"cap": readout.cap, "factor": readout.factor, "temperature": temperature}
-    plain = partial(_plain_top_k_embedding, **settings, dtype=compute_dtype(hidden_states))
+    plain: Any = partial(_plain_top_k_embedding, **settings, dtype=compute_dtype(hidden_states))
     if needs_plain_operations(*inputs):
         return plain(*inputs, readout.scores(hidden_states).topk(top_k, dim=-1, sorted=False).indices)
     with torch.no_grad():
@@ -325,33 +348,35 @@ class PonderingEmbedding:
         matrices, "plain" where they must be asked through their modules.
     """
 
-    def __init__(self, backbone, config):
-        self.backbone, self.config = backbone, config
+    def __init__(self, backbone: PreTrainedModel, config: PonderingConfig) -> None:
+        self.backbone = backbone
+        self.config: Any = config
         check_vocabulary(config)  # which anyone may have changed
-        self.readout, self.table = backbone_readout(backbone), bare_table(backbone)
+        self.readout: Any = backbone_readout(backbone)
+        self.table: Any = bare_table(backbone)
         self.kernel = "plain"
         if self.readout is not None and self.table is not None:
             whole = config.pondering_top_k in (None, len(self.table[0]))
             self.kernel = "vocabulary" if whole else "top_k"
-        self._all_rows = None
+        self._all_rows: Any = None
 
-    def makes_use_of_logits(self, hidden_states):
+    def makes_use_of_logits(self, hidden_states: torch.Tensor) -> bool:
         """Whether `of_logits` is the faster way for hidden states (n, d_h) where their logits cost little."""
         return self.kernel != "vocabulary" or makes_use_of_logits(hidden_states, self.readout, self.table[0])
 
-    def logits(self, hidden_states):
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(n, V) of hidden states (n, d_h), as the backbone computes them."""
         if self.readout is None:
             return backbone_logits(self.backbone, hidden_states)
         return finish_logits(self.readout.scores(hidden_states), self.backbone.config)
 
-    def wide_logits(self, hidden_states):
+    def wide_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(n, V) of hidden states (n, d_h), in float32 or wider; raised before caps and factors."""
         if self.readout is None:
-            return _wide(backbone_logits(self.backbone, hidden_states))
+            return wide(backbone_logits(self.backbone, hidden_states))
         return self.readout.finish(self.readout.scores(hidden_states))
 
-    def __call__(self, hidden_states):
+    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """hidden_states: (B, T, d_h). Returns t of shape (B, T, d), before gate and `embedding_scale`."""
         temperature, top_k = self.config.pondering_temperature, self.config.pondering_top_k
         if self.kernel == "plain":
@@ -364,7 +389,7 @@ class PonderingEmbedding:
             embedding = vocabulary_embedding(flat, self.readout, table, temperature)
         return scaled(embedding.view(*hidden_states.shape[:-1], -1), scale)
 
-    def of_logits(self, logits):
+    def of_logits(self, logits: torch.Tensor) -> torch.Tensor:
         """The same from logits (..., V); with gradients only where `kernel` is "plain"."""
         temperature, top_k = self.config.pondering_temperature, self.config.pondering_top_k
         if self.kernel == "plain":
@@ -382,7 +407,7 @@ class PonderingEmbedding:
             embedding = weighted_sum(probabilities(flat, temperature), table)
         return scaled(embedding.view(*logits.shape[:-1], -1), scale)
 
-    def with_logits(self, hidden_states):
+    def with_logits(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The same without gradients, for one chunk of tokens, and the logits of the pass.
 
         Args:
@@ -393,27 +418,23 @@ class PonderingEmbedding:
         """
         if self.readout is None:
             logits = backbone_logits(self.backbone, hidden_states)
-            return self.of_logits(logits), _wide(logits)
+            return self.of_logits(logits), wide(logits)
         scores = self.readout.scores(hidden_states)
         logits = self.readout.finish(scores)
         if self.kernel == "plain":
             return self.of_logits(finish_logits(scores, self.backbone.config)), logits
-        if self.makes_use_of_logits(hidden_states):
+        if self.kernel == "top_k" or makes_use_of_logits(hidden_states, self.readout, self.table[0], True):
             return self.of_logits(logits), logits
         return self(hidden_states.unsqueeze(0))[0], logits
-
-
-def _wide(logits):
-    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
 class PonderingGate(nn.Module):
     """g * t, with a learned factor g that starts at 0: before training, pondering changes nothing."""
 
-    def __init__(self, hidden_size):
+    def __init__(self, hidden_size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(hidden_size))
 
-    def forward(self, embedding):
+    def forward(self, embedding: torch.Tensor) -> torch.Tensor:
         """embedding: (..., d). Returns the same shape."""
         return embedding * self.weight

@@ -1,7 +1,9 @@
 """What PonderingForCausalLM returns: the next-token loss, without logits kept whole, and logits made on demand."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -16,12 +18,19 @@ from .pondering_vocabulary import (
     compute_dtype,
     needs_plain_operations,
     often_differentiable,
+    wide,
     wide_dtype,
     zero_gradients,
 )
 
 
-def causal_lm_loss(logits, labels, num_items_in_batch=None, ignore_index=-100, shift_labels=None):
+def causal_lm_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor | None,
+    num_items_in_batch: int | torch.Tensor | None = None,
+    ignore_index: int = -100,
+    shift_labels: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Cross-entropy of predicting each next token.
 
     Half-precision logits are raised to float32 first; float32 and float64 stay what they are.
@@ -39,8 +48,7 @@ def causal_lm_loss(logits, labels, num_items_in_batch=None, ignore_index=-100, s
     """
     if shift_labels is None:
         shift_labels = _shifted(labels, ignore_index)
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        logits = logits.float()
+    logits = wide(logits)
     flat_logits = logits.reshape(-1, logits.shape[-1])
     flat_labels = shift_labels.reshape(-1).to(logits.device)
     if num_items_in_batch is None:
@@ -53,8 +61,8 @@ def causal_lm_loss(logits, labels, num_items_in_batch=None, ignore_index=-100, s
 
 def _loss_and_gradients(hidden_states, weight, bias, labels, cap, factor, ignore_index, dtype, needs):
     """The summed loss and the gradients of hidden states, weight and bias that are needed, None for the others."""
-    hidden, rows = hidden_states.to(dtype), weight.to(dtype)
-    readout = Readout(rows, bias if bias is None else bias.to(dtype), cap, factor)
+    hidden, readout = hidden_states.to(dtype), Readout(weight, bias, cap, factor).to(dtype)
+    rows = readout.weight
     total = hidden.new_zeros((), dtype=wide_dtype(dtype))
     hidden_gradient = torch.empty_like(hidden) if needs[0] else None
     weight_gradient, bias_gradient = zero_gradients((rows, readout.bias), needs[1:])
@@ -113,14 +121,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _plain_sum(hidden_states, weight, bias, labels, cap, factor, ignore_index, dtype):
     """The summed loss with the logits whole; the plain reference of _LinearCrossEntropy."""
     with torch.autocast(hidden_states.device.type, enabled=False):
-        readout = Readout(weight.to(dtype), bias if bias is None else bias.to(dtype), cap, factor)
+        readout = Readout(weight, bias, cap, factor).to(dtype)
         logits = readout.finish(readout.scores(hidden_states.to(dtype)))
         return functional.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
 
 
 def linear_causal_lm_loss(
-    hidden_states, readout, labels, num_items_in_batch=None, ignore_index=-100, shift_labels=None
-):
+    hidden_states: torch.Tensor,
+    readout: Readout,
+    labels: torch.Tensor | None,
+    num_items_in_batch: int | torch.Tensor | None = None,
+    ignore_index: int = -100,
+    shift_labels: torch.Tensor | None = None,
+) -> torch.Tensor:
     """causal_lm_loss of the head's logits, which are never kept whole.
 
     Args:
@@ -136,7 +149,7 @@ def linear_causal_lm_loss(
     flat_labels = shift_labels.reshape(-1).to(hidden_states.device)
     inputs = (hidden_states.reshape(-1, hidden_states.shape[-1]), readout.weight, readout.bias)
     settings = {"labels": flat_labels, "cap": readout.cap, "factor": readout.factor, "ignore_index": ignore_index}
-    plain = partial(_plain_sum, **settings, dtype=compute_dtype(hidden_states))
+    plain: Any = partial(_plain_sum, **settings, dtype=compute_dtype(hidden_states))
     if needs_plain_operations(*inputs):
         total = plain(*inputs)
     else:
@@ -160,22 +173,24 @@ class LogitsOnDemand:
     dtype: theirs.
     """
 
-    def __init__(self, make, dtype):
-        self._make, self.dtype, self._logits = make, dtype, None
+    def __init__(self, make: Callable[[], torch.Tensor], dtype: torch.dtype) -> None:
+        self._make, self.dtype = make, dtype
+        self._logits: Any = None
 
-    def __call__(self):
+    def __call__(self) -> torch.Tensor:
         if self._logits is None:
-            self._logits, self._make = self._make(), None
+            self._logits = self._make()
+            del self._make  # and the hidden states that it holds
         return self._logits
 
-    def float(self):
+    def float(self) -> "LogitsOnDemand":
         return LogitsOnDemand(lambda: self().float(), torch.float32)
 
-    def to(self, *args, **kwargs):
+    def to(self, *args: Any, **kwargs: Any) -> "LogitsOnDemand":
         named = [value for value in (*args, kwargs.get("dtype")) if isinstance(value, torch.dtype)]
         return LogitsOnDemand(lambda: self().to(*args, **kwargs), named[0] if named else self.dtype)
 
-    def detach(self):
+    def detach(self) -> "LogitsOnDemand":
         return LogitsOnDemand(lambda: self().detach(), self.dtype)
 
     def __getattr__(self, name):
@@ -214,7 +229,7 @@ for _name in (
 LogitsOnDemand.__hash__ = object.__hash__  # type: ignore[method-assign]  # which __eq__ would take away
 
 
-def logits_on_demand(head, hidden_states):
+def logits_on_demand(head: Callable[[torch.Tensor], torch.Tensor], hidden_states: torch.Tensor) -> LogitsOnDemand:
     """A LogitsOnDemand of `head(hidden_states)`, computed as here and now: under this autocast and gradient mode."""
     device_type = hidden_states.device.type
     dtype, enabled = torch.get_autocast_dtype(device_type), torch.is_autocast_enabled(device_type)
@@ -250,14 +265,16 @@ class PonderingCausalLMOutput(CausalLMOutputWithPast):
     router_logits: tuple[torch.FloatTensor, ...] | None = None
 
     @property
-    def logits(self):
+    def logits(self) -> torch.Tensor | None:
         logits = self.__dict__.get("logits")
         if isinstance(logits, LogitsOnDemand):
             self.logits = logits = logits()
         return logits
 
     @logits.setter
-    def logits(self, value):  # called by ModelOutput, which keeps the same value as an item
+    def logits(
+        self, value: torch.Tensor | LogitsOnDemand | None
+    ) -> None:  # called by ModelOutput, which keeps the same value as an item
         self.__dict__["logits"] = value
 
     def __post_init__(self):
@@ -286,7 +303,7 @@ class PonderingCausalLMOutput(CausalLMOutputWithPast):
             return self.loss
         return getattr(self, key) if isinstance(key, str) and key in self else super().__getitem__(key)
 
-    def get(self, key, default=None):
+    def get(self, key: str, default: Any = None) -> Any:
         try:
             return self[key]
         except KeyError:
