@@ -545,13 +545,9 @@ class PonderingForCausalLM(PonderingPreTrainedModel, PonderingGenerationMixin):
         if pondering_exit is not None and num_steps:
             if output_pondering:
                 raise PonderingError("`output_pondering` needs all passes of every token: leave out `pondering_exit`")
-            if needs_loss and torch.is_grad_enabled():
-                raise PonderingError(
-                    "a loss with `pondering_exit` has no gradient of the passes: leave out `pondering_exit` to train, "
-                    "or call this under torch.no_grad() to evaluate"
-                )
-            passes = self.ponder_until_converged(inputs_embeds, num_steps, past_key_values, pondering_exit, **inputs)
-            result = self._output_of_exits(passes, loss_of, kept, past_key_values)
+            result = self._run_with_exits(
+                inputs_embeds, num_steps, past_key_values, pondering_exit, loss_of, kept, inputs
+            )
             return result.to_tuple() if _wants_tuple(return_dict, self.config) else result
 
         def collect(hidden_states):
@@ -595,14 +591,19 @@ class PonderingForCausalLM(PonderingPreTrainedModel, PonderingGenerationMixin):
         keep_settings(self.generation_config)
         super().save_pretrained(*args, **kwargs)
 
-    @torch.no_grad()
-    def _output_of_exits(self, passes, loss_of, kept, past_key_values):
-        # Nothing has a gradient, where only the head's would be left of it.
-        return PonderingCausalLMOutput(
-            loss=None if loss_of is None else loss_of(passes.hidden_states),
-            logits=passes.last_logits(kept),
-            **{CACHE_NAME: past_key_values},
-        )
+    def _run_with_exits(self, inputs_embeds, num_steps, past_key_values, pondering_exit, loss_of, kept, inputs):
+        if loss_of is not None and torch.is_grad_enabled():
+            raise PonderingError(
+                "a loss with `pondering_exit` has no gradient of the passes: leave out `pondering_exit` to train, "
+                "or call this under torch.no_grad() to evaluate"
+            )
+        passes = self.ponder_until_converged(inputs_embeds, num_steps, past_key_values, pondering_exit, **inputs)
+        with torch.no_grad():  # only the head's gradient would be left
+            return PonderingCausalLMOutput(
+                loss=None if loss_of is None else loss_of(passes.hidden_states),
+                logits=passes.last_logits(kept),
+                **{CACHE_NAME: past_key_values},
+            )
 
     def _loss(self, hidden_states, labels, loss_arguments):
         if self.loss_function is not ForCausalLMLoss:  # the user put another one in, as in any model of transformers
