@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .callbacks import PonderingCallback, pondering_statistics
     from .conversion.convert import convert
     from .conversion.export import export
+    from .diagnosis import diagnose
     from .evaluation import evaluate_passes, evaluate_text
     from .hub import CodeOnPush, inspect_checkpoint, inspect_code
     from .hub.push import push
@@ -45,6 +46,7 @@ __all__ = [
     "PromptLookup",
     "TrainOptions",
     "convert",
+    "diagnose",
     "evaluate_passes",
     "evaluate_text",
     "export",
@@ -59,6 +61,7 @@ __all__ = [
 _NAMES = {
     "callbacks": ("PonderingCallback", "pondering_statistics"),
     "conversion": ("convert", "export"),
+    "diagnosis": ("diagnose",),
     "evaluation": ("evaluate_passes", "evaluate_text"),
     "hub": ("CodeOnPush", "inspect_checkpoint", "inspect_code", "push"),
     "modeling": (

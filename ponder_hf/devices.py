@@ -5,7 +5,7 @@ import torch
 from .modeling import PonderingError
 
 
-def default_device():
+def default_device() -> torch.device:
     """The accelerator of this machine (CUDA, MPS, XPU, ...), or the CPU where there is none."""
     accelerator = getattr(torch, "accelerator", None)
     if accelerator is not None and hasattr(accelerator, "current_accelerator"):
@@ -18,7 +18,7 @@ def default_device():
     return torch.device("cpu")
 
 
-def read_device(name=None):
+def read_device(name: str | torch.device | None = None) -> torch.device:
     """The device that `name` means, such as "cpu", "cuda" or "cuda:1"; None: the default.
 
     Raises:
@@ -39,7 +39,7 @@ def read_device(name=None):
     return device
 
 
-def training_device(name=None):
+def training_device(name: str | torch.device | None = None) -> torch.device:
     """As read_device, of the devices that Trainer trains on: the CPU and the first accelerator.
 
     Raises:
@@ -53,7 +53,7 @@ def training_device(name=None):
     return device
 
 
-def name_of(device):
+def name_of(device: torch.device) -> str:
     """The device's name as its maker gives it, where torch tells; otherwise its type."""
     module = getattr(torch, device.type, None)
     if device.type != "cpu" and hasattr(module, "get_device_name"):

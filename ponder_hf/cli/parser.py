@@ -62,9 +62,9 @@ class CommandParser(OneLineParser):
         if complete is not None:
             complete(self)
 
-    def flags(self) -> list[str]:
-        """Every flag that it knows."""
-        return list(self._option_string_actions)
+    def flags(self) -> dict[str, argparse.Action]:
+        """Every flag that it knows, and what argparse does with it."""
+        return {flag: action for action in self._actions for flag in action.option_strings}
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's. A flag that there is not is refused first, before what seems to be missing."""
@@ -81,9 +81,10 @@ class CommandParser(OneLineParser):
         return super().parse_known_args(args, namespace)
 
     def _unknown(self, words):
+        known = self.flags()
         flags = [word.partition("=")[0] for word in words if word.startswith("--") and " " not in word]
         flags = flags[: flags.index("--")] if "--" in flags else flags
-        return [flag for flag in flags if flag not in self._option_string_actions]
+        return [flag for flag in flags if flag not in known]
 
 
 class _HelpAll(argparse.Action):
@@ -128,11 +129,9 @@ def add_command(
     """
     usage = " ".join(filter(None, ("ponder-hf", name, arguments, "[FLAGS]")))
     description = f"{description}\n\nexample: ponder-hf {example}"
-    parser = subparsers.add_parser(
+    return subparsers.add_parser(
         name, prog=f"ponder-hf {name}", usage=usage, help=summary, description=description, **settings
     )
-    parser._positionals.title, parser._optionals.title = "arguments", "flags"
-    return parser
 
 
 def check_command(argv: Sequence[str], commands: Sequence[str]) -> None:

@@ -91,7 +91,7 @@ def read_arguments_file(path: str, parser: CommandParser) -> argparse.Namespace:
     from ponder_hf import PonderingError
 
     parser.complete()
-    flags = parser._option_string_actions
+    flags = parser.flags()
     words: list[str] = []
     for key, value in _read_mapping(path).items():
         flag = f"--{str(key).replace('_', '-')}"
