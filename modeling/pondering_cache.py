@@ -193,14 +193,9 @@ def paged_pass(cache: Any, pass_index: int, num_layers: int, inputs: dict[str, A
         return cache.update(key_states, value_states, layer_idx=first + layer_idx, **kwargs)
 
     view.update = update
-    if not hasattr(view, "get_seq_length"):
-        view.get_seq_length = _no_length
+    if not hasattr(view, "get_seq_length"):  # asked for where positions or a mask are not given, which they are
+        view.get_seq_length = lambda: 0
     return view
-
-
-def _no_length():
-    # Asked for where positions or a mask are not given, which they are.
-    return 0
 
 
 def start_manager(

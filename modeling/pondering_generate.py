@@ -237,7 +237,7 @@ class PonderingGenerationMixin(GenerationMixin):
                 f"`num_draft_tokens`, or {INSTALL_TESTED}"
             )
         if isinstance(output, ModelOutput):
-            _report(call, output, _num_prompt_tokens(inputs, kwargs))
+            _report(call, output, inputs, kwargs)
         return output
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
@@ -281,8 +281,10 @@ class PonderingGenerationMixin(GenerationMixin):
                 call.slot_offset = last_slot + 1 - input_ids.shape[1]
             # Without a cache the whole text runs again for every token: only its end is new.
             new = (last_slot, slice(-1, None)) if cache is None else (first_slot, slice(None))
-            model_inputs["pondering_exit"] = call.exit.recording(
-                lambda steps: call.steps_used.append((new[0], steps[:, new[1]]))
+            model_inputs["pondering_exit"] = PonderingExit(
+                call.exit.criterion,
+                call.exit.threshold,
+                record=lambda steps: call.steps_used.append((new[0], steps[:, new[1]])),
             )
         return model_inputs
 
@@ -343,17 +345,13 @@ class PonderingGenerationMixin(GenerationMixin):
         return start_manager(self, call, generation_config, *args, **kwargs)
 
 
-def _num_prompt_tokens(inputs, kwargs):
-    """How many of the tokens in the output's `sequences` are the prompt's."""
-    prompt = inputs if inputs is not None else kwargs.get("input_ids")
-    if prompt is not None:
-        return prompt.shape[1]
-    return 0 if kwargs.get("inputs_embeds") is not None else 1  # otherwise transformers begins with one token
-
-
-def _report(call, output, num_prompt_tokens):
+def _report(call, output, inputs, kwargs):
     """Put into the output of `generate` what is asked of it about pondering."""
-    sequences = output.sequences
+    prompt, sequences = inputs if inputs is not None else kwargs.get("input_ids"), output.sequences
+    if prompt is not None:
+        num_prompt_tokens = prompt.shape[1]
+    else:  # of embeddings there is nothing in `sequences`; without them transformers begins with one token
+        num_prompt_tokens = 0 if kwargs.get("inputs_embeds") is not None else 1
     if "pondering_steps_used" not in output:
         shape = (len(sequences), sequences.shape[1] - num_prompt_tokens)
         used = torch.full(shape, call.steps, device=sequences.device)

@@ -131,10 +131,6 @@ class PonderingExit:
             )
         return cls(CRITERIA[criterion]() if isinstance(criterion, str) else criterion, threshold)
 
-    def recording(self, record: Callable[[torch.Tensor], Any]) -> "PonderingExit":
-        """The same, calling `record` with what happened."""
-        return PonderingExit(self.criterion, self.threshold, record)
-
     def converged(self, logits: torch.Tensor, previous_logits: torch.Tensor | None) -> torch.Tensor:
         """(n,) booleans, from logits (n, V) of a pass and of the one before."""
         distances = self.criterion(logits, previous_logits)
@@ -250,13 +246,6 @@ class _BackboneInputs:
             and not any(torch.is_tensor(value) for value in others.values())
         )
 
-    def padding(self, device):
-        """(B, T) booleans, the tokens that are padding as far as the mask says so."""
-        mask = self.attention_mask
-        if not torch.is_tensor(mask) or mask.ndim != 2:
-            return torch.zeros(self.shape, dtype=torch.bool, device=device)
-        return mask[:, -self.shape[1] :].to(device) == 0
-
     def of(self, active, inputs_embeds, cache):
         """Keyword arguments of the backbone for a pass over these tokens; `cache` is the pass's own, as it was."""
         mask, dim = self.attention_mask, None
@@ -267,7 +256,8 @@ class _BackboneInputs:
                     inputs_embeds=inputs_embeds.new_empty(*self.shape, 0),
                     attention_mask=mask,
                     position_ids=self.position_ids,
-                    and_mask_function=_always,
+                    # All are to be seen: asks for a mask that transformers would otherwise leave out.
+                    and_mask_function=lambda batch, head, query, key: key >= 0,
                     **{CACHE_NAME: cache},
                 )
             mask, dim = self.masks, 2
@@ -279,11 +269,6 @@ class _BackboneInputs:
             "position_ids": active.take(self.position_ids, 1),
             **others,
         }
-
-
-def _always(batch_index, head_index, query_index, key_index):
-    # Asks transformers for a mask that it would otherwise leave out.
-    return key_index >= 0
 
 
 def _indices(mask):
@@ -340,7 +325,9 @@ class PassesWithExits:
         inputs = _BackboneInputs(self.model.backbone, shape, attention_mask, position_ids, others)
         # Who goes on is decided on the device and handed to the host once a pass, where all indices are made of it.
         mask, mask_here = torch.ones(shape, dtype=torch.bool, device=device), torch.ones(shape, dtype=torch.bool)
-        padding = inputs.padding(device)
+        padding = torch.zeros_like(mask)
+        if torch.is_tensor(attention_mask) and attention_mask.ndim == 2:  # as far as the mask says so
+            padding = attention_mask[:, -shape[1] :].to(device) == 0
         self.steps = torch.full(shape, self.num_steps, device=device)
         before = (None, None)
         with self.adapters:

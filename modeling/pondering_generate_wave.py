@@ -47,9 +47,10 @@ _GROWTH = 256  # columns that are added at least when there are too few
 
 
 class _Place:
-    """What the running tick reads, `rows` of the cache and their first `length` columns, and what it writes."""
+    """What the running tick reads and writes."""
 
     def set(self, rows, row_ids, columns, length):
+        """rows: a slice, of which the first `length` columns are read. row_ids, columns: (n,), where each writes."""
         self.rows, self.length = rows, length
         self.written = {row_ids.device: (row_ids, columns)}
 
@@ -100,7 +101,7 @@ class WaveCache:
         self.batch_size = past_key_values.layers[0].keys.shape[0]
         self.max_columns = num_columns
         self.capacity = min(num_columns, self.prompt_length + _GROWTH)
-        self._place = _Place()
+        self.place = _Place()  # set before each tick
         self.layers = Cache(layers=[self._take(layer) for layer in range(num_layers)])
 
     def _slots(self, layer):
@@ -114,7 +115,7 @@ class WaveCache:
             rows[name] = self._with_room(states, first)
             for slot, part in zip(slots, rows[name].split(self.batch_size), strict=True):
                 setattr(slot, name, part[:, :, first : self.prompt_length])
-        return _WaveLayer(self._place, **rows)
+        return _WaveLayer(self.place, **rows)
 
     def _with_room(self, states, first):
         """(rows, H, columns, D) with `capacity` columns, these from `first` on, and one more.
@@ -134,15 +135,6 @@ class WaveCache:
                     self._with_room(states, 0) for states in (layer.all_keys, layer.all_values)
                 )
         return self.capacity
-
-    def set_place(self, rows: slice, row_ids: torch.Tensor, columns: torch.Tensor, length: int) -> None:
-        """Say what the next forward pass computes.
-
-        Args:
-            rows: of the cache, whose first `length` columns are read.
-            row_ids, columns: (n,), where each of these rows writes.
-        """
-        self._place.set(rows, row_ids, columns, length)
 
     def give_back(self, length: int) -> Cache:
         """The step cache, with the columns up to `length`, which every row must have, behind its own."""
@@ -203,7 +195,6 @@ class Wave:
         self.embedding = PonderingEmbedding(self.backbone, model.config)
         self.inputs: torch.Tensor | None = None  # x of each row in the coming tick: (rows, d)
         self.row_ids = torch.arange(self.batch_size * (num_steps + 1), device=self.device)
-        self.columns = torch.arange(self.prompt_length, device=self.device)
         if position_ids is not None:
             last = position_ids[:, -1].expand(self.batch_size)
         elif attention_mask is not None:
@@ -294,8 +285,6 @@ class Wave:
         """Set the cache's place; the mask and the positions for the backbone."""
         length = max(columns) + 1
         unused = self.cache.reserve(length)
-        if len(self.columns) < length:
-            self.columns = torch.arange(2 * length, device=self.device)
         # A row without a token reads the prompt's last column: one value at least must not be masked.
         first_read = self.prompt_length - 1
         where = torch.tensor(
@@ -306,21 +295,20 @@ class Wave:
             device=self.device,
         )
         writes, reads = where.unsqueeze(-1).unbind()
-        self.cache.set_place(rows, self.row_ids[rows], writes[:, 0], length)
-        hidden = self.columns[:length] > reads
+        self.cache.place.set(rows, self.row_ids[rows], writes[:, 0], length)
+        columns_read = torch.arange(length, device=self.device)
+        hidden = columns_read > reads
         if self.is_padding is not None:
             hidden[:, : self.prompt_length] |= self.is_padding[rows]
-        return {"attention_mask": self._mask(hidden, reads, length), "position_ids": reads + self.offsets[rows]}
-
-    def _mask(self, hidden, reads, length):
         if self.mask_kind == "flat":
-            return (~hidden).long()
-        if self.mask_kind == "full":
-            return self._shaped(hidden)
-        windowed = self._shaped(hidden | (self.columns[:length] <= reads - self.window))
-        if self.mask_kind == "window":
-            return windowed
-        return {"full_attention": self._shaped(hidden), "sliding_attention": windowed}
+            mask = (~hidden).long()
+        elif self.mask_kind == "full":
+            mask = self._shaped(hidden)
+        else:
+            mask = self._shaped(hidden | (columns_read <= reads - self.window))
+            if self.mask_kind == "mixed":
+                mask = {"full_attention": self._shaped(hidden), "sliding_attention": mask}
+        return {"attention_mask": mask, "position_ids": reads + self.offsets[rows]}
 
     def _shaped(self, hidden):
         """(rows, length) to (rows, 1, 1, length), as attention adds it: every layer would make that of booleans."""

@@ -329,8 +329,8 @@ def _one_position_on(wave):
 
 
 def _in_the_wrong_column(wave):
-    set_place = wave.cache.set_place
-    wave.cache.set_place = lambda rows, ids, columns, length: set_place(rows, ids, columns - 1, length)
+    set_place = wave.cache.place.set
+    wave.cache.place.set = lambda rows, ids, columns, length: set_place(rows, ids, columns - 1, length)
 
 
 @pytest.mark.parametrize("damage", [_seeing_the_next_column, _one_position_on, _in_the_wrong_column])
