@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import sysconfig
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,20 +37,24 @@ class Document:
 class Corpus:
     """Documents to train on and documents, or ends of documents, that are held out.
 
-    source: what the text is, in words. held_out_rule: how it was split, in words.
+    Args:
+        source: what the text is, in words.
+        held_out_rule: how it was split, in words.
+        training: to train on.
+        held_out: to measure losses on.
     """
 
     source: str
     held_out_rule: str
-    training: list
-    held_out: list
+    training: list[Document]
+    held_out: list[Document]
 
     @property
-    def training_characters(self):
+    def training_characters(self) -> int:
         return sum(len(document.text) for document in self.training)
 
 
-def standard_library(limit):
+def standard_library(limit: int) -> Corpus:
     """Source files of the running Python as a Corpus, up to `limit` characters to train on.
 
     The order, and which files are held out, follow from hashes of their names: on every machine with this Python they
@@ -65,13 +70,15 @@ def standard_library(limit):
     return Corpus("source files of Python's standard library", rule, training, held_out)
 
 
-def own_text(paths, text_field, limit):
+def own_text(paths: Sequence[str | os.PathLike], text_field: str, limit: int) -> Corpus:
     """The user's files as a Corpus, at most their first `limit` characters.
 
     Raises:
         PonderingError: a file cannot be used.
     """
-    documents, parts, name, left = [], [], "", limit
+    documents: list[Document] = []
+    parts: list[str] = []
+    name, left = "", limit
     for piece in read_text(paths, text_field):
         if piece.starts_document and parts:
             documents.append(Document(name, "".join(parts)))
@@ -96,14 +103,14 @@ def own_text(paths, text_field, limit):
     return Corpus(source, f"the last {HELD_OUT_SHARE:.0%} of each document", training, held_out)
 
 
-def pieces(documents):
+def pieces(documents: Sequence[Document]) -> Iterator[Piece]:
     """The documents as pieces, for `ponder_hf.data.packing.pack`."""
     for document in documents:
         for index, part in enumerate(cut(document.text)):
             yield Piece(part, document.name, 1, index == 0)
 
 
-def train_tokenizer(documents, vocab_size, positions):
+def train_tokenizer(documents: Sequence[Document], vocab_size: int, positions: int) -> GPTNeoXTokenizerFast:
     """A byte-level BPE tokenizer, trained on these documents, with one special token.
 
     Args:

@@ -5,17 +5,23 @@ import copy
 import math
 import statistics
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, set_seed
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel, set_seed
 
 from ponder_hf import PonderingForCausalLM
 from ponder_hf.data.blocks import Blocks
 from ponder_hf.devices import default_device
 
-from .simple_training import train
+from .simple_training import Run, train
+
+
+if TYPE_CHECKING:
+    from .prepare import Setup
 
 
 _FEWEST_STEPS = 8
@@ -27,7 +33,12 @@ _CONSTANT_RATE = {"lr_scheduler_type": "constant_with_warmup", "lr_scheduler_kwa
 class Size:
     """How large everything is. Steps are optimiser steps; those of the base are only for a base trained here.
 
-    characters: of text to read, at most. evaluations: how often the continued models are evaluated on the way.
+    Args:
+        characters: of text to read, at most.
+        evaluations: how often the continued models are evaluated on the way.
+        learning_rate: of a base that is made here.
+        given_learning_rate: of a base that the user gave.
+        budget_seconds: for all training.
     """
 
     vocab_size: int
@@ -42,11 +53,11 @@ class Size:
     characters: int
     held_out_blocks: int
     evaluations: int
-    learning_rate: float = 4e-3  # of a base that is made here
-    given_learning_rate: float = 3e-4  # of a base that the user gave
-    budget_seconds: float = 200.0  # for all training
+    learning_rate: float = 4e-3
+    given_learning_rate: float = 3e-4
+    budget_seconds: float = 200.0
 
-    def tokens(self, steps):
+    def tokens(self, steps: int) -> int:
         return steps * self.batch_size * self.block_size
 
 
@@ -82,19 +93,24 @@ QUICK = Size(
 
 @dataclass(frozen=True)
 class Schedule:
-    """What is run: steps, and threads for torch.
+    """How long it is trained: steps, and threads for torch.
 
-    share: of the size's steps; below 1 where this machine would take too long. step_seconds: plain and pondering.
+    Args:
+        base_steps: of the base; 0 where it was given.
+        steps: of the control and of the pondering model.
+        threads: for torch.
+        share: of the size's steps; below 1 where this machine would take too long.
+        step_seconds: of a plain and of a pondering step.
     """
 
     base_steps: int
     steps: int
     threads: int
     share: float
-    step_seconds: tuple
+    step_seconds: tuple[float, float]
 
 
-def make_base(size, vocab_size, seed):
+def make_base(size: Size, vocab_size: int, seed: int) -> GPTNeoXForCausalLM:
     """A small GPT-NeoX with random weights; id 0 ends a text, as in the tokenizer that is trained for it."""
     set_seed(seed)
     config = GPTNeoXConfig(
@@ -113,7 +129,7 @@ def make_base(size, vocab_size, seed):
     return GPTNeoXForCausalLM(config).eval()
 
 
-def make_schedule(setup):
+def make_schedule(setup: "Setup") -> Schedule:
     """Measure a few steps and decide on threads and, where the user did not say, on the numbers of steps.
 
     Where the size's own steps would take longer than its budget they are halved until they fit, so that a second run
@@ -162,16 +178,16 @@ def _step_seconds(model, size, repeats):
     return statistics.median(timings[1:])
 
 
-_DEVICE = contextvars.ContextVar("device of the demo", default=None)
+_DEVICE: contextvars.ContextVar[torch.device | None] = contextvars.ContextVar("device of the demo", default=None)
 
 
-def device():
+def device() -> torch.device:
     """Where the demo trains: what `on_device` says, or else what Trainer would choose."""
-    return default_device() if _DEVICE.get() is None else _DEVICE.get()
+    return _DEVICE.get() or default_device()
 
 
 @contextmanager
-def on_device(chosen):
+def on_device(chosen: torch.device) -> Iterator[None]:
     """A context in which the demo trains on this device."""
     token = _DEVICE.set(chosen)
     try:
@@ -181,7 +197,7 @@ def on_device(chosen):
 
 
 @contextmanager
-def torch_threads(number):
+def torch_threads(number: int) -> Iterator[None]:
     """A context in which torch computes on so many threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
@@ -191,18 +207,18 @@ def torch_threads(number):
         torch.set_num_threads(before)
 
 
-def take(blocks, first, number):
+def take(blocks: Blocks, first: int, number: int) -> Blocks:
     """`number` rows from row `first` on, beginning anew at the end."""
     return Blocks(blocks.rows[torch.arange(first, first + number) % len(blocks)])
 
 
-def spread(blocks, number):
+def spread(blocks: Blocks, number: int) -> Blocks:
     """At most `number` rows, evenly spread over the blocks."""
     chosen = torch.linspace(0, len(blocks) - 1, min(number, len(blocks))).round().long()
     return Blocks(blocks.rows[chosen])
 
 
-def trainer_arguments(size, steps, learning_rate, seed):
+def trainer_arguments(size: Size, steps: int, learning_rate: float, seed: int) -> dict[str, Any]:
     """TrainingArguments' fields that the control and the pondering model share, and the base's own training too."""
     return {
         "max_steps": steps,
@@ -219,37 +235,42 @@ def trainer_arguments(size, steps, learning_rate, seed):
 class Outcome:
     """Everything that the experiment measured; losses in nats per token on the held-out blocks.
 
-    base_run is None where the base was given. converted_losses: of each pass before pondering was trained.
+    Args:
+        control: the base, trained on.
+        pondering: the base made to ponder, trained on.
+        base_run: None where the base was given.
+        control_run, pondering_run: what was recorded.
     """
 
-    control: torch.nn.Module
+    control: PreTrainedModel
     pondering: PonderingForCausalLM
-    base_run: object
-    control_run: object
-    pondering_run: object
+    base_run: Run | None
+    control_run: Run
+    pondering_run: Run
 
     @property
-    def base_loss(self):
+    def base_loss(self) -> float:
         return self.control_run.passes[0][1][0]
 
     @property
-    def control_loss(self):
+    def control_loss(self) -> float:
         return self.control_run.passes[-1][1][0]
 
     @property
-    def diverged(self):
+    def diverged(self) -> bool:
         return not all(math.isfinite(loss) for loss in (self.control_loss, self.pondering_losses[-1]))
 
     @property
-    def converted_losses(self):
+    def converted_losses(self) -> list[float]:
+        """Of each pass, before pondering was trained."""
         return self.pondering_run.passes[0][1]
 
     @property
-    def pondering_losses(self):
+    def pondering_losses(self) -> list[float]:
         return self.pondering_run.passes[-1][1]
 
 
-def run_experiment(setup, schedule):
+def run_experiment(setup: "Setup", schedule: Schedule) -> Outcome:
     """Train the base if it is new, then the control and the pondering model on the same blocks in the same order.
 
     The setup's base is trained itself: it becomes the control.
@@ -263,7 +284,10 @@ def run_experiment(setup, schedule):
     pondering = PonderingForCausalLM.from_base(copy.deepcopy(base), **setup.options.pondering_fields)
     rows = take(setup.training, schedule.base_steps * size.batch_size, schedule.steps * size.batch_size)
     arguments = trainer_arguments(size, schedule.steps, setup.learning_rate, seed)
-    watching = {"held_out": setup.watched, "evaluate_every": max(1, schedule.steps // size.evaluations)}
+    watching: dict[str, Any] = {
+        "held_out": setup.watched,
+        "evaluate_every": max(1, schedule.steps // size.evaluations),
+    }
     control_run = train(base, rows, "control  ", **watching, **arguments)
     pondering_run = train(pondering, rows, "pondering", **watching, **arguments)
     return Outcome(base.cpu(), pondering.cpu(), base_run, control_run, pondering_run)

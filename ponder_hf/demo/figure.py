@@ -1,6 +1,7 @@
 """The training curves as a picture."""
 
 import io
+from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -13,7 +14,7 @@ _LIGHT = {"background": "#ffffff", "ink": "#24292f", "grid": "#d8dee4"}
 _DARK = {"background": "#161b22", "ink": "#e6edf3", "grid": "#30363d"}
 
 
-def draw_curves(results, dark=False):
+def draw_curves(results: dict[str, Any], dark: bool = False) -> bytes:
     """The PNG of the curves in `results`, as bytes.
 
     Left: training losses from the first token on. Right: held-out losses after the base was continued. A base that

@@ -9,17 +9,19 @@ import hashlib
 import importlib.abc
 import json
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 
 class NoPonderHf(importlib.abc.MetaPathFinder):
     """Makes `import ponder_hf` fail, as on a machine where it is not installed."""
 
-    def find_spec(self, fullname, path=None, target=None):
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> None:
         if fullname.partition(".")[0] == "ponder_hf":
             raise ModuleNotFoundError("ponder_hf is hidden from this process", name=fullname)
 
 
-def fingerprint(model, ids):
+def fingerprint(model: Any, ids: Any) -> tuple[float, str]:
     """What must be equal for two copies of a model: (loss in nats per token, checksum of the logits). ids: (B, T)."""
     import torch
 
@@ -28,7 +30,7 @@ def fingerprint(model, ids):
     return output.loss.item(), hashlib.sha256(output.logits.contiguous().numpy().tobytes()).hexdigest()
 
 
-def continuations(model, tokenizer, prompts, seed, **generation):
+def continuations(model: Any, tokenizer: Any, prompts: Sequence[str], seed: int, **generation: Any) -> list[str]:
     """How the model continues each prompt; the same every time for the same seed."""
     from transformers import set_seed
 
@@ -41,7 +43,7 @@ def continuations(model, tokenizer, prompts, seed, **generation):
     return texts
 
 
-def load(folder):
+def load(folder: str) -> tuple[Any, Any]:
     """The checkpoint's model and tokenizer. The tokenizer asks for trust as well: it reads the configuration."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -49,7 +51,7 @@ def load(folder):
     return model.eval(), AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 
 
-def do(job):
+def do(job: dict[str, Any]) -> dict[str, Any]:
     """Load the checkpoint, compute on `ids` (B, T) and continue the prompts."""
     import torch
 
@@ -65,7 +67,7 @@ def do(job):
     }
 
 
-def main():
+def main() -> None:
     job = json.loads(sys.stdin.read())
     sys.meta_path.insert(0, NoPonderHf())
     with contextlib.redirect_stdout(sys.stderr):  # whatever libraries print

@@ -5,8 +5,10 @@ import importlib.util
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ponder_hf import PonderingConfig, PonderingError, PonderingForCausalLM
 from ponder_hf.conversion import check_tokenizer, load_tokenizer, open_checkpoint
@@ -31,7 +33,7 @@ class Options:
 
     output: str = "ponder-demo"
     overwrite: bool = False
-    text: tuple = ()
+    text: tuple[str, ...] = ()
     text_field: str = "text"
     base: str | None = None
     pondering_steps: int = 3
@@ -44,7 +46,7 @@ class Options:
     device: str | None = None
 
     @property
-    def pondering_fields(self):
+    def pondering_fields(self) -> dict[str, Any]:
         return {"pondering_steps": self.pondering_steps, "pondering_gate": self.pondering_gate}
 
 
@@ -52,27 +54,29 @@ class Options:
 class Setup:
     """What the experiment needs.
 
-    base: a plain model, with random weights where none was given. watched: the held-out blocks that losses are
-    measured on. bytes_per_token: of the held-out text.
+    Args:
+        base: a plain model, with random weights where none was given.
+        watched: the held-out blocks that losses are measured on.
+        bytes_per_token: of the held-out text.
     """
 
     options: Options
     size: Size
     learning_rate: float
     corpus: Corpus
-    tokenizer: object
-    base: torch.nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    base: PreTrainedModel
     training: Blocks
     watched: Blocks
     bytes_per_token: float
-    prompts: tuple
+    prompts: tuple[str, ...]
 
     @property
-    def base_is_given(self):
+    def base_is_given(self) -> bool:
         return self.options.base is not None
 
 
-def prepare(options):
+def prepare(options: Options) -> Setup:
     """Check the options, read the text, and load the base or make one.
 
     Raises:

@@ -8,6 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 from string import Template
+from typing import Any
 
 from .figure import draw_curves
 
@@ -21,7 +22,7 @@ _NAMES = {
 }
 
 
-def headline(results):
+def headline(results: dict[str, Any]) -> str:
     """The outcome in a few words."""
     difference = results["loss_difference"]
     if difference is None:
@@ -31,7 +32,7 @@ def headline(results):
     return "Pondering lowered the loss" if difference < 0 else "Pondering did not lower the loss"
 
 
-def verdict(results):
+def verdict(results: dict[str, Any]) -> str:
     """The outcome in one sentence."""
     difference, losses = results["loss_difference"], results["held_out_loss"]
     if difference is None:
@@ -44,7 +45,7 @@ def verdict(results):
     )
 
 
-def on_the_way(results):
+def on_the_way(results: dict[str, Any]) -> str:
     """How the difference between the two models changed while they trained, in one sentence."""
     held_out = [results["curves"][name]["held_out"] for name in ("pondering", "control")]
     differences = [
@@ -55,10 +56,10 @@ def on_the_way(results):
     return f"Pondering model minus control, from the start of their training to its end: {', '.join(differences)}."
 
 
-def summary(results):
+def summary(results: dict[str, Any]) -> str:
     """The results for a terminal, without colours."""
     rates = results["tokens_per_second"]
-    rows = [("", "held-out loss", "bits per byte", "tokens/s")]
+    rows: list[tuple[str, ...]] = [("", "held-out loss", "bits per byte", "tokens/s")]
     for key in ("base", "control", "converted", "pondering"):
         rate = f"{rates[key]:,.0f}" if key in rates else ""
         rows.append((_NAMES[key], *(number(results[part][key]) for part in ("held_out_loss", "bits_per_byte")), rate))
@@ -80,7 +81,7 @@ def summary(results):
     )
 
 
-def write_report(results):
+def write_report(results: dict[str, Any]) -> str:
     """The report as one HTML page that needs no other file."""
     fields = {
         "headline": html.escape(headline(results)),
@@ -110,7 +111,7 @@ def write_report(results):
     return Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(fields)
 
 
-def number(value, digits=3):
+def number(value: float | None, digits: int = 3) -> str:
     """A loss for people; None stands for a number that JSON does not have."""
     return "not a number" if value is None else f"{value:.{digits}f}"
 
@@ -242,7 +243,7 @@ def _commands(results):
     )
 
 
-def program():
+def program() -> str:
     """How the shell that started this finds `ponder-hf`: beside Python, if not on its path (`make demo` in .venv)."""
     beside = Path(sys.executable).with_name("ponder-hf")
     if shutil.which("ponder-hf") is not None or not beside.is_file():

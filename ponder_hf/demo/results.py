@@ -7,6 +7,8 @@ import math
 import os
 import platform
 import shlex
+from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -14,10 +16,18 @@ import transformers
 from ponder_hf import __version__
 from ponder_hf.devices import name_of
 
-from .experiment import device
+from .experiment import Outcome, Schedule, device
+from .prepare import Setup
 
 
-def gather(setup, schedule, outcome, checked, samples, seconds):
+def gather(
+    setup: Setup,
+    schedule: Schedule,
+    outcome: Outcome,
+    checked: dict[str, Any],
+    samples: list[dict[str, str]],
+    seconds: dict[str, float],
+) -> dict[str, Any]:
     """Everything that the demo found out.
 
     Args:
@@ -89,7 +99,7 @@ def gather(setup, schedule, outcome, checked, samples, seconds):
     return _without_nan(results)
 
 
-def write_json(results, path):
+def write_json(results: dict[str, Any], path: Path) -> None:
     path.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 

@@ -2,7 +2,9 @@
 
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -12,7 +14,7 @@ from ponder_hf.devices import training_device
 from .experiment import make_schedule, on_device, run_experiment, torch_threads
 from .figure import draw_curves
 from .load_and_run import continuations
-from .prepare import prepare
+from .prepare import Options, prepare
 from .report import write_report
 from .results import gather, write_json
 from .separate_process import check_checkpoint
@@ -28,18 +30,18 @@ _SAMPLING = {"do_sample": True, "temperature": 0.8, "top_k": 50}
 class Clock:
     """Announces each phase on standard error and keeps its seconds."""
 
-    def __init__(self):
-        self.seconds = {}
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def phase(self, name, announcement):
+    def phase(self, name: str, announcement: str) -> Iterator[None]:
         print(announcement, file=sys.stderr, flush=True)
         start = time.perf_counter()
         yield
         self.seconds[name] = round(time.perf_counter() - start, 1)
 
 
-def run_demo(options):
+def run_demo(options: Options) -> dict[str, Any]:
     """Run the demo and write its folder, whole or not at all.
 
     Returns:

@@ -7,6 +7,10 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
 
 from .load_and_run import fingerprint
 
@@ -15,7 +19,9 @@ TOLERANCE = 1e-5  # nats per token; the same machine and threads normally give t
 _PROGRAM = Path(__file__).with_name("load_and_run.py")
 
 
-def check_checkpoint(folder, model, ids, **job):
+def check_checkpoint(
+    folder: str | os.PathLike, model: PreTrainedModel, ids: torch.Tensor, **job: Any
+) -> dict[str, Any]:
     """Load the checkpoint `folder` elsewhere and compare it with `model`, which is on the CPU.
 
     Args:

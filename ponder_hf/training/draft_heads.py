@@ -53,7 +53,8 @@ def draft_head_loss(
         )
         targets = backbone_logits(model.backbone, output.last_hidden_state).flatten(0, 1).float()
     states = torch.stack([state.flatten(0, 1) for state in collected[: model.config.draft_heads]])
-    logits = backbone_logits(model.backbone, model.draft_heads(states)).float()
+    heads: Any = model.draft_heads
+    logits = backbone_logits(model.backbone, heads(states)).float()
     weight = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     weight = (weight / weight.sum()).flatten()
     wanted, drafted = functional.log_softmax(targets, dim=-1), functional.log_softmax(logits, dim=-1)
@@ -105,7 +106,8 @@ def train_draft_heads(
         The agreement of each head with the last pass, as a list, a mean over the last tenth of the steps.
     """
     learned = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    parameters = list(freeze_all_but_heads(model).draft_heads.parameters())
+    heads: Any = freeze_all_but_heads(model).draft_heads
+    parameters = list(heads.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     agreements = []
