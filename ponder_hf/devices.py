@@ -1,5 +1,7 @@
 """Which device a model runs on: the one that is asked for, or the best that is there."""
 
+from typing import Any
+
 import torch
 
 from .modeling import PonderingError
@@ -55,7 +57,7 @@ def training_device(name: str | torch.device | None = None) -> torch.device:
 
 def name_of(device: torch.device) -> str:
     """The device's name as its maker gives it, where torch tells; otherwise its type."""
-    module = getattr(torch, device.type, None)
+    module: Any = getattr(torch, device.type, None)
     if device.type != "cpu" and hasattr(module, "get_device_name"):
         return module.get_device_name(device)
     return device.type
