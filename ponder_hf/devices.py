@@ -50,7 +50,7 @@ def training_device(name: str | torch.device | None = None) -> torch.device:
     device = read_device(name)
     if device.index or device.type not in ("cpu", default_device().type):
         variable = {"cuda": "CUDA_VISIBLE_DEVICES", "xpu": "ZE_AFFINITY_MASK"}.get(device.type)
-        hint = f"set {variable}={device.index}" if device.index and variable else "leave out --device"
+        hint = f"set {variable}={device.index}" if device.index and variable else "leave out `device`"
         raise PonderingError(f"Trainer does not train on {name!r} but on the CPU or the first accelerator: {hint}")
     return device
 
