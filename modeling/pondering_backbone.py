@@ -585,47 +585,37 @@ def check_wrapping(model: PreTrainedModel) -> None:
     """
     for hook in hooks_of(model):
         if not is_about_weights(hook) or hook_origin(hook).startswith("peft."):
+            raise _passed_by(f"does not run the hook {_name(hook)} on the model, which")
+    for name in ("_global_forward_pre_hooks", "_global_forward_hooks"):
+        for hook in getattr(nn.modules.module, name, {}).values():
             raise PonderingError(
-                f"`num_draft_tokens` does not run the hook {_name(hook)} on the model, which may change what it "
-                f"gives: {_INSTEAD}"
-            )
-    every = torch.nn.modules.module
-    for hooks in (getattr(every, "_global_forward_pre_hooks", {}), getattr(every, "_global_forward_hooks", {})):
-        if hooks:
-            raise PonderingError(
-                f"`num_draft_tokens` does not run the hook {_name(next(iter(hooks.values())))} of all modules on the "
-                "model: remove it, or set num_draft_tokens=0"
+                f"`num_draft_tokens` does not run the hook {_name(hook)} of all modules on the model: remove it, or "
+                "set num_draft_tokens=0"
             )
     for hook in _offloading_hooks(getattr(model, "_hf_hook", None)):
         if not type(hook).__module__.startswith("accelerate."):
-            raise PonderingError(
-                f"`num_draft_tokens` does not run accelerate's hook {type(hook).__name__} on the model, which may "
-                f"change what it gives: {_INSTEAD}"
-            )
+            raise _passed_by(f"does not run accelerate's hook {type(hook).__name__} on the model, which")
     for name in _PASSED_BY:
         method = getattr(model, name, None)
-        if method is not None and not _is_adapters(method) and not is_original(method, _HOMES):
-            raise _replaced(name, method)
+        configuration = peft_config_around(method)
+        if getattr(configuration, "is_prompt_learning", False):
+            kind = getattr(configuration.peft_type, "value", configuration.peft_type)
+            raise PonderingError(
+                f"`num_draft_tokens` does not go with PEFT's {kind}, whose virtual tokens drafts do not see: set "
+                "num_draft_tokens=0"
+            )
+        # For adapters PEFT puts in a method that only calls the model's.
+        if method is not None and configuration is None and not is_original(method, _HOMES):
+            raise _passed_by(f"does not call the model's `{name}`, which was replaced ({_name(method)}) and")
 
 
-def _replaced(name, method):
-    configuration = getattr(getattr(method, "__self__", None), "active_peft_config", None)
-    if getattr(configuration, "is_prompt_learning", False):
-        kind = getattr(configuration.peft_type, "value", configuration.peft_type)
-        return PonderingError(
-            f"`num_draft_tokens` does not go with PEFT's {kind}, whose virtual tokens drafts do not see: set "
-            "num_draft_tokens=0"
-        )
-    return PonderingError(
-        f"`num_draft_tokens` does not call the model's `{name}`, which was replaced ({_name(method)}) and may change "
-        f"what it gives: {_INSTEAD}"
-    )
+def _passed_by(what):
+    return PonderingError(f"`num_draft_tokens` {what} may change what it gives: {_INSTEAD}")
 
 
-def _is_adapters(method):
-    # PEFT puts its own `prepare_inputs_for_generation` in, also where it only calls the model's.
-    configuration = getattr(getattr(method, "__self__", None), "active_peft_config", None)
-    return configuration is not None and not configuration.is_prompt_learning
+def peft_config_around(method: Callable | None) -> Any:
+    """The configuration of the PeftModel whose method stands in the place of a model's own; None where none does."""
+    return getattr(getattr(method, "__self__", None), "active_peft_config", None)
 
 
 def _offloading_hooks(hook):

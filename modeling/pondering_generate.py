@@ -23,7 +23,15 @@ from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput, logging
 
 from .configuration_pondering import check_steps
-from .pondering_backbone import are_close, check_inputs, evaluating, first_line, num_positions, positions_of
+from .pondering_backbone import (
+    are_close,
+    check_inputs,
+    evaluating,
+    first_line,
+    num_positions,
+    peft_config_around,
+    positions_of,
+)
 from .pondering_cache import CACHE_NAME, CACHE_NAMES, check_owner, given_cache, start_manager, step_cache
 from .pondering_errors import INSTALL_TESTED, PonderingError, untested_version
 from .pondering_generate_drafts import read_source
@@ -364,8 +372,8 @@ def _report(call, output, inputs, kwargs):
 
 def _is_called_for_virtual_tokens(model):
     """Whether PEFT's prompt learning has put itself around the model's `prepare_inputs_for_generation`."""
-    wrapper = getattr(model.__dict__.get("prepare_inputs_for_generation"), "__self__", None)
-    return bool(getattr(getattr(wrapper, "active_peft_config", None), "is_prompt_learning", False))
+    configuration = peft_config_around(model.__dict__.get("prepare_inputs_for_generation"))
+    return getattr(configuration, "is_prompt_learning", False)
 
 
 def _steps_of_new_tokens(call, output, num_prompt_tokens, used):
