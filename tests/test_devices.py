@@ -62,7 +62,7 @@ def test_trainer_trains_on_the_first_accelerator_only(monkeypatch):
     assert devices.training_device("cpu") == torch.device("cpu")
     with pytest.raises(PonderingError, match="set CUDA_VISIBLE_DEVICES=1"):
         devices.training_device("cuda:1")
-    with pytest.raises(PonderingError, match="leave out --device"):
+    with pytest.raises(PonderingError, match="leave out `device`"):
         devices.training_device("mps")
 
 

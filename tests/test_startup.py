@@ -142,7 +142,7 @@ def test_a_transformers_that_is_too_old_is_named_whoever_imports_it(tmp_path):
 
 def test_every_public_name_is_there():
     source = Path(ponder_hf.__file__).read_text(encoding="utf-8")
-    (checked,) = [node for node in ast.parse(source).body if isinstance(node, ast.If)]
+    checked = next(node for node in ast.parse(source).body if isinstance(node, ast.If))
     for_type_checkers = {alias.name for node in checked.body for alias in node.names}
     assert sorted(for_type_checkers) == sorted(ponder_hf.__all__) == ponder_hf.__all__
     assert set(ponder_hf.__all__) <= set(dir(ponder_hf))
