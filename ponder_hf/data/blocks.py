@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from ponder_hf.modeling import PonderingError
 
 from .packing import pack
-from .sources import DatasetSource, FileSource, Names, as_list, find_sources, read_pieces
+from .sources import Names, TextSource, as_list, find_sources, read_pieces
 from .text import Piece, closed_at_exit
 
 
@@ -75,7 +75,7 @@ class StreamedBlocks(IterableDataset):
         epoch: the number of the first pass, for the shuffling.
     """
 
-    sources: list[FileSource | DatasetSource]
+    sources: list[TextSource]
     tokenizer: PreTrainedTokenizerBase
     block_size: int
     text_field: str = "text"
@@ -201,7 +201,7 @@ def load_blocks(
         pieces = read_pieces(found, text_field, progress)
         return pack_all(pieces, tokenizer, block_size, label, vocab_size, max_blocks)
     for source in found:
-        if not source.can_be_read_again:
+        if source.is_pipe:
             raise PonderingError(
                 f"{source.label} is no file but a pipe, which can be read only once, and a stream reads it several "
                 "times: leave out `streaming`, or write it to a file"

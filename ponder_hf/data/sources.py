@@ -6,8 +6,8 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -41,73 +41,29 @@ Names = str | os.PathLike | Sequence[str | os.PathLike]
 
 
 @dataclass(frozen=True)
-class FileSource:
-    """A file: plain text, .jsonl or .parquet.
+class TextSource:
+    """A file, or a data set that the library `datasets` opened.
 
     Args:
-        path: as the user gave it, or below a folder that the user gave.
+        place: what distinguishes it from others: its path or id; of a data set also configuration and split.
+        label: what messages call it: a file's path as the user gave it, or below a folder that the user gave.
+        read: gives the pieces; takes `text_field` and, of a file, `advance`, which is called with numbers of bytes.
+        num_bytes: of a file on the disk; None: rows are counted instead.
+        num_rows: None where it is not known before it is read.
+        is_pipe: it can be read only once, as /dev/stdin.
     """
 
-    path: str
-    num_rows = None  # known only once it was read
-
-    @property
-    def place(self) -> str:
-        """What distinguishes it from others."""
-        return os.path.realpath(Path(self.path).expanduser())
-
-    @property
-    def label(self) -> str:
-        """What messages call it."""
-        return self.path
-
-    @property
-    def can_be_read_again(self) -> bool:
-        """Whether it is no pipe such as /dev/stdin; true as well where it is gone, which reading it says."""
-        return os.path.isfile(self.place) or not Path(self.path).expanduser().exists()
-
-    @property
-    def num_bytes(self) -> int:
-        """Its size on the disk; 0 where it is gone, which reading it says."""
-        return os.path.getsize(self.place) if os.path.exists(self.place) else 0
-
-    def pieces(self, text_field: str, advance: Callable[[int], Any] | None = None) -> Iterator[Piece]:
-        """The text; `advance` is called with numbers of bytes."""
-        if self.path.lower().endswith(".parquet"):
-            return read_parquet(self.path, text_field, advance)
-        return read_text([self.path], text_field, advance)
-
-
-@dataclass(frozen=True)
-class DatasetSource:
-    """A data set that the library `datasets` opened, a Dataset or an IterableDataset.
-
-    Args:
-        place: what distinguishes it from others: folder or id, configuration, split.
-        label: what messages call it.
-        dataset: of rows.
-    """
-
-    place: tuple[str, str | None, str]
+    place: str | tuple[str, str | None, str]
     label: str
-    dataset: Any
-
-    num_bytes = None  # rows are counted instead
-    can_be_read_again = True
-
-    @property
-    def num_rows(self) -> int | None:
-        """The number of rows, None where it is streamed."""
-        return len(self.dataset) if hasattr(self.dataset, "__len__") else None
-
-    def pieces(self, text_field: str, advance: Callable[[int], Any] | None = None) -> Iterator[Piece]:
-        """The text; `advance` is never called."""
-        return read_dataset(self.dataset, self.label, text_field)
+    read: Callable[..., Iterator[Piece]]
+    num_bytes: int | None = None
+    num_rows: int | None = None
+    is_pipe: bool = False
 
 
 def find_sources(
     sources: Names, name: str | None = None, split: str = "train", streaming: bool = False
-) -> list[FileSource | DatasetSource]:
+) -> list[TextSource]:
     """What the user named, as a list. No text is read yet.
 
     Args:
@@ -120,7 +76,7 @@ def find_sources(
     Raises:
         PonderingError: something does not exist, or cannot be read as text.
     """
-    found: list[FileSource | DatasetSource] = []
+    found: list[TextSource] = []
     for source in as_list(sources):
         place = Path(source).expanduser()
         try:
@@ -128,7 +84,7 @@ def find_sources(
                 found += _open_folder(source, name, split, streaming)
             elif place.exists():
                 _check_file(source, name, split)
-                found.append(FileSource(source))
+                found.append(_file(source))
             else:
                 found.append(_open_id(source, name, split, streaming))
         except OSError as error:
@@ -163,6 +119,17 @@ def _check_file(path, name, split):
         raise PonderingError(f"{path} is a compressed parquet file: unpack it, parquet compresses by itself")
 
 
+def _file(path: str) -> TextSource:
+    there = Path(path).expanduser()
+    return TextSource(
+        place=os.path.realpath(there),
+        label=path,
+        read=partial(read_parquet, path) if path.lower().endswith(".parquet") else partial(read_text, [path]),
+        num_bytes=there.stat().st_size if there.is_file() else 0,
+        is_pipe=there.exists() and not there.is_file(),
+    )
+
+
 def _open_folder(folder, name, split, streaming):
     place = Path(folder).expanduser()
     if any((place / file).exists() for file in ("dataset_dict.json", "state.json")):
@@ -180,7 +147,7 @@ def _open_folder(folder, name, split, streaming):
         raise PonderingError(f"the folder {folder} has no file that ends in {', '.join(_ENDINGS[:6])} or .gz: {has}")
     if others:
         _LOGGER.warning("%s: passed over what is not known as text: %s", folder, _some(others))
-    return [FileSource(os.path.join(folder, file)) for file in _of_split(files, split, folder)]
+    return [_file(os.path.join(folder, file)) for file in _of_split(files, split, folder)]
 
 
 def _of_split(files, split, folder):
@@ -265,7 +232,8 @@ def _open_dataset(source, name, split, streaming):
 def _as_source(source, name, split, dataset):
     place = os.path.realpath(Path(source).expanduser()) if Path(source).expanduser().exists() else source
     label = f"{source} ({f'{name}, ' if name else ''}split {split})"
-    return DatasetSource((place, name, split), label, dataset)
+    num_rows = len(dataset) if hasattr(dataset, "__len__") else None
+    return TextSource((place, name, split), label, partial(read_dataset, dataset, label), num_rows=num_rows)
 
 
 def _near_misses(source):
@@ -283,9 +251,7 @@ def _some(names):
 
 
 @closed_at_exit
-def read_pieces(
-    sources: Sequence[FileSource | DatasetSource], text_field: str, progress: bool = False
-) -> Iterator[Piece]:
+def read_pieces(sources: Sequence[TextSource], text_field: str, progress: bool = False) -> Iterator[Piece]:
     """Yield the pieces of all these sources in order.
 
     Args:
@@ -300,7 +266,7 @@ def read_pieces(
     unit, scale = ("B", {"unit_divisor": 1024}) if in_bytes else (" documents", {})
     with progress_bar("tokenising", unit, total, shown=progress, unit_scale=True, **scale) as bar:
         for source in sources:
-            for piece in source.pieces(text_field, bar.update if in_bytes else None):
+            for piece in source.read(text_field, advance=bar.update) if in_bytes else source.read(text_field):
                 yield piece
                 if not in_bytes:
                     bar.update(piece.starts_document)
