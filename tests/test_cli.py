@@ -322,6 +322,13 @@ def test_values_of_training_flags(flags, expected):
     assert {name: found.get(name) for name in expected} == expected
 
 
+def test_values_that_look_like_something_else():
+    kwargs = '{"min_lr_rate": 0.1}'
+    assert parse_training(f"--lr_scheduler_kwargs={kwargs}")["lr_scheduler_kwargs"] in (kwargs, json.loads(kwargs))
+    args = build_parser().parse_args(["generate", "a", "--prompt", "--no flag but a text", "--top-p=0.5"])
+    assert (args.prompt, args.top_p) == ("--no flag but a text", 0.5)
+
+
 # Flags that there are not.
 
 

@@ -82,9 +82,9 @@ class CommandParser(OneLineParser):
 
     def _unknown(self, words):
         known = self.flags()
-        flags = [word.partition("=")[0] for word in words if word.startswith("--") and " " not in word]
+        flags = [flag for flag in (word.partition("=")[0] for word in words) if flag.startswith("--")]
         flags = flags[: flags.index("--")] if "--" in flags else flags
-        return [flag for flag in flags if flag not in known]
+        return [flag for flag in flags if flag not in known and " " not in flag]  # a text may begin with dashes
 
 
 class _HelpAll(argparse.Action):
