@@ -19,7 +19,6 @@ CPU_PARTS = {
     "head of few rows": (vocabulary.product_with_head, backbone.head_context),
     "sum of few rows": (embedding.weighted_sum,),
     "layers of few rows": (backbone.decoder_context,),
-    "largest by blocks": (embedding.largest,),
     "largest by tiles": (embedding.largest_of_head,),
 }
 CPU_PARTS["all"] = tuple(function for functions in CPU_PARTS.values() for function in functions)

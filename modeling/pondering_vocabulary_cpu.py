@@ -8,7 +8,7 @@
 - BLAS libraries pack the weight for a product x W^T of a few rows, which takes longer than the product. W x^T, the
   same numbers turned on their side, is computed without. For a single row they use one thread; cut into a part a
   thread, the weight is read by all of them.
-- topk looks at every element, one by one. Maxima of blocks, and comparisons with a floor, are vectorised.
+- topk looks at every element, one by one. Comparisons with a floor are vectorised.
 
 Each function here does what another file's `replaceable` function of the same arguments does, or gives None where it
 would be no faster. The last lines put them there.
@@ -27,7 +27,6 @@ from transformers.utils import logging
 from .pondering_backbone import decoder_context, head_context
 from .pondering_vocabulary import CHUNK_ELEMENTS, Readout, compute_dtype, product_with_head
 from .pondering_vocabulary_embedding import (
-    largest,
     largest_of_head,
     makes_use_of_logits,
     vocabulary_gradients,
@@ -233,30 +232,6 @@ _ALIGNMENT = 32
 _TILES_A_CHUNK = 3  # what stays in the cache until it has been looked at, and is still large enough for the product
 
 
-def largest_by_blocks(scores: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """largest: the maxima of blocks are found faster, and the largest elements lie in the blocks with the largest."""
-    if scores.device.type != "cpu" or len(scores) < _MOST_ROWS:  # of few rows, as in decoding, topk itself is fastest
-        return None
-    block = 2 ** round(math.log2(scores.shape[1] / top_k) / 2)  # blocks and candidates are about equally many
-    if block < 4:
-        return None
-    candidates = _candidates(scores, block, top_k)
-    values, indices = scores.gather(1, candidates).topk(top_k, dim=-1, sorted=False)
-    return values, candidates.gather(1, indices)
-
-
-def _candidates(scores, block, num_blocks):
-    """Indices (n, m) of few elements in each row of (n, V), among which are as many largest as blocks are taken."""
-    num_rows, size = scores.shape
-    tail, stride = size % block, size // block  # a block's elements are a stride apart, which vectorises the maximum
-    maxima = scores[:, : size - tail].unflatten(1, (block, stride)).amax(1)
-    chosen = maxima.topk(num_blocks, dim=-1, sorted=False).indices
-    indices = (chosen.unsqueeze(1) + stride * torch.arange(block).unsqueeze(1)).flatten(1)
-    if not tail:
-        return indices
-    return torch.cat([indices, torch.arange(size - tail, size).expand(num_rows, -1)], dim=1)
-
-
 _largest_in_chunks = largest_of_head.function
 
 
@@ -301,7 +276,8 @@ def _largest_in_tiles(hidden_states, readout, top_k, width):
             scores[:, : len(weight)] += readout.bias[tile::num_tiles]
         scores[:, len(weight) :] = -math.inf
         if best is None:
-            best = _Best(largest(scores, _quota(top_k, 1 / num_tiles) + 1)[0], num_tiles, width)
+            some = scores.topk(_quota(top_k, 1 / num_tiles) + 1, dim=-1, sorted=False).values
+            best = _Best(some, num_tiles, width)
         # What is not a number counts as above, so that it is not lost.
         best.add(tile, scores, torch.le(scores, best.floor, out=above).logical_not_())
         seen, is_full = tile + 1, best.is_full()
@@ -387,4 +363,4 @@ class _Best:
 vocabulary_sum.faster, vocabulary_gradients.faster, makes_use_of_logits.faster = attend, attend_backward, uses_logits
 product_with_head.faster, weighted_sum.faster = few_rows_product, few_rows_sum
 decoder_context.faster, head_context.faster = fast_layers, fast_head
-largest.faster, largest_of_head.faster = largest_by_blocks, largest_by_tiles
+largest_of_head.faster = largest_by_tiles

@@ -218,16 +218,10 @@ def vocabulary_embedding(
 
 
 @replaceable
-def largest(scores: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The K largest of each row in no order, like `scores.topk(K, sorted=False)`: values and indices, both (n, K)."""
-    return scores.topk(top_k, dim=-1, sorted=False)
-
-
-@replaceable
 def largest_of_head(hidden_states: torch.Tensor, readout: Readout, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The K largest scores of each token and their token ids, both (n, K); all scores are never there at once."""
     parts = [hidden_states[part] for part in chunks(hidden_states, len(readout.weight))] or [hidden_states]
-    found = [largest(readout.scores(part), top_k) for part in parts]
+    found = [readout.scores(part).topk(top_k, dim=-1, sorted=False) for part in parts]
     values, token_ids = (torch.cat(tensors) for tensors in zip(*found, strict=True))
     return values, token_ids
 
@@ -401,7 +395,7 @@ class PonderingEmbedding:
         table, scale = self.table
         flat = logits.reshape(-1, logits.shape[-1])
         if self.kernel == "top_k":
-            scores, token_ids = largest(flat, top_k)
+            scores, token_ids = flat.topk(top_k, dim=-1, sorted=False)
             embedding = _weighted_bags(token_ids, table, probabilities(scores, temperature).to(table.dtype))
         else:
             embedding = weighted_sum(probabilities(flat, temperature), table)

@@ -15,7 +15,6 @@ from ponder_hf.modeling.pondering_backbone import decoder_context, head_context
 from ponder_hf.modeling.pondering_vocabulary import Readout
 from ponder_hf.modeling.pondering_vocabulary_cpu import _largest_in_tiles
 from ponder_hf.modeling.pondering_vocabulary_embedding import (
-    largest,
     makes_use_of_logits,
     plain_embedding,
     probabilities,
@@ -433,18 +432,6 @@ def test_a_scaled_loss_scales_its_gradients():
     torch.testing.assert_close(tuple(3 * gradient for gradient in gradients[0]), gradients[1])
 
 
-@pytest.mark.parametrize(
-    ("num_rows", "size", "top_k"), [(33, 1024, 5), (32, 1024, 8), (40, 1024, 1), (34, 1000, 3), (2, 64, 64)]
-)
-def test_largest_finds_what_topk_finds(num_rows, size, top_k):
-    scores = torch.randn(num_rows, size)
-    scores[0, 17:25] = 9.0  # neighbours in one block, and equal ones
-    values, indices = largest(scores, top_k)
-    assert torch.equal(values.sort().values, scores.topk(top_k).values.sort().values)
-    assert torch.equal(scores.gather(1, indices), values)
-    assert all(len(set(row)) == top_k for row in indices.tolist())
-
-
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(
@@ -564,11 +551,13 @@ def test_tiles_give_values_and_gradients(all_again, done_again, monkeypatch):
 
 def test_tiles_are_taken_where_the_scores_would_be_large(monkeypatch):
     monkeypatch.setitem(pondering_vocabulary.CHUNK_ELEMENTS, "cpu", 64 * 50)
-    sizes = []
-    monkeypatch.setattr(cpu, "largest", lambda scores, k: sizes.append(scores.shape) or largest(scores, k))
+    sizes, in_tiles = [], _largest_in_tiles
+    monkeypatch.setattr(
+        cpu, "_largest_in_tiles", lambda h, r, k, width: sizes.append((len(h), width)) or in_tiles(h, r, k, width)
+    )
     hidden, weight, _, table = leaves(50, torch.float64)
     embedding = top_k_embedding(hidden, Readout(weight), table, 1.0, 3)
-    assert sizes == [(50, 32)]  # the first tile; the others are compared with what it has found
+    assert sizes == [(50, 64 // 3)]
     torch.testing.assert_close(embedding, plain(hidden, Readout(weight), table, 1.0, 3))
 
 
