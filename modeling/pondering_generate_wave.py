@@ -39,7 +39,6 @@ from .pondering_backbone import (
 )
 from .pondering_errors import PonderingError, untested_version
 from .pondering_generate_drafts import OwnPredictions, PendingTokens
-from .pondering_vocabulary import scaled
 from .pondering_vocabulary_embedding import PonderingEmbedding
 
 
@@ -238,8 +237,7 @@ class Wave:
             embedded = self.input_embeddings(newest).squeeze(1)
             if self.inputs is None:
                 self.inputs = embedded.new_zeros(len(self.row_ids), embedded.shape[1])
-            config = self.model.config
-            self.inputs[:size] = scaled(embedded, config.input_scale * config.embedding_scale)
+            self.inputs[:size] = self.model.first_input(embedded)
         hidden_states = run_backbone(
             self.backbone,
             self.inputs[rows].unsqueeze(1),

@@ -57,12 +57,10 @@ def plain_embedding(
     Returns:
         (..., d), in the dtype of `table`.
     """
-    scores = wide(logits)
     if top_k is None:
-        weights = torch.softmax(scores / temperature, dim=-1).to(table.dtype)
-        return weights @ table
-    scores, token_ids = scores.topk(top_k, dim=-1)
-    weights = torch.softmax(scores / temperature, dim=-1).to(table.dtype)
+        return probabilities(logits, temperature).to(table.dtype) @ table
+    scores, token_ids = wide(logits).topk(top_k, dim=-1)
+    weights = probabilities(scores, temperature).to(table.dtype)
     return (weights.unsqueeze(-2) @ table[token_ids]).squeeze(-2)
 
 
@@ -93,13 +91,7 @@ def makes_use_of_logits(
 def vocabulary_sum(
     hidden_states: torch.Tensor, readout: Readout, table: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """softmax over the whole vocabulary, and the weighted sum of all embeddings. No gradients.
-
-    Args:
-        hidden_states: (n, d_h).
-        readout: the head as a Readout, of the dtype of `hidden_states`.
-        table: (V, d), of the same dtype.
-        temperature: > 0.
+    """vocabulary_embedding without gradients, where all arguments have one dtype.
 
     Returns:
         (embedding, normaliser): (n, d), and what vocabulary_gradients may need beside it, or None.
@@ -191,7 +183,7 @@ def _plain_vocabulary_embedding(hidden_states, weight, bias, table, cap, factor,
     with torch.autocast(hidden_states.device.type, enabled=False):
         readout = Readout(weight, bias, cap, factor).to(dtype)
         logits = readout.finish(readout.scores(hidden_states.to(dtype)))
-        return probabilities(logits, temperature).to(dtype) @ table.to(dtype)
+        return plain_embedding(logits, table.to(dtype), temperature)
 
 
 def vocabulary_embedding(
@@ -311,10 +303,7 @@ def top_k_embedding(
     """softmax over the K largest logits, and the weighted sum of their embeddings.
 
     Args:
-        hidden_states: (n, d_h), the last hidden states of a pass.
-        readout: the head as a Readout.
-        table: (V, d), a plain embedding matrix.
-        temperature: > 0.
+        hidden_states, readout, table, temperature: as in vocabulary_embedding.
         top_k: 1 <= K <= V. Among equal logits any may be chosen.
 
     Returns:
@@ -338,8 +327,8 @@ class PonderingEmbedding:
 
     Made anew for each forward pass, since modules may have been wrapped or replaced since.
 
-    kernel: "top_k" or "vocabulary" where head and embedding are plain
-        matrices, "plain" where they must be asked through their modules.
+    kernel: "top_k" or "vocabulary" where head and embedding are plain matrices, "plain" where they must be asked
+        through their modules.
     """
 
     def __init__(self, backbone: PreTrainedModel, config: PonderingConfig) -> None:
