@@ -14,6 +14,7 @@ from training_runs import SMALL, assert_same_model, train, train_json, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from ponder_hf import PonderingForCausalLM
+from ponder_hf.cli import build_parser
 from ponder_hf.evaluation import evaluate_passes
 from ponder_hf.training.options import TrainOptions
 from ponder_hf.training.plan import load_training_data
@@ -149,12 +150,13 @@ def test_training_from_a_script_of_arguments(folder, capsys):
 
 
 def test_every_training_argument_is_a_flag_in_both_spellings(capsys):
-    assert run("train", "--help") == 0
+    assert run("train", "--help-all") == 0
     shown = capsys.readouterr().out
     for name in ("learning_rate", "torch_compile_mode", "eval_steps", "deepspeed", "bf16", "hub_model_id"):
         assert name in TrainingArguments.__dataclass_fields__
-        assert f"--{name}" in shown
         assert f"--{name.replace('_', '-')}" in shown
+        for flag in (f"--{name}", f"--{name.replace('_', '-')}"):
+            assert name in build_parser().parse_args(["train", "base", flag, "1"])
 
 
 @pytest.mark.parametrize("merge", [False, True])
