@@ -35,8 +35,8 @@ def prefill(
     if hasattr(model, "_prefill"):
         return model._prefill(input_ids, generation_config, model_kwargs)
     model_kwargs = model._get_initial_cache_position(input_ids.shape[1], input_ids.device, model_kwargs)
-    if generation_config.prefill_chunk_size is not None:
-        return model._prefill_chunking(input_ids, generation_config, **model_kwargs)
+    if generation_config.prefill_chunk_size is not None:  # all but the last token, in transformers 4.57
+        model_kwargs = model._prefill_chunking(input_ids, generation_config, **model_kwargs)
     return model(**model.prepare_inputs_for_generation(input_ids, **model_kwargs), return_dict=True)
 
 
