@@ -14,7 +14,6 @@ pondering_backbone.py. Positions and masks are the tokens' own, the same in ever
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from os import PathLike
 from typing import Any
 
 import torch
@@ -213,7 +212,7 @@ class PonderingPreTrainedModel(PreTrainedModel):
         return self
 
     @classmethod
-    def from_base(cls, base: str | PathLike | PreTrainedModel, **arguments: Any) -> "PonderingPreTrainedModel":
+    def from_base(cls, base: Any, **arguments: Any) -> "PonderingPreTrainedModel":
         """Make a pondering model from a plain one, keeping every weight and its dtype.
 
         Args:

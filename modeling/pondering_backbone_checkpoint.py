@@ -1,7 +1,6 @@
 """Read the checkpoint that a pondering model is made from: a plain one, or one that the method's authors wrote."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from os import PathLike
 from typing import Any
 
 import torch
@@ -142,7 +141,7 @@ def _authors_fields(raw):
 
 
 def understand_config(
-    source: str | PathLike,
+    source: Any,
     raw: dict[str, Any],
     given: Mapping[str, Any] | None = None,
     authors: bool = False,
@@ -152,7 +151,7 @@ def understand_config(
     """The pondering fields that a config.json already means, and what of it is the backbone's.
 
     Args:
-        source: what messages call it.
+        source: what messages call it, a text or a path.
         raw: its contents.
         given: the pondering fields that the caller names.
         authors: whether it is the authors' model although the flags are missing that say so.
@@ -248,7 +247,7 @@ def _without_fields(source, raw, names):
 
 
 def read_base_config(
-    source: str | PathLike,
+    source: Any,
     given: Mapping[str, Any] | None = None,
     authors: bool = False,
     ignore_fields: Sequence[str] = (),
@@ -268,7 +267,7 @@ def read_base_config(
 
 
 def load_backbone(
-    source: str | PathLike, base_config: PretrainedConfig, fields: Mapping[str, Any] | None = None, **loading: Any
+    source: Any, base_config: PretrainedConfig, fields: Mapping[str, Any] | None = None, **loading: Any
 ) -> PreTrainedModel:
     """The plain model in `source`, every weight accounted for; safetensors only.
 
