@@ -10,6 +10,7 @@ import elsewhere
 import pytest
 from compat import __main__ as compat
 from compat import abilities, environments
+from golden import __main__ as golden
 
 from ponder_hf.modeling.pondering_errors import NEWEST, OLDEST, is_supported
 
@@ -62,6 +63,7 @@ def test_the_oldest_torch_is_the_one_that_the_package_asks_for():
 def test_a_spoiled_checkpoint_is_seen(tmp_path):
     folder = shutil.copytree(GOLDEN, tmp_path / "golden") / "0.1.0"
     shutil.rmtree(folder / "llama")
+    golden.add_code(folder / "gpt_neox")
     checkpoints.change_tensors(
         folder / "gpt_neox", lambda tensors: tensors["backbone.gpt_neox.final_layer_norm.bias"].add_(0.01)
     )

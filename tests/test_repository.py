@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
-import ponder_hf
-
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MODELING_FILES = sorted((REPOSITORY / "modeling").glob("*.py"))
@@ -171,51 +169,6 @@ def test_file_and_its_functions_are_short(path):
         if isinstance(node, functions)
     }
     assert {name: length for name, length in lengths.items() if length > MAX_FUNCTION_LINES} == {}
-
-
-# Each imports only from those above it here. `ponder_hf/__init__.py` and `auto_classes.py` import others when asked.
-LAYERS = (
-    ("modeling",),
-    ("errors", "devices", "progress"),
-    ("conversion",),
-    ("data",),
-    ("evaluation",),
-    ("callbacks",),
-    ("hub",),
-    ("training",),
-    ("demo", "diagnosis"),
-    ("cli",),
-)
-
-
-def imported_rooms(path: Path) -> set[str]:
-    """The subpackages and modules of ponder_hf that a file imports from, also within functions."""
-    folder, *rest = path.relative_to(REPOSITORY).parts
-    package = [*INSTALLED_FOLDERS[folder].split("/"), *rest[:-1]]
-    places = {name: place for place, names in ponder_hf._NAMES.items() for name in names}
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            imported = [alias.name.split(".") for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            start = package[: len(package) + 1 - node.level] if node.level else []
-            start += node.module.split(".") if node.module else []
-            imported = [[*start, alias.name] for alias in node.names]
-        else:
-            continue
-        found |= {places.get(names[1], names[1]) for names in imported if names[0] == "ponder_hf" and len(names) > 1}
-    return found - {"__version__"}
-
-
-@pytest.mark.parametrize("path", LIBRARY_FILES, ids=relative_name)
-def test_imports_lead_down(path):
-    parts = path.relative_to(REPOSITORY).parts
-    room = path.stem if len(parts) == 2 and parts[0] == "ponder_hf" else parts[parts[0] == "ponder_hf"]
-    if room in ("__init__", "auto_classes"):
-        return
-    (layer,) = [index for index, rooms in enumerate(LAYERS) if room in rooms]
-    below = {each for rooms in LAYERS[:layer] for each in rooms}
-    assert imported_rooms(path) - {room} <= below
 
 
 def signatures(node: ast.AST, within: str = ""):
