@@ -153,7 +153,8 @@ def test_early_exits_are_the_same_with_and_without_a_cache(model_type):
 def test_early_exits_of_a_prompt_are_those_of_its_tokens_one_by_one(model_type):
     model = PonderingForCausalLM.from_base(backbone(model_type), pondering_steps=2)
     ids, taken = tiny.token_ids(2, 9), []
-    exit = PonderingExit.read("kl", telling_threshold(model, ids)).recording(taken.append)
+    exit = PonderingExit.read("kl", telling_threshold(model, ids))
+    exit.record = taken.append
     with torch.no_grad():
         whole = model(ids, position_ids=torch.arange(9)[None], pondering_exit=exit, use_cache=True).logits
         cache, parts = None, []
@@ -189,7 +190,8 @@ def test_early_exits_rotate_as_the_longest_text_of_the_batch_says(length, going_
     results = []
     for base in (switching, fixed):
         taken = []
-        exit = PonderingExit.read(criterion, 0.5).recording(taken.append)
+        exit = PonderingExit.read(criterion, 0.5)
+        exit.record = taken.append
         model = PonderingForCausalLM.from_base(base, pondering_steps=3)
         with torch.no_grad():
             logits = model(ids, attention_mask=mask, position_ids=positions, pondering_exit=exit).logits

@@ -109,7 +109,8 @@ def test_early_exits_keep_packed_texts_apart(model_type, threshold):
 
     def run(ids, **inputs):
         taken = []
-        exit = PonderingExit.read("kl", threshold).recording(taken.append)
+        exit = PonderingExit.read("kl", threshold)
+        exit.record = taken.append
         with torch.no_grad():
             return model(ids, pondering_exit=exit, use_cache=False, **inputs).logits, taken[0]
 
