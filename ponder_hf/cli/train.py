@@ -96,6 +96,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
         if training_device(given["device"]).type == "cpu":
             given["use_cpu"] = True
+    if not {"source", "config", "resume"} & given.keys():
+        from ponder_hf import PonderingError
+
+        raise PonderingError(
+            "give either SOURCE, a model to start from, or --config, one to train from scratch; SOURCE comes before "
+            "flags that take several values"
+        )
     options = make_options(given)
     from ponder_hf.training.run import train
 
