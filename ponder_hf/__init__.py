@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .conversion.convert import convert
     from .conversion.export import export
     from .diagnosis import diagnose
-    from .evaluation import evaluate_passes, evaluate_text
+    from .evaluation import evaluate_passes, evaluate_text, measure_passes
     from .hub import CodeOnPush, inspect_checkpoint, inspect_code
     from .hub.push import push
     from .modeling import (
@@ -52,6 +52,7 @@ __all__ = [
     "export",
     "inspect_checkpoint",
     "inspect_code",
+    "measure_passes",
     "pondering_statistics",
     "push",
     "train",
@@ -62,7 +63,7 @@ _NAMES = {
     "callbacks": ("PonderingCallback", "pondering_statistics"),
     "conversion": ("convert", "export"),
     "diagnosis": ("diagnose",),
-    "evaluation": ("evaluate_passes", "evaluate_text"),
+    "evaluation": ("evaluate_passes", "evaluate_text", "measure_passes"),
     "hub": ("CodeOnPush", "inspect_checkpoint", "inspect_code", "push"),
     "modeling": (
         "PonderingConfig",

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from .evaluation import FOR_LOSS_OF_EACH_PASS
+from .evaluation.passes import measure_passes, pondering_model_in
 from .modeling import PonderingError
-from .modeling.pondering_backbone import backbone_decoder, backbone_logits, evaluating
+from .modeling.pondering_backbone import backbone_decoder
 from .progress import progress_bar
 
 
@@ -22,7 +22,7 @@ def pondering_statistics(
 ) -> dict[str, float]:
     """How `model` ponders over one batch, as a dict of numbers that every logger takes. One forward pass.
 
-    Logits are made one row at a time. Nothing of the model is changed, not even the mode of one of its modules.
+    Logits are made a few tokens at a time. Nothing of the model is changed, not even the mode of one of its modules.
 
     Args:
         model: a PonderingForCausalLM, also wrapped by PEFT or sharded.
@@ -33,60 +33,39 @@ def pondering_statistics(
         each step i of 0 .. S-1: `step_{i}_norm_ratio`, the mean norm of what it adds to its input over the mean norm
         of the token embeddings. With a gate: `gate_mean` and `gate_abs_mean`.
     """
-    pondering_model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    pondering_model = pondering_model_in(model)
     backbone, gate = pondering_model.backbone, pondering_model.pondering_gate
     real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    if labels is None:
-        labels = input_ids.masked_fill(~real, -100)
     inputs: list[torch.Tensor] = []
-    entropies: list[float] = []
     statistics: dict[str, float] = {}
 
     def before_pass(decoder, arguments, keywords):
         inputs.append(keywords["inputs_embeds"])
-
-    def after_pass(decoder, arguments, output):
-        # Within the forward pass, where sharded weights of the head are gathered.
-        entropies.append(_entropy(backbone, output.last_hidden_state, real))
 
     def before_gate(module, arguments):
         weight = module.weight.float()
         statistics.update(gate_mean=weight.mean().item(), gate_abs_mean=weight.abs().mean().item())
 
     with ExitStack() as stack:
-        decoder = backbone_decoder(backbone)
         for hook in (
-            decoder.register_forward_pre_hook(before_pass, with_kwargs=True),
-            decoder.register_forward_hook(after_pass),
+            backbone_decoder(backbone).register_forward_pre_hook(before_pass, with_kwargs=True),
             *([] if gate is None else [gate.register_forward_pre_hook(before_gate)]),
         ):
             stack.callback(hook.remove)
-        stack.enter_context(evaluating(model))
-        output = model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **FOR_LOSS_OF_EACH_PASS)
+        measured = measure_passes(model, input_ids, attention_mask, labels, entropies=True)
 
     token_norm = _mean_norm(inputs[0], real)
-    is_labelled = (labels[:, 1:] != -100).any()
-    for index, (loss, entropy) in enumerate(zip(output.pondering_losses, entropies, strict=True)):
-        statistics |= {f"pass_{index}_loss": loss.item() if is_labelled else 0.0, f"pass_{index}_entropy": entropy}
-    for index in range(len(entropies) - 1):
+    num_predicted = max(1, measured.is_predicted.sum().item())
+    for index in range(len(inputs)):
+        statistics[f"pass_{index}_loss"] = measured.losses[index].sum().item() / num_predicted
+        statistics[f"pass_{index}_entropy"] = measured.entropies[index][real].mean().item()
+    for index in range(len(inputs) - 1):
         statistics[f"step_{index}_norm_ratio"] = _mean_norm(inputs[index + 1] - inputs[index], real) / token_norm
     return statistics
 
 
 def _mean_norm(vectors, real):
     return vectors.float().norm(dim=-1)[real].mean().item()
-
-
-def _entropy(backbone, hidden_states, real):
-    """The mean over the real tokens. hidden_states: (B, T, d), real: (B, T)."""
-    entropy = 0.0
-    for states, counts in zip(hidden_states, real, strict=True):
-        logits = backbone_logits(backbone, states)
-        if logits.dtype in (torch.float16, torch.bfloat16):
-            logits = logits.float()
-        log_probabilities = logits.log_softmax(-1)
-        entropy -= (log_probabilities.exp() * log_probabilities).sum(-1)[counts].sum().item()
-    return entropy / real.sum().item()
 
 
 class PonderingCallback(TrainerCallback):
@@ -133,7 +112,7 @@ class PonderingCallback(TrainerCallback):
 
 
 class TrainingProgress(TrainerCallback):
-    """A bar over the steps with the losses, tokens per second and the time left.
+    """A bar over the steps with the losses, tokens per second and the time left; another over each evaluation.
 
     The time of evaluations and checkpoints does not count.
 
@@ -145,6 +124,7 @@ class TrainingProgress(TrainerCallback):
     def __init__(self, tokens_per_step: int, label: str = "training") -> None:
         self.tokens_per_step, self.label = tokens_per_step, label
         self.bar: Any = None
+        self.evaluation_bar: Any = None
         self.shown: dict[str, str] = {}
         self.start, self.seconds, self.steps = 0.0, 0.0, 0
 
@@ -165,8 +145,18 @@ class TrainingProgress(TrainerCallback):
         self.bar.set_postfix({**self.shown, "tokens/s": f"{self.tokens_per_second:,.0f}"}, refresh=False)
         self.bar.update()
 
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        if self.evaluation_bar is None:
+            shown = state.is_world_process_zero and not args.disable_tqdm
+            total = len(eval_dataloader) if hasattr(eval_dataloader, "__len__") else None
+            self.evaluation_bar = progress_bar("evaluating", " batches", total, shown=shown, leave=self.bar is None)
+        self.evaluation_bar.update()
+
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.start = time.perf_counter()
+        self._close_evaluation()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.start = time.perf_counter()
@@ -178,6 +168,12 @@ class TrainingProgress(TrainerCallback):
         self.shown |= {name: f"{logged[name]:.3f}" for name in ("loss", "eval_loss") if name in logged}
 
     def close(self) -> None:
-        """End the bar; what is printed next begins on a line of its own."""
+        """End the bars; what is printed next begins on a line of its own."""
+        self._close_evaluation()
         if self.bar is not None:
             self.bar.close()
+
+    def _close_evaluation(self):
+        if self.evaluation_bar is not None:
+            self.evaluation_bar.close()
+        self.evaluation_bar = None

@@ -8,9 +8,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
 
 from ponder_hf import PonderingError
-from ponder_hf.callbacks import PonderingCallback, pondering_statistics
+from ponder_hf.callbacks import PonderingCallback, TrainingProgress, pondering_statistics
 
 
 def test_statistics_are_what_they_are_called():
@@ -165,3 +166,18 @@ def test_without_its_trainer_it_says_so(tmp_path):
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
     with pytest.raises(PonderingError, match="attach"):
         Trainer(tiny.pondering_model("gpt2"), arguments, callbacks=[PonderingCallback({})])
+
+
+def test_an_evaluation_has_a_bar_of_its_own(tmp_path, capsys):
+    model = tiny.pondering_model("gpt2", pondering_steps=1)
+    trainer = small_trainer(
+        tmp_path, model, eval_strategy="steps", eval_steps=2, disable_tqdm=False, per_device_eval_batch_size=2
+    )
+    trainer.remove_callback(ProgressCallback)
+    progress = TrainingProgress(8)
+    trainer.add_callback(progress)
+    trainer.train()
+    progress.close()
+    shown = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    assert len([line for line in shown if "evaluating:   0%" in line and "0/4" in line]) == 2
+    assert progress.evaluation_bar is None

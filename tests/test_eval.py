@@ -105,7 +105,7 @@ def test_for_people(made, evaluated, capsys):
     assert run("eval", "model", "--data", "text.txt", "--block-size", 16) == 0
     out, err = capsys.readouterr()
     rows = [line.split() for line in out.splitlines()]
-    assert rows[0] == ["pass", "loss", "perplexity"]
+    assert rows[0] == ["pass", "loss", "perplexity", "bits/byte", "accuracy", "agreement"]
     assert [row[1] for row in rows[1:]] == [f"{loss:.4f}" for loss in losses(result)]
     assert "evaluating: 100%" in err
     assert f"{result['tokens']:,} tokens in {result['blocks']} blocks of 16" in err
@@ -142,3 +142,62 @@ def test_bad_input(made, monkeypatch, capsys, words, says):
     last = err.replace("\r", "\n").splitlines()[-1]
     assert (out, last.startswith("ponder-hf: error: ")) == ("", True)
     assert says in last
+
+
+def test_bits_per_byte_and_what_else_is_known_of_each_pass(made, evaluated):
+    result = evaluated("model")
+    tokenizer = AutoTokenizer.from_pretrained("model")
+    rows = load_blocks("text.txt", tokenizer, 16, progress=False).rows
+    text = tokenizer.decode(rows.flatten().tolist(), skip_special_tokens=True)
+    assert result["bytes"] == len(text.encode())
+    bits = result["loss"] / math.log(2) * rows.numel() / result["bytes"]
+    assert result["bits_per_byte"] == pytest.approx(bits)
+    model = PonderingForCausalLM.from_pretrained("model")
+    with torch.no_grad():
+        output = model(rows.long(), output_pondering=True)
+    predictions = torch.stack([*output.pondering_logits, output.logits])[:, :, :-1].argmax(-1)
+    for index, figures in enumerate(result["passes"]):
+        right = (predictions[index] == rows[:, 1:]).float().mean().item()
+        assert figures["accuracy"] == pytest.approx(right, abs=1e-3)
+        assert figures["agreement"] == pytest.approx(
+            (predictions[index] == predictions[-1]).float().mean().item(), abs=1e-3
+        )
+        assert figures["loss_stderr"] > 0
+    assert result["passes"][-1]["agreement"] == 1
+
+
+def test_several_checkpoints(made, evaluated, capsys):
+    both = evaluated("model", "--pondering-steps", "0,1")
+    assert len(both["passes"]) == 2
+    assert run("eval", "model", "base", "--data", "text.txt", "--block-size", 16, "--json") == 0
+    found = json.loads(capsys.readouterr().out)["checkpoints"]
+    assert [each["source"] for each in found] == ["model", "base"]
+    assert losses(found[1]) == pytest.approx(losses(found[0])[:1], abs=1e-6)
+    assert run("eval", "model", "base", "--data", "text.txt", "--block-size", 16) == 0
+    assert capsys.readouterr().out.splitlines()[0].split()[:2] == ["checkpoint", "pass"]
+
+
+def test_a_window_and_steps_that_were_never_trained(evaluated, capsys):
+    result = evaluated("model", "--stride", 8)
+    assert result["stride"] == 8
+    assert result["tokens"] == 16 * result["blocks"] - 1
+    assert run("eval", "model", "--data", "text.txt", "--block-size", 16, "--pondering-steps", 4) == 0
+    assert "warning: --pondering-steps is 4, and model was trained with 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--data", "text.txt", "--block-size", 16, "--stride", 16], "--stride must be from 1"),
+        (["--data", "text.txt", "--stride", 0, "--block-size", 16], "--stride must be from 1"),
+        (["--data", "text.txt", "--limit", 3], "--limit goes with --tasks"),
+        (["--tasks", "piqa", "--stride", 3], "--stride goes with --data"),
+        (["--data", "text.txt", "--pondering-steps", "1,x"], "--pondering-steps"),
+        ([], "give --data with a text, or --tasks"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_flags_that_do_not_go_together(made, monkeypatch, capsys, words, says):
+    monkeypatch.chdir(made)
+    assert run("eval", "model", *words) == 2
+    assert says in capsys.readouterr().err.replace("\r", "\n").splitlines()[-1]

@@ -59,7 +59,7 @@ def read_dataset(dataset: Any, label: str, text_field: str = "text") -> Iterator
     return with_text(_dataset_pieces(dataset, label, text_field), label)
 
 
-def import_optional(module: str, purpose: str) -> ModuleType:
+def import_optional(module: str, purpose: str, extra: str = "train") -> ModuleType:
     """Import a module of a package that only some need.
 
     Raises:
@@ -71,7 +71,7 @@ def import_optional(module: str, purpose: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != package:
             raise
-        raise PonderingError(f"{package} is needed {purpose}: pip install 'ponder-hf[train]'") from error
+        raise PonderingError(f"{package} is needed {purpose}: pip install 'ponder-hf[{extra}]'") from error
     return sys.modules[package]
 
 

@@ -23,7 +23,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
 from ponder_hf.errors import TrainingStopped
-from ponder_hf.evaluation import FOR_LOSS_OF_EACH_PASS
+from ponder_hf.evaluation.passes import PassSums, reading_passes, shifted
 from ponder_hf.hub.trainer_uploads import push_in_background, push_result, write_card_of_run
 from ponder_hf.modeling import PonderingConfig, PonderingError, PonderingForCausalLM
 
@@ -74,7 +74,8 @@ def cache_setting_kept(config: PreTrainedConfig) -> Iterator[None]:
 class PonderingTrainer(Trainer):
     """A Trainer for pondering models.
 
-    - Evaluation gives the loss of each pass: `eval_pass_0_loss` .. `eval_pass_{S}_loss`, in nats per token.
+    - Evaluation gives the loss of each pass: `eval_pass_0_loss` .. `eval_pass_{S}_loss`, in nats per token, and its
+      next-token accuracy: `eval_pass_0_accuracy` ...
       `eval_loss` is the last one, whatever `intermediate_loss_weight` is.
     - A loss that is no finite number ends the training, and weights that are none are never saved.
     - A checkpoint appears whole or not at all, with the code of the model in it; so does the model at the end.
@@ -92,7 +93,7 @@ class PonderingTrainer(Trainer):
     ) -> None:
         self.record, self.model_is_loaded = record or {}, model_is_loaded
         self._staging: Path | None = None
-        self._pass_losses: list[torch.Tensor] | None = None
+        self._pass_sums: list[torch.Tensor] | None = None
         model: Any = kwargs.get("model", args[0] if args else None)
         with cache_setting_kept(model.config):
             super().__init__(*args, **kwargs)
@@ -123,20 +124,20 @@ class PonderingTrainer(Trainer):
     def compute_loss(
         self, model: PreTrainedModel, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> Any:
-        if self._pass_losses is None or not return_outputs:
+        if self._pass_sums is None or not return_outputs:
             return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
         # The mean over this batch: blocks are equally long, so the number of items in all batches has no say.
         kwargs.pop("num_items_in_batch", None)
-        rows = len(inputs["labels"])
-        of_passes = {**inputs, **FOR_LOSS_OF_EACH_PASS}
+        targets = shifted(inputs["labels"])
+        given = {**inputs, "use_cache": False}
         if self.label_smoother is None and self.compute_loss_func is None:
-            loss, outputs = super().compute_loss(model, of_passes, return_outputs=True, **kwargs)
-        else:  # a loss of all logits, for which the model gets no labels
-            loss, _ = super().compute_loss(model, {**inputs, "use_cache": False}, return_outputs=True, **kwargs)
-            outputs = model(**of_passes)
-        losses = torch.stack([each.detach().float() for each in outputs.pondering_losses])
+            given["logits_to_keep"] = 1  # nobody reads all of them
+        with reading_passes(self.pondering_model, targets) as read:
+            loss, outputs = super().compute_loss(model, given, return_outputs=True, **kwargs)
         # One line a row, so that rows which a last batch was filled up with are cut as they are for `eval_loss`.
-        self._pass_losses.append(self.accelerator.gather_for_metrics(losses.repeat(rows, 1)).cpu())
+        sums = read[0].sums()
+        rows = torch.cat([sums.losses, sums.hits, sums.agreements, sums.tokens[None]]).T.float().contiguous()
+        self._pass_sums.append(self.accelerator.gather_for_metrics(rows).cpu())
         return loss, outputs
 
     def evaluation_loop(
@@ -149,14 +150,18 @@ class PonderingTrainer(Trainer):
     ) -> Any:
         if not prediction_loss_only or self.compute_metrics is not None:
             return super().evaluation_loop(dataloader, description, prediction_loss_only, *args, **kwargs)
-        self._pass_losses = []
+        self._pass_sums = []
         try:
             output = super().evaluation_loop(dataloader, description, prediction_loss_only, *args, **kwargs)
-            losses = torch.cat(self._pass_losses).mean(0).tolist() if self._pass_losses else []
+            rows = torch.cat(self._pass_sums).double() if self._pass_sums else None
         finally:
-            self._pass_losses = None
+            self._pass_sums = None
         prefix = kwargs.get("metric_key_prefix", "eval")
-        output.metrics.update({f"{prefix}_pass_{index}_loss": loss for index, loss in enumerate(losses)})
+        if rows is not None and rows[:, -1].any():
+            *of_passes, tokens = rows.T
+            figures = PassSums(*torch.stack(of_passes).chunk(3), tokens).figures()
+            for index, each in enumerate(figures):
+                output.metrics.update({f"{prefix}_pass_{index}_{name}": each[name] for name in ("loss", "accuracy")})
         return output
 
     # Checkpoints
