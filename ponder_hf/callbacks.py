@@ -54,11 +54,12 @@ def pondering_statistics(
             stack.callback(hook.remove)
         measured = measure_passes(model, input_ids, attention_mask, labels, entropies=True)
 
+    entropies: Any = measured.entropies
     token_norm = _mean_norm(inputs[0], real)
     num_predicted = max(1, measured.is_predicted.sum().item())
     for index in range(len(inputs)):
         statistics[f"pass_{index}_loss"] = measured.losses[index].sum().item() / num_predicted
-        statistics[f"pass_{index}_entropy"] = measured.entropies[index][real].mean().item()
+        statistics[f"pass_{index}_entropy"] = entropies[index][real].mean().item()
     for index in range(len(inputs) - 1):
         statistics[f"step_{index}_norm_ratio"] = _mean_norm(inputs[index + 1] - inputs[index], real) / token_norm
     return statistics

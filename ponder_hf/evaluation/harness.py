@@ -106,7 +106,9 @@ def evaluate_tasks(
             pondering_steps=max(steps or [0]),
         )
         own = loaded.pondering_steps
-        answers, caches, found = {}, [], None
+        answers: dict[str, dict] = {}
+        caches: list[Path] = []
+        found: Any = None
         for step in steps or [own]:
             warn_of_untrained(step, loaded)
             cache = _cache_file(loaded.model, loaded.tokenizer, step, batch_size)
@@ -139,8 +141,8 @@ def evaluate_tasks(
 
 def accuracies_average(tasks: dict[str, dict[str, Any]]) -> float | None:
     """The mean of the accuracies of the paper's nine tasks, or None where one of them is missing."""
-    found = [tasks.get(name, {}).get("acc") for name in PAPER_TASKS]
-    return None if None in found else sum(found) / len(found)
+    found = [tasks[name]["acc"] for name in PAPER_TASKS if "acc" in tasks.get(name, {})]
+    return sum(found) / len(found) if len(found) == len(PAPER_TASKS) else None
 
 
 def _checked_steps(pondering_steps):

@@ -14,7 +14,7 @@ from ponder_hf.modeling import PonderingError
 from ponder_hf.modeling.configuration_pondering import check_steps
 from ponder_hf.progress import progress_bar
 
-from .load import load_for_evaluation, warn_of_untrained
+from .load import Loaded, load_for_evaluation, warn_of_untrained
 from .passes import IGNORED, PassSums, measure_passes, ponders
 
 
@@ -105,14 +105,7 @@ def evaluate_text(
     seconds = time.perf_counter() - start
     if not sums.losses.isfinite().all():
         raise PonderingError(f"{loaded.name} predicts NaN or infinity: get its weights again, or use `dtype` float32")
-    return {
-        "source": loaded.name,
-        "revision": loaded.revision,
-        "data": as_list(data),
-        "pondering_steps": len(sums.losses) - 1,
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        **_figures(sums, blocks, stride, loaded.tokenizer, seconds),
-    }
+    return {"data": as_list(data), **_figures(loaded, sums, blocks, stride, seconds)}
 
 
 def evaluate_passes(
@@ -180,13 +173,15 @@ def _windows(rows: torch.Tensor, stride: int) -> tuple[torch.Tensor, torch.Tenso
     return windows, labels
 
 
-def _figures(
-    sums: PassSums, blocks: Blocks, stride: int | None, tokenizer: PreTrainedTokenizerBase, seconds: float
-) -> dict[str, Any]:
-    num_bytes = _length_in_bytes(blocks.rows, tokenizer)
+def _figures(loaded: Loaded, sums: PassSums, blocks: Blocks, stride: int | None, seconds: float) -> dict[str, Any]:
+    num_bytes = _length_in_bytes(blocks.rows, loaded.tokenizer)
     passes = sums.figures(blocks.rows.numel() / num_bytes if num_bytes else None)
     tokens = int(sums.tokens.sum())
     return {
+        "source": loaded.name,
+        "revision": loaded.revision,
+        "pondering_steps": len(passes) - 1,
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "block_size": blocks.rows.shape[1],
         "blocks": len(blocks),
         "stride": stride,

@@ -158,8 +158,8 @@ class PonderingTrainer(Trainer):
             self._pass_sums = None
         prefix = kwargs.get("metric_key_prefix", "eval")
         if rows is not None and rows[:, -1].any():
-            *of_passes, tokens = rows.T
-            figures = PassSums(*torch.stack(of_passes).chunk(3), tokens).figures()
+            losses, hits, agreements = rows[:, :-1].T.chunk(3)
+            figures = PassSums(losses, hits, agreements, rows[:, -1]).figures()
             for index, each in enumerate(figures):
                 output.metrics.update({f"{prefix}_pass_{index}_{name}": each[name] for name in ("loss", "accuracy")})
         return output

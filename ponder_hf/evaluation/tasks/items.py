@@ -66,7 +66,7 @@ def load(path: str | Path, after_query: str = "") -> list[dict]:
     return items
 
 
-def read(items_folder: str | None = None, name: str = "", after_query: str = "", **_):
+def read(items_folder: str | None = None, name: str = "", after_query: str = "", **_: object) -> dict:
     """The data set of one task, as lm-evaluation-harness asks for it (`custom_dataset`).
 
     Args:
