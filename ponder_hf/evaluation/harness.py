@@ -118,24 +118,30 @@ def evaluate_tasks(
             answers[str(step)] = {name: _metrics(values) for name, values in found["results"].items()}
     for cache in caches:
         Path(f"{cache}_rank0.db").unlink(missing_ok=True)
-    by_task = {name: {step: result[name] for step, result in answers.items()} for name in next(iter(answers.values()))}
     several = isinstance(pondering_steps, Sequence) and len(steps) > 1
+    by_task = {name: {step: result[name] for step, result in answers.items()} for name in next(iter(answers.values()))}
     is_published = loaded.revision is not None and (steps or [own]) == [own]  # a folder may be anybody's
-    shots = {name: found["n-shot"].get(name) for name in by_task}
     return {
         "source": loaded.name,
         "revision": loaded.revision,
         "tasks": by_task if several else {name: next(iter(each.values())) for name, each in by_task.items()},
         "pondering_steps": list(steps) if several else (steps or [own])[0],
-        "num_fewshot": shots,
-        "num_items": {name: found["n-samples"].get(name, {}).get("effective") for name in by_task},
+        **_circumstances(found, list(by_task)),
         "limit": limit,
-        "harness": {"name": "lm-evaluation-harness", "version": version("lm_eval")},
-        "task_versions": {name: found["versions"].get(name) for name in by_task},
         "items_from": None if tasks_from is None else str(tasks_from),
         "batch_size": batch_size,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "published": published_averages(loaded.name) if is_published else [],
+    }
+
+
+def _circumstances(found: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """What results of the harness must be told with to mean anything."""
+    return {
+        "num_fewshot": {name: found["n-shot"].get(name) for name in names},
+        "num_items": {name: found["n-samples"].get(name, {}).get("effective") for name in names},
+        "harness": {"name": "lm-evaluation-harness", "version": version("lm_eval")},
+        "task_versions": {name: found["versions"].get(name) for name in names},
     }
 
 

@@ -53,7 +53,7 @@ def load_for_evaluation(
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         tokenizer = load_tokenizer(tokenizer or source)
     loaded: Any = model if source is None else _load(source, dtype, pondering_steps)
-    name = loaded.config._name_or_path or type(loaded).__name__ if source is None else source.name
+    name = loaded.name_or_path or type(loaded).__name__ if source is None else source.name
     check_tokenizer(tokenizer, loaded.config, name)
     own = getattr(loaded.config, "pondering_steps", 0)
     if source is not None and not source.is_pondering and not understand_plain(source, {})[0]:
