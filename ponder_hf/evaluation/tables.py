@@ -38,7 +38,7 @@ def tasks_table(results: Sequence[dict[str, Any]]) -> str:
     for result in results:
         for steps, tasks in by_steps(result):
             for name, metrics in tasks.items():
-                for metric in (each for each in metrics if not each.endswith("_stderr")):
+                for metric in (each for each in metrics if not each.endswith("stderr")):
                     shots, items = result["num_fewshot"].get(name), result["num_items"].get(name)
                     value = _with_error(metrics, metric, 4)
                     rows.append([result["source"], str(steps), name, _shown(shots), _shown(items), metric, value])
