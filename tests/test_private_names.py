@@ -21,7 +21,7 @@ SOURCES = sorted(
     path for place in ("modeling", "conversion", "ponder_hf") for path in (REPOSITORY / place).rglob("*.py")
 )
 # Strings that look like names: prefixes and suffixes of measures and of files.
-NOT_NAMES = {"_loss", "_entropy", "_norm_ratio", "_agreement", "_pass_", "_sysconfigdata"}
+NOT_NAMES = {"_loss", "_entropy", "_norm_ratio", "_agreement", "_pass_", "_stderr", "_sysconfigdata"}
 # What the machinery of classes puts into each of them.
 MADE = {"_abc_impl", "_auto_class", "_backward_cls"}
 
