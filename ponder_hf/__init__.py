@@ -75,7 +75,7 @@ _NAMES = {
     ),
     "training": ("PonderingTrainer", "TrainOptions", "train", "train_draft_heads"),
 }
-_MODULES = (*_NAMES, "data", "demo", "devices")
+_MODULES = (*_NAMES, "data", "demo", "devices", "metrics")
 
 
 if not TYPE_CHECKING:  # a type checker would take every name to be there

@@ -3,7 +3,7 @@
 from .harness import PAPER_TASKS, evaluate_tasks
 from .passes import PassStatistics, PassSums, measure_passes
 from .tables import tasks_table, text_table
-from .text import evaluate_passes, evaluate_text, measure_blocks
+from .text import evaluate_passes, evaluate_text, measure_blocks, measure_texts
 
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "evaluate_text",
     "measure_blocks",
     "measure_passes",
+    "measure_texts",
     "tasks_table",
     "text_table",
 ]

@@ -73,6 +73,12 @@ class PassSums:
         names = ("losses", "hits", "agreements", "tokens")
         return cls(*(torch.cat([getattr(part, name).cpu() for part in parts], -1) for name in names))
 
+    def together(self) -> "PassSums":
+        """All rows as one."""
+        return PassSums(
+            *(each.sum(-1, keepdim=True) for each in (self.losses, self.hits, self.agreements, self.tokens))
+        )
+
     def figures(self, tokens_per_byte: float | None = None) -> list[dict[str, float | None]]:
         """What is known of each pass, with standard errors.
 

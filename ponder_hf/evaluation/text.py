@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -143,7 +144,9 @@ def measure_blocks(
     Returns:
         The sums of each block or window.
     """
-    rows, labels = (blocks.rows, blocks.rows) if stride is None else _windows(blocks.rows, stride)
+    rows, labels = (
+        (blocks.rows, blocks.rows) if stride is None else windows(blocks.rows.flatten(), blocks.rows.shape[1], stride)
+    )
     kind = "cpu" if model.device.type == "cpu" else "other"
     size = max(1, _TOKENS_AT_ONCE[kind] // rows.shape[1])
     if not ponders(model):  # all logits of its batch live at once
@@ -158,19 +161,58 @@ def measure_blocks(
     return PassSums.of_all(parts)
 
 
-def _windows(rows: torch.Tensor, stride: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Windows (M, T) over the tokens of consecutive rows (N, T), and their labels: each token but the first once.
+def windows(tokens: torch.Tensor, size: int, stride: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Windows (M, size) over tokens (n,), n >= size, and their labels: each token but the first is predicted once.
 
     The last window begins where it still is a whole one, so that all are equally long.
     """
-    tokens, size = rows.flatten(), rows.shape[1]
     starts = [*range(0, len(tokens) - size, stride), len(tokens) - size]
-    windows = torch.stack([tokens[start : start + size] for start in starts])
-    labels, predicted = windows.clone(), 1  # how many tokens need no prediction any more
+    rows = torch.stack([tokens[start : start + size] for start in starts])
+    labels, predicted = rows.clone(), 1  # how many tokens need no prediction any more
     for start, row in zip(starts, labels, strict=True):
         row[: max(0, predicted - start)] = IGNORED
         predicted = start + size
-    return windows, labels
+    return rows, labels
+
+
+@torch.no_grad()
+def measure_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    pondering_steps: int | None = None,
+    progress: bool = False,
+) -> PassSums:
+    """What each pass predicts of texts that stand alone. The first token of each is not predicted.
+
+    A text longer than the model is read through a window that slides by half its size.
+
+    Args:
+        model, pondering_steps, progress: as in `evaluate_passes`.
+        tokenizer: adds to each text what it always adds.
+        texts: as strings.
+
+    Returns:
+        The sums of each text.
+
+    Raises:
+        PonderingError: none of the texts has two tokens.
+    """
+    size = choose_block_size(None, model.config)
+    parts = []
+    for text in progress_bar("evaluating", " texts", None, shown=progress, iterable=texts):
+        ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long, device=model.device)
+        if len(ids) < 2:
+            continue
+        rows, labels = (ids[None], ids[None]) if len(ids) <= size else windows(ids, size, size // 2)
+        sums = [
+            measure_passes(model, row[None], labels=label[None], pondering_steps=pondering_steps).sums()
+            for row, label in zip(rows, labels, strict=True)
+        ]
+        parts.append(PassSums.of_all(sums).together())
+    if not parts:
+        raise PonderingError("none of the texts has two tokens: there is nothing to predict")
+    return PassSums.of_all(parts)
 
 
 def _figures(loaded: Loaded, sums: PassSums, blocks: Blocks, stride: int | None, seconds: float) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""A metric that `evaluate` loads by path: see `ponder_hf.metrics`."""

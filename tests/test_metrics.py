@@ -1,0 +1,125 @@
+"""Metrics that `evaluate` loads by path, without network, in an empty Hugging Face home."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import checkpoints
+import pytest
+import tiny
+import torch
+from patience import PATIENCE
+from transformers import AutoTokenizer, Trainer, TrainingArguments
+
+from ponder_hf import PonderingError, PonderingForCausalLM, metrics
+from ponder_hf.conversion import convert
+from ponder_hf.evaluation import measure_texts
+
+
+TEXTS = ["once upon a time there was one cat", "two dogs who sat by the sea", "cat"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made")
+    torch.manual_seed(0)
+    checkpoints.save_base(folder / "base", tokenizer=True)
+    convert(folder / "base", folder / "model", pondering_steps=2)
+    return folder / "model"
+
+
+def of_each_pass(folder):
+    """Perplexity and accuracy of each pass the plain way, one text at a time."""
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), PonderingForCausalLM.from_pretrained(folder)
+    losses, hits, count = torch.zeros(3), torch.zeros(3), 0
+    for text in TEXTS[:2]:
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        with torch.no_grad():
+            output = model(ids, labels=ids, output_pondering=True)
+        logits = torch.stack([*output.pondering_logits, output.logits])[:, 0, :-1]
+        count += ids.shape[1] - 1
+        losses += torch.stack(output.pondering_losses) * (ids.shape[1] - 1)
+        hits += (logits.argmax(-1) == ids[0, 1:]).sum(-1)
+    return (losses / count).exp().tolist(), (hits / count).tolist()
+
+
+PROGRAM = """
+import json, sys
+import evaluate
+import ponder_hf.metrics
+
+found = {}
+for name in ponder_hf.metrics.NAMES:
+    metric = evaluate.load(ponder_hf.metrics.path(name))
+    found[name] = metric.compute(predictions=json.loads(sys.argv[2]), model_id=sys.argv[1])
+print(json.dumps(found))
+"""
+
+
+def test_evaluate_loads_them_by_path_without_network(model, tmp_path):
+    pytest.importorskip("evaluate", reason="needs ponder-hf[eval]")
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    variables |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", PROGRAM, str(model), json.dumps(TEXTS)]
+    result = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=variables,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])
+    perplexities, accuracies = of_each_pass(model)
+    assert found["pondering_perplexity"]["perplexities"] == pytest.approx(perplexities, rel=1e-5)
+    assert found["pondering_perplexity"]["perplexity"] == pytest.approx(perplexities[-1], rel=1e-5)
+    assert found["next_token_accuracy"]["accuracies"] == pytest.approx(accuracies)
+    assert len(found["pass_agreement"]["agreements"]) == 3
+    assert found["pass_agreement"]["agreement"] == 1
+
+
+def test_a_text_longer_than_the_model():
+    model = tiny.pondering_model("llama", pondering_steps=1)  # 64 positions
+    tokenizer = checkpoints_tokenizer()
+    text = " ".join(["once", "upon", "a", "time", "there"] * 30)
+    sums = measure_texts(model, tokenizer, [text])
+    assert sums.tokens.tolist() == [149]
+    assert math.isfinite(sums.losses.sum().item())
+
+
+def checkpoints_tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({word: at for at, word in enumerate(checkpoints.WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", unk_token="<unk>")
+
+
+def test_nothing_to_predict_and_no_such_metric():
+    with pytest.raises(PonderingError, match="nothing to predict"):
+        measure_texts(tiny.pondering_model(), checkpoints_tokenizer(), ["cat", ""])
+    with pytest.raises(PonderingError, match="the metrics are next_token_accuracy, pass_agreement"):
+        metrics.path("perplexity")
+
+
+def test_in_trainer(tmp_path):
+    model = tiny.pondering_model("gpt2", pondering_steps=1)
+    ids = tiny.token_ids(5, 9)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True, label_names=["labels"]
+    )
+    trainer = Trainer(
+        model,
+        arguments,
+        eval_dataset=[{"input_ids": row, "labels": row} for row in ids],
+        compute_metrics=metrics.compute_metrics,
+        preprocess_logits_for_metrics=metrics.predicted_tokens,
+    )
+    with torch.no_grad():
+        right = (model(ids).logits[:, :-1].argmax(-1) == ids[:, 1:]).float().mean().item()
+    assert trainer.evaluate()["eval_accuracy"] == pytest.approx(right)
