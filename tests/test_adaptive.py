@@ -35,6 +35,19 @@ def argmax(logits, before):
 DISTANCES = {"kl": kl, "entropy": entropy, "argmax": argmax}
 
 
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_a_criterion_measures_the_distance_that_it_is_named_after(criterion):
+    logits, before = 3 * torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    before[:3] += 2 * logits[:3]  # so that some of both have the same largest
+    expected = [DISTANCES[criterion](*pair) for pair in zip(logits, before, strict=True)]
+    assert CRITERIA[criterion]()(logits, before).tolist() == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_token_stops_below_the_threshold_not_at_it():
+    early = PonderingExit(lambda logits, before: torch.tensor([0.25, 0.5, 0.75]), 0.5)
+    assert early.converged(torch.zeros(3, 2), None).tolist() == [True, False, False]
+
+
 def plain_adaptive(backbone, row, steps, distance, threshold):
     """Adaptive pondering token by token, by nothing but the backbone with one cache a pass. row: (T,).
 

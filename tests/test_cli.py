@@ -99,6 +99,7 @@ def test_version(capsys):
         (["genrate"], "did you mean generate"),
         (["xyzzy"], "the commands are demo, convert"),
         (["doctor", "--jsn"], "did you mean --json?"),
+        (["eval", "a", "--held-out", "3"], "no flag --held-out (see"),  # not: did you mean --help?
         (["convert", "a"], "DEST"),
         (["convert"], "SOURCE, DEST"),
         (["--jsn"], "no command given"),

@@ -11,6 +11,7 @@ import elsewhere
 import pytest
 import tiny
 import torch
+from patience import PATIENCE
 from safetensors.torch import load_file
 
 from ponder_hf import PonderingForCausalLM
@@ -87,7 +88,7 @@ def run_library(folder, *arguments):
     """What COMPUTE prints where ponder_hf is a copy in `folder`."""
     variables = {**os.environ, "PYTHONPATH": str(folder)}
     command = [sys.executable, "-W", "ignore", "-c", COMPUTE, *map(str, arguments), "library"]
-    result = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=PATIENCE)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 

@@ -165,6 +165,7 @@ def test_what_a_draft_source_may_be():
         ([4], (2, 1), 99),
         ([4, 4], (2, 1), 4),
         ([], (2, 1), 99),
+        ([1, 7, 256, 0, 1], (1, 1), 7),  # as bytes, 1 also stands within 256, 0
     ],
 )
 def test_prompt_lookup_continues_what_the_text_repeats(text, sizes, expected):

@@ -108,7 +108,7 @@ def near_flag(flag: str, known: Sequence[str]) -> str | None:
     near = (
         difflib.get_close_matches(flag, known, n=1, cutoff=0.8)
         or [each for each in known if part in each and len(part) > 3]
-        or difflib.get_close_matches(flag, known, n=1)
+        or difflib.get_close_matches(flag, [each for each in known if not each.startswith("--help")], n=1)
     )
     return near[0] if near else None
 

@@ -107,6 +107,9 @@ class TrainOptions:
                 )
             if not self.data:
                 raise PonderingError("no data to train on: give files or data sets as `data`")
+            for name, needed in _NEEDS.items():
+                if getattr(self, name) != getattr(type(self)(), name) and not getattr(self, needed):
+                    raise PonderingError(f"`{name}` says nothing without `{needed}`: give both, or leave it out")
         if self.validation and self.held_out is not None:
             raise PonderingError("`validation` and `held_out` are two ways to say one thing: give one of them")
         if self.lora and self.config is not None:
@@ -134,5 +137,11 @@ class TrainOptions:
         return bool(self.validation) or self.held_out is not None
 
 
+# What would be passed over in silence without the other. A resumed run has the other from its checkpoint.
+_NEEDS = {
+    **dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"), "lora"),
+    "initialisation": "config",
+    "validation_split": "validation",
+}
 _OTHERS = ("fields", "arguments", "given")
 OPTION_NAMES = tuple(each.name for each in dataclasses.fields(TrainOptions) if each.name not in _OTHERS)
