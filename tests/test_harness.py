@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import checkpoints
 import pytest
 import torch
 from checkpoints import run
+from huggingface_hub import ModelCard
 from patience import PATIENCE
 
 from ponder_hf import PonderingForCausalLM
@@ -18,6 +20,8 @@ from ponder_hf.conversion import convert
 from ponder_hf.evaluation import tasks_table
 from ponder_hf.evaluation.published import published_averages
 from ponder_hf.evaluation.tasks import items
+from ponder_hf.hub import card as card_module
+from ponder_hf.hub.card_results import write_results
 
 
 CHOICES = [
@@ -258,6 +262,42 @@ def test_untrained_passes_are_warned_of(evaluated, made, capsys):
     out, err = capsys.readouterr()
     assert "warning: --pondering-steps is 3, and model was trained with 2" in err
     assert "lm-evaluation-harness" in out
+
+
+RESULT = {
+    "tasks": {"piqa": {"0": {"acc": 0.5, "acc_stderr": 0.1}, "1": {"acc": 0.75, "acc_stderr": 0.1}}},
+    "pondering_steps": [0, 1],
+    "num_fewshot": {"piqa": 5},
+    "num_items": {"piqa": 3},
+    "items_from": None,
+    "harness": {"name": "lm-evaluation-harness", "version": "0.4.13"},
+}
+
+
+def test_results_stand_in_the_card(made, tmp_path):
+    shutil.copytree(made / "model", tmp_path / "model")
+    for _ in range(2):  # the second time replaces them
+        write_results(tmp_path / "model", RESULT)
+    card = ModelCard.load(tmp_path / "model/README.md")
+    found = card.data.eval_results
+    assert [(each.dataset_type, each.metric_value, each.metric_args) for each in found] == [
+        ("piqa", 0.5, {"pondering_steps": 0}),
+        ("piqa", 0.75, {"pondering_steps": 1}),
+    ]
+    assert found[0].source_name == "lm-evaluation-harness 0.4.13"
+    assert found[0].dataset_args == {"num_few_shot": 5, "num_items": 3}
+    write_results(tmp_path / "model", {**RESULT, "num_fewshot": {"piqa": 0}})
+    text = (tmp_path / "model/README.md").read_text()
+    assert len(ModelCard(text).data.eval_results) == 4
+    # A push brings the card up to date and leaves them where they are.
+    merged = card_module.merge(card_module.render(card_module.facts_of_folder(tmp_path / "model")), text)
+    assert len(ModelCard(merged).data.eval_results) == 4
+
+
+def test_only_a_folder_has_a_card_here(made, monkeypatch, capsys):
+    monkeypatch.chdir(made)
+    assert run("eval", "somebody/model", "--tasks", "piqa", "--card") == 2
+    assert "--card writes into a folder" in capsys.readouterr().err
 
 
 def test_without_the_harness_one_line_says_what_brings_it(made, monkeypatch, capsys):

@@ -2,15 +2,16 @@
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
 from .flags import add_device_flag, add_revision_flag, add_text_flags
-from .parser import add_command
+from .parser import UsageError, add_command
 
 
 # Flags that say something about the text only, or about tasks only.
 _OF_TEXT = ("text_field", "data_name", "block_size", "split", "max_blocks", "stride")
-_OF_TASKS = ("tasks_from", "num_fewshot", "limit", "batch_size")
+_OF_TASKS = ("tasks_from", "num_fewshot", "limit", "batch_size", "card")
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -41,6 +42,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     tasks.add_argument("--num-fewshot", type=int, metavar="N", help="solved examples before each question")
     tasks.add_argument("--limit", type=int, metavar="N", help="no more than the first N items of each task")
     tasks.add_argument("--batch-size", type=int, metavar="N", help="rows at once. Default: 1.")
+    tasks.add_argument("--card", action="store_true", default=None, help="write results into SOURCE's model card, too")
     parser.add_argument(
         "--pondering-steps", type=_steps, metavar="S", help="in place of the checkpoint's own; 0,1,2,3 for a curve"
     )
@@ -72,6 +74,8 @@ def _evaluated(args, source):
 
     from ponder_hf.evaluation import evaluate_tasks, evaluate_text
 
+    if args.card and not Path(source).expanduser().is_dir():  # before it takes hours
+        raise UsageError(f"--card writes into a folder on this machine, and {source} is none")
     shared = {
         "dtype": None if args.dtype is None else getattr(torch, args.dtype),
         "device": args.device,
@@ -90,6 +94,10 @@ def _evaluated(args, source):
             pondering_steps=args.pondering_steps,
             **shared,
         )
+        if args.card:
+            from ponder_hf.hub.card_results import write_results
+
+            write_results(source, result)
     if args.data:
         steps = args.pondering_steps
         result |= evaluate_text(

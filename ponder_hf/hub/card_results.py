@@ -1,0 +1,65 @@
+"""Results of `evaluate_tasks` in the `model-index` of a model card, with the harness's version and the shots."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard
+
+from ponder_hf.errors import writing
+from ponder_hf.evaluation.tables import by_steps
+from ponder_hf.modeling import PonderingError
+
+from .card import CARD, check, facts_of_folder, render
+
+
+_HARNESS = "https://github.com/EleutherAI/lm-evaluation-harness"
+
+
+def eval_results(result: dict[str, Any]) -> list[EvalResult]:
+    """A result of `evaluate_tasks` as huggingface_hub's EvalResults: one for each task, metric and S."""
+    harness = result["harness"]
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=name,
+            dataset_name=name if result["items_from"] is None else f"{name} (items from files)",
+            dataset_args={"num_few_shot": result["num_fewshot"][name], "num_items": result["num_items"][name]},
+            metric_type=metric,
+            metric_name=metric,
+            metric_value=round(value, 4),
+            metric_args={"pondering_steps": steps},
+            source_name=f"{harness['name']} {harness['version']}",
+            source_url=_HARNESS,
+        )
+        for steps, tasks in by_steps(result)
+        for name, metrics in tasks.items()
+        for metric, value in metrics.items()
+        if not metric.endswith("stderr")
+    ]
+
+
+def write_results(folder: str | os.PathLike, result: dict[str, Any]) -> None:
+    """Put results into the card of a checkpoint, which is written where there is none.
+
+    What the card already says of the same task, metric, shots, S and version is replaced; all else stays.
+
+    Args:
+        folder: the checkpoint.
+        result: as `ponder_hf.evaluation.evaluate_tasks` gives it.
+
+    Raises:
+        PonderingError: it is no folder, or the card's metadata cannot be used.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise PonderingError(f"{folder} is no folder: results go into the card of a checkpoint on this machine")
+    path = folder / CARD
+    text = path.read_text(encoding="utf-8") if path.is_file() else render(facts_of_folder(folder))
+    check(text)
+    card, new = ModelCard(text), eval_results(result)
+    known = [old for old in card.data.eval_results or [] if not any(old.is_equal_except_value(each) for each in new)]
+    card.data.eval_results = [*known, *new]
+    card.data.model_name = card.data.model_name or folder.resolve().name
+    with writing(path):
+        card.save(path)
