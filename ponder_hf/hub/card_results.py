@@ -58,8 +58,9 @@ def write_results(folder: str | os.PathLike, result: dict[str, Any]) -> None:
     text = path.read_text(encoding="utf-8") if path.is_file() else render(facts_of_folder(folder))
     check(text)
     card, new = ModelCard(text), eval_results(result)
-    known = [old for old in card.data.eval_results or [] if not any(old.is_equal_except_value(each) for each in new)]
-    card.data.eval_results = [*known, *new]
-    card.data.model_name = card.data.model_name or folder.resolve().name
+    data: Any = card.data
+    known = [old for old in data.eval_results or [] if not any(old.is_equal_except_value(each) for each in new)]
+    data.eval_results = [*known, *new]
+    data.model_name = data.model_name or folder.resolve().name
     with writing(path):
         card.save(path)
