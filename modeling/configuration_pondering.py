@@ -370,7 +370,7 @@ def _check_names(names, base_config):
     mean something to somebody.
     """
     for name in names:
-        is_own = name.startswith("pondering_")
+        is_own = name.startswith(("pondering_", "intermediate_loss"))
         if is_own or (not _has_field(base_config, name) and did_you_mean(name, _CHECKS, cutoff=0.85)):
             raise unknown_field(name)
 

@@ -541,6 +541,8 @@ class PonderingForCausalLM(PonderingPreTrainedModel, PonderingGenerationMixin):
         step_logits: list[Any] = []
         step_losses: list[Any] = []
         loss_of: Any = partial(self._loss, labels=labels, loss_arguments=loss_arguments) if needs_loss else None
+        if pondering_exit is not None and not hasattr(pondering_exit, "converged"):
+            raise PonderingError(f"`pondering_exit` must be a PonderingExit, got {pondering_exit!r}")
         if pondering_exit is not None and num_steps:
             if output_pondering:
                 raise PonderingError("`output_pondering` needs all passes of every token: leave out `pondering_exit`")

@@ -113,7 +113,7 @@ class PonderingExit:
         known = ", ".join(map(repr, CRITERIA))
         if isinstance(criterion, str) and criterion not in CRITERIA:
             raise PonderingError(
-                f"`pondering_exit_criterion` must be one of {known} or an object of your own, got {criterion!r}"
+                f"`pondering_exit_criterion` must be one of {known} (in Python also callable), got {criterion!r}"
             )
         if criterion is not None and not isinstance(criterion, str) and not callable(criterion):
             raise PonderingError(
@@ -126,9 +126,7 @@ class PonderingExit:
         if not is_number or not math.isfinite(threshold) or threshold < 0:
             raise PonderingError(f"`pondering_exit_threshold` must be a finite number >= 0, got {threshold!r}")
         if criterion is None:
-            raise PonderingError(
-                f"`pondering_exit_threshold` needs `pondering_exit_criterion`: one of {known} or an object of your own"
-            )
+            raise PonderingError(f"`pondering_exit_threshold` needs `pondering_exit_criterion`: one of {known}")
         return cls(CRITERIA[criterion]() if isinstance(criterion, str) else criterion, threshold)
 
     def converged(self, logits: torch.Tensor, previous_logits: torch.Tensor | None) -> torch.Tensor:

@@ -75,6 +75,22 @@ def test_a_configuration_with_another_vocabulary():
         PonderingConfig(base, vocab_size=50, pondering_top_k=51)
 
 
+@pytest.mark.parametrize("name", ["intermediate_loss", "pondering_step", "embeding_scale"])
+def test_a_field_that_was_meant_is_named_wherever_it_is_set(name):
+    base = tiny.base_config("gpt_neox")
+    with pytest.raises(PonderingError, match=f"`{name}` is not a pondering field: did you mean `"):
+        PonderingConfig(base, **{name: 0.5})
+    with pytest.raises(PonderingError, match=f"`{name}` is not a pondering field: did you mean `"):
+        setattr(PonderingConfig(base), name, 0.5)
+
+
+def test_an_exit_that_is_none_is_named():
+    model = tiny.pondering_model()
+    for call in (model, model.generate):
+        with pytest.raises(PonderingError, match="`pondering_exit` must be a PonderingExit, got 1"):
+            call(torch.ones(1, 3, dtype=torch.long), pondering_exit=1)
+
+
 # from_base
 
 WRONG_ARGUMENTS = {
