@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, Trainer, TrainingArguments, default_data_collator
 
-from ponder_hf import PonderingForCausalLM
+from ponder_hf import PonderingForCausalLM, separate_gate
 from ponder_hf.callbacks import PonderingCallback
 
 
@@ -53,6 +53,7 @@ def main():
         processing_class=tokenizer,
         data_collator=default_data_collator,  # blocks are equally long: nothing to pad
     )
+    separate_gate(trainer.create_optimizer(), model)  # a learning rate of its own, or it would hardly open
     few = {"input_ids": torch.stack([row["input_ids"] for row in held_out[:4]])}
     PonderingCallback(few, every=settings.logging_steps).attach(trainer)  # logs the loss of each pass, and more
     print("held-out loss before:", trainer.evaluate()["eval_loss"])

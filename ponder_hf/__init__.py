@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         PonderingModel,
         PromptLookup,
     )
-    from .training import PonderingTrainer, TrainOptions, train, train_draft_heads
+    from .training import PonderingTrainer, TrainOptions, separate_gate, train, train_draft_heads
 
 
 __version__ = "0.1.0"
@@ -55,6 +55,7 @@ __all__ = [
     "measure_passes",
     "pondering_statistics",
     "push",
+    "separate_gate",
     "train",
     "train_draft_heads",
 ]
@@ -73,7 +74,7 @@ _NAMES = {
         "PonderingModel",
         "PromptLookup",
     ),
-    "training": ("PonderingTrainer", "TrainOptions", "train", "train_draft_heads"),
+    "training": ("PonderingTrainer", "TrainOptions", "separate_gate", "train", "train_draft_heads"),
 }
 _MODULES = (*_NAMES, "data", "demo", "devices", "metrics")
 

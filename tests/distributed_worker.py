@@ -14,7 +14,7 @@ import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from ponder_hf import PonderingForCausalLM
+from ponder_hf import PonderingForCausalLM, PonderingTrainer
 
 
 ROWS, TOKENS = 24, 12
@@ -88,7 +88,8 @@ def run_case(case, processes):
         **{"max_steps": STEPS, "save_strategy": "no", **case.get("arguments", {})},
     )
     watch = Watch()
-    trainer = Trainer(model, arguments, train_dataset=training_rows(), callbacks=[watch])
+    trainer_class = PonderingTrainer if case.get("gate_rate") else Trainer
+    trainer = trainer_class(model, arguments, train_dataset=training_rows(), callbacks=[watch])
     kernels, ponder = set(), PonderingForCausalLM.ponder
 
     # Asked within the passes, where sharded weights are gathered if ever.
@@ -106,6 +107,7 @@ def run_case(case, processes):
         "losses": watch.losses,
         "norms": watch.norms,
         "kernels": sorted(kernels),
+        "rates": [group["lr"] for group in trainer.optimizer.param_groups],
         "wrapped": type(trainer.model_wrapped).__name__,
     }
 

@@ -33,6 +33,7 @@ FREED = {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": Tr
 KEPT = {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": False}}
 CHECKPOINTING = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
 REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+GATE_RATE = {"gate_rate": True}  # by PonderingTrainer: the gate has a group of its own
 
 # name: (backbone, pondering fields, arguments of Trainer, what else the worker takes). GPT-2 is tied, LLaMA has a
 # padding row, GPT-NeoX has other names on disk than in memory.
@@ -44,12 +45,20 @@ CASES = {
     "ddp llama plain": ("llama", FIELDS, {}, {"plain": True}),
     "ddp gpt2 checkpointing": ("gpt2", FIELDS, CHECKPOINTING, {}),
     "ddp gpt2 reentrant": ("gpt2", FIELDS, REENTRANT, {}),
+    "ddp llama gate's rate": ("llama", FIELDS, {}, GATE_RATE),
     "fsdp gpt_neox top_k": ("gpt_neox", TOP_K, {**SAVE, **FREED}, {}),
     "fsdp gpt_neox resumed": ("gpt_neox", TOP_K, {**SAVE, **FREED}, {"resume": "fsdp gpt_neox top_k/checkpoint-2"}),
     "fsdp gpt2 vocabulary": ("gpt2", FIELDS, FREED, {}),
     "fsdp gpt2 checkpointing": ("gpt2", FIELDS, {**KEPT, **CHECKPOINTING}, {}),
     "fsdp llama vocabulary": ("llama", FIELDS, KEPT, {}),
     "fsdp llama float32": ("llama", TOP_K, FREED, {"dtype": "float32"}),
+    "fsdp llama gate's rate": ("llama", FIELDS, {**SAVE, **FREED}, GATE_RATE),
+    "fsdp llama gate's rate resumed": (
+        "llama",
+        FIELDS,
+        {**SAVE, **FREED},
+        {**GATE_RATE, "resume": "fsdp llama gate's rate/checkpoint-2"},
+    ),
 }
 
 
@@ -86,11 +95,11 @@ def alone(tmp_path_factory):
 
     def run(name):
         model_type, fields, _, more = CASES[name]
-        key = json.dumps([model_type, fields, more.get("dtype")])
+        key = json.dumps([model_type, fields, more.get("dtype"), more.get("gate_rate")])
         if key not in done:
             folder = tmp_path_factory.mktemp("alone")
             case = {"folder": str(folder), "model_type": model_type, "fields": fields}
-            case |= {"dtype": more["dtype"]} if "dtype" in more else {}
+            case |= {key: more[key] for key in ("dtype", "gate_rate") if key in more}
             done[key] = distributed_worker.run_case(case, 1), folder / "final"
         return done[key]
 
@@ -114,6 +123,7 @@ def test_two_processes_train_as_one(root, alone, name):
     # Trainer adds up its losses in float32; its gradient norms are in the model's own dtype.
     assert result["losses"] == pytest.approx(expected["losses"][-steps:], abs=2e-6 if precise else 1e-5)
     assert result["norms"] == pytest.approx(expected["norms"][-steps:], rel=1e-10 if precise else 1e-5)
+    assert result["rates"] == expected["rates"] == [1e-2, 1e-2, *([1e-1] if "gate's rate" in name else [])]
     weights, one = load_file(root / name / "final" / "model.safetensors"), load_file(folder / "model.safetensors")
     if name.startswith("fsdp gpt2"):  # gathered one by one, tied weights no longer share memory
         assert torch.equal(weights.pop("backbone.lm_head.weight"), weights["backbone.transformer.wte.weight"])

@@ -25,8 +25,12 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def add_field_flags(parser: argparse.ArgumentParser) -> None:
-    """Give `parser` a flag for each field. A flag that is not used says nothing, it does not mean the default."""
+def add_field_flags(parser: argparse.ArgumentParser) -> Any:
+    """Give `parser` a flag for each field. A flag that is not used says nothing, it does not mean the default.
+
+    Returns:
+        The group of flags.
+    """
     group = parser.add_argument_group("pondering")
     for name, (default, meaning) in FIELDS.items():
         shown = "null" if default is None else default
@@ -38,6 +42,7 @@ def add_field_flags(parser: argparse.ArgumentParser) -> None:
             metavar=_METAVARS[type(default)],
             help=f"{meaning}. Default: {shown}.",
         )
+    return group
 
 
 def given_fields(args: argparse.Namespace) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from ponder_hf.callbacks import TrainingProgress
 from ponder_hf.data import Blocks
 from ponder_hf.evaluation import evaluate_passes
+from ponder_hf.training.gate import separate_gate, trained_gate
 from ponder_hf.training.trainer import cache_setting_kept
 
 
@@ -93,6 +94,8 @@ def train(
 ) -> Run:
     """Train a model on blocks with transformers' Trainer, in their order. It is in evaluation mode afterwards.
 
+    A gate has a learning rate of its own; see `separate_gate`.
+
     Args:
         model: any causal language model.
         blocks: a Blocks.
@@ -116,6 +119,8 @@ def train(
         # Both print on standard output; that is for results.
         trainer.remove_callback(ProgressCallback)
         trainer.remove_callback(PrinterCallback)
+        if trained_gate(model):
+            separate_gate(trainer.create_optimizer(), model)
         try:
             trainer.train()
         finally:

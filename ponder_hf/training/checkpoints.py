@@ -181,7 +181,7 @@ def resumed_options(options: TrainOptions, checkpoint: Path) -> tuple[TrainOptio
         PonderingError: something given contradicts the checkpoint.
     """
     record = read_record(checkpoint)
-    stored = record["options"]
+    stored = {**TrainOptions().as_dict(), **record["options"]}  # one that is newer than the checkpoint was not said
     given = {name: getattr(options, name) for name in options.given if name in OPTION_NAMES}
     for name, value in given.items():
         if name not in _FREE_OPTIONS and value != stored[name]:

@@ -8,6 +8,8 @@ from typing import Any
 from ponder_hf.modeling import PonderingError
 from ponder_hf.modeling.configuration_pondering import PONDERING_FIELDS
 
+from .gate import check_factor
+
 
 DTYPES = ("float32", "bfloat16", "auto")
 INITIALISATIONS = ("authors", "transformers")
@@ -40,6 +42,8 @@ class TrainOptions:
         lora: train a low-rank adapter in place of all weights.
         lora_r, lora_alpha, lora_dropout, lora_target_modules: of the adapter; see peft's LoraConfig.
         draft_heads: train draft heads (modeling/pondering_generate_drafts.py) for a pondering model that stays as is.
+        gate_learning_rate_factor: times the learning rate of the model is that of its gate. None: as
+            GATE_LEARNING_RATE_FACTOR in gate.py says, where there is a gate.
         merge: at the end, save the model with the adapter merged into it.
         resume: continue the run in `output`: "last", or the folder of one of its checkpoints.
         overwrite: replace `output` where it is not empty.
@@ -71,6 +75,7 @@ class TrainOptions:
     lora_dropout: float = 0.0
     lora_target_modules: list = field(default_factory=list)
     draft_heads: bool = False
+    gate_learning_rate_factor: float | None = None
     merge: bool = False
     resume: str | None = None
     overwrite: bool = False
@@ -88,6 +93,8 @@ class TrainOptions:
             raise PonderingError(f"`lora_alpha` must be > 0, got {self.lora_alpha}")
         if not 0 <= self.lora_dropout < 1:
             raise PonderingError(f"`lora_dropout` must be at least 0 and less than 1, got {self.lora_dropout}")
+        if self.gate_learning_rate_factor is not None:
+            check_factor(self.gate_learning_rate_factor)
         if self.shuffle_buffer and not self.streaming:
             raise PonderingError("`shuffle_buffer` is for streaming; otherwise all blocks are shuffled: leave it out")
         for name, choices in (("dtype", DTYPES), ("initialisation", INITIALISATIONS)):
@@ -119,6 +126,8 @@ class TrainOptions:
             raise PonderingError(
                 f"`draft_heads` trains nothing else: leave out `{other}`, and train draft heads for the model later"
             )
+        if self.draft_heads and self.gate_learning_rate_factor is not None:
+            raise PonderingError("`draft_heads` trains nothing else: leave out `gate_learning_rate_factor`")
         if self.merge and not self.lora:
             raise PonderingError("`merge` merges an adapter, but there is none: add `lora`, or leave it out")
 

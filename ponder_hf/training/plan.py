@@ -20,6 +20,7 @@ from ponder_hf.modeling import PonderingError
 from . import lora
 from .arguments import complete_arguments, keep_token_apart, make_arguments, wrong_arguments
 from .checkpoints import check_fields, checkpoint_to_resume, last_checkpoint, resumed_options
+from .gate import GATE_LEARNING_RATE_FACTOR, check_gate_in_checkpoint, check_optimizer_name
 from .options import TrainOptions
 from .start import Start, find_start, pondering_start
 from .trainer import check_smoothing
@@ -96,6 +97,9 @@ def make_plan(options: TrainOptions) -> TrainingPlan:
         options, arguments, record = resumed_options(options, checkpoint)
         start = _resumed_start(options, checkpoint)
         check_fields(fields, start.config, checkpoint)
+    options = _with_gate_factor(options, start)
+    if checkpoint is not None and options.gate_learning_rate_factor is not None:
+        check_gate_in_checkpoint(checkpoint)
     if options.lora:
         lora.target_modules(options, start.config)
     check_tokenizer(start.tokenizer, start.config, options.tokenizer or start.name)
@@ -124,6 +128,21 @@ def _check_output(options):
         raise
 
 
+def _with_gate_factor(options, start):
+    """The options with the factor that this run has, and keeps when it is resumed; it is None without a gate."""
+    factor = options.gate_learning_rate_factor
+    if start.config.pondering_gate == "none":
+        if factor is not None:
+            raise PonderingError(
+                f"`gate_learning_rate_factor` is for a gate, which {start.name} does not have: leave it out, or make "
+                "a plain model ponder with `pondering_gate='zero_init'`"
+            )
+        return options
+    if factor is None and not options.draft_heads:
+        return replace(options, gate_learning_rate_factor=GATE_LEARNING_RATE_FACTOR)
+    return options
+
+
 def _is_folder(name):
     return name is not None and Path(name).expanduser().is_dir()
 
@@ -139,6 +158,8 @@ def _check_settings(options, settings):
         raise PonderingError(
             "`label_smoothing_factor` does nothing with `draft_heads`, which learn no labels: leave it out"
         )
+    if options.gate_learning_rate_factor is not None:
+        check_optimizer_name(settings)
     if settings.learning_rate <= 0:
         raise PonderingError(f"`learning_rate` must be > 0, got {settings.learning_rate}")
     if settings.max_steps < 1 and settings.num_train_epochs <= 0:

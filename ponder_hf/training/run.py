@@ -112,6 +112,7 @@ def _make_trainer(plan: TrainingPlan, model: PreTrainedModel) -> tuple[Pondering
             data_collator=default_data_collator,
             record=record,
             model_is_loaded=plan.checkpoint is not None,
+            gate_learning_rate_factor=options.gate_learning_rate_factor,
         )
     # Both print on standard output; that is for results.
     trainer.remove_callback(ProgressCallback)

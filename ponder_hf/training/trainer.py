@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedConfig,
@@ -28,6 +29,14 @@ from ponder_hf.hub.trainer_uploads import push_in_background, push_result, write
 from ponder_hf.modeling import PonderingConfig, PonderingError, PonderingForCausalLM
 
 from .checkpoints import PARTIAL, RECORD, final_model, last_checkpoint, publish, remove_oldest
+from .gate import (
+    GATE_LEARNING_RATE_FACTOR,
+    check_factor,
+    check_gate_in_checkpoint,
+    gate_group,
+    separate_gate,
+    trained_gate,
+)
 
 
 _PROGRESS = "loss_since_log"
@@ -77,6 +86,8 @@ class PonderingTrainer(Trainer):
     - Evaluation gives the loss of each pass: `eval_pass_0_loss` .. `eval_pass_{S}_loss`, in nats per token, and its
       next-token accuracy: `eval_pass_0_accuracy` ...
       `eval_loss` is the last one, whatever `intermediate_loss_weight` is.
+    - A gate has a learning rate of its own and no weight decay (see `separate_gate`), unless `optimizers` gives an
+      optimiser, which stays as it is. Trainer logs the model's as `learning_rate`, and this as `gate_learning_rate`.
     - A loss that is no finite number ends the training, and weights that are none are never saved.
     - A checkpoint appears whole or not at all, with the code of the model in it; so does the model at the end.
     - Resuming goes on with the loss that was summed since the last log, so that it logs what an unbroken run does.
@@ -86,10 +97,17 @@ class PonderingTrainer(Trainer):
         record: what to store in every checkpoint, as a dict that JSON can hold.
         model_is_loaded: the model has the weights of the checkpoint to resume from already. Trainer itself would copy
             names on disk to names in memory, which are not always the same.
+        gate_learning_rate_factor: times the learning rate of the model is that of its gate; > 0. None:
+            GATE_LEARNING_RATE_FACTOR, where the model has a gate that learns.
     """
 
     def __init__(
-        self, *args: Any, record: dict[str, Any] | None = None, model_is_loaded: bool = False, **kwargs: Any
+        self,
+        *args: Any,
+        record: dict[str, Any] | None = None,
+        model_is_loaded: bool = False,
+        gate_learning_rate_factor: float | None = None,
+        **kwargs: Any,
     ) -> None:
         self.record, self.model_is_loaded = record or {}, model_is_loaded
         self._staging: Path | None = None
@@ -98,12 +116,39 @@ class PonderingTrainer(Trainer):
         with cache_setting_kept(model.config):
             super().__init__(*args, **kwargs)
         check_smoothing(self.args, model.config)
+        self._separates_gate = self.optimizer is None and bool(trained_gate(model))
+        self._gate_factor = GATE_LEARNING_RATE_FACTOR
+        if gate_learning_rate_factor is not None:
+            check_factor(gate_learning_rate_factor)
+            if not self._separates_gate:
+                raise PonderingError(
+                    "`gate_learning_rate_factor` is for a model with a gate that learns, and for an optimizer that "
+                    "Trainer makes: leave it out"
+                )
+            self._gate_factor = gate_learning_rate_factor
 
     @property
     def pondering_model(self) -> PonderingForCausalLM:
         """The PonderingForCausalLM within all wrappers."""
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    # The gate's learning rate
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        model = self.model if model is None else model
+        # A gate may have been frozen meanwhile; under FSDP it may be hidden, which separate_gate refuses in words.
+        is_wanted = self._separates_gate and (self.is_fsdp_enabled or trained_gate(model))
+        if is_wanted and not (hasattr(optimizer, "param_groups") and gate_group(optimizer)):
+            separate_gate(optimizer, model, self._gate_factor)
+        return optimizer
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        is_scaled = isinstance(self.lr_scheduler, torch.optim.lr_scheduler.LambdaLR)  # all groups by one factor
+        if "learning_rate" in logs and is_scaled and gate_group(self.optimizer):
+            logs = {**logs, "gate_learning_rate": logs["learning_rate"] * self._gate_factor}
+        super().log(logs, *args, **kwargs)
 
     # Losses
 
@@ -212,6 +257,8 @@ class PonderingTrainer(Trainer):
                 self._stop(f"after step {self.state.global_step} the weight {name} is no finite number")
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if self._separates_gate:
+            check_gate_in_checkpoint(resume_from_checkpoint)
         if not self.model_is_loaded or self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
