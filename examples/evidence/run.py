@@ -1,0 +1,81 @@
+"""Measure what is missing of some tables, one run after another.
+
+    python examples/evidence/run.py recipe --texts FOLDER
+
+Results are small JSON files in a folder; `report.py` makes tables and plots of them. It may be killed at any time:
+started again, it goes on from the last checkpoint, about a minute back, and comes to the same numbers.
+"""
+
+import argparse
+import functools
+import json
+import sys
+from pathlib import Path
+
+import torch
+from runs import TABLES, Run
+from texts import read_text
+from training import Training, write_result
+
+
+def with_bases(runs: list[Run]) -> list[Run]:
+    """These runs, each after the base that it goes on from, none twice."""
+    chosen = {}
+    for run in runs:
+        for each in (run.base, run):
+            if each is not None:
+                chosen.setdefault(each.name, each)
+    return list(chosen.values())
+
+
+def is_done(run: Run, results: Path) -> bool:
+    """Whether there is a result of this very run.
+
+    Raises:
+        SystemExit: there is one of another run with this name.
+    """
+    path = results / f"{run.name}.json"
+    if not path.is_file():
+        return False
+    measured = json.loads(path.read_text(encoding="utf-8"))["run"]
+    if measured != run.as_json():
+        raise SystemExit(f"{path} is of another run than its name means today: remove it to measure again")
+    return True
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("tables", nargs="+", choices=TABLES, metavar="TABLE", help=", ".join(TABLES))
+    parser.add_argument("--only", default="", metavar="PART", help="only runs with this in their name")
+    parser.add_argument("--results", type=Path, default=Path("evidence"), help="folder of the results")
+    parser.add_argument("--work", type=Path, help="folder of checkpoints and weights, by default RESULTS/work")
+    parser.add_argument("--texts", type=Path, help="folder of the texts; see texts.py")
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--list", action="store_true", help="say what is done and what is missing, and do nothing")
+    arguments = parser.parse_args(argv)
+    work = arguments.work or arguments.results / "work"
+    torch.set_num_threads(arguments.threads)
+    text_of = functools.cache(lambda name: read_text(name, arguments.texts))
+
+    runs = with_bases([run for table in arguments.tables for run in TABLES[table] if arguments.only in run.name])
+    for number, run in enumerate(runs, 1):
+        done = is_done(run, arguments.results)
+        if arguments.list:
+            print("done   " if done else "missing", run.name)
+            continue
+        lost = not (work / f"{run.name}.weights").is_file() and _is_needed(run, runs, arguments.results)
+        if done and not lost:
+            continue
+        say = functools.partial(print, f"[{number}/{len(runs)}]", file=sys.stderr, flush=True)
+        training = Training(run, text_of(run.text), work)
+        write_result(arguments.results / f"{run.name}.json", training.train(say=say))
+        training.checkpoint.unlink()
+
+
+def _is_needed(base: Run, runs: list[Run], results: Path) -> bool:
+    """Whether a run that is missing goes on from this one."""
+    return any(run.base == base and not is_done(run, results) for run in runs)
+
+
+if __name__ == "__main__":
+    main()

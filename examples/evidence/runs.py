@@ -1,0 +1,220 @@
+"""What is measured: each run with all its settings, and the tables that they make."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, replace
+
+
+VOCABULARY = 256  # bytes
+BLOCK = 128
+BATCH = 16
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run; it starts from random weights or from those of its base.
+
+    Args:
+        label: what it is, within its text.
+        text: see texts.py.
+        family: of the backbone: "gpt_neox", "llama" or "gpt2".
+        text_bytes: only the first so many bytes are trained on; 0: all.
+        pondering_steps: S, 0: transformers' own plain model.
+        fields: further pondering fields, as pairs of name and value.
+        sampled: phases of the training, each as its end (a share of all steps) and the probabilities of S = 0, 1, ...
+            Empty: always `pondering_steps`.
+        feeds_back_hidden_state: the ablation without the vocabulary.
+        gate_start, gate_rate: what the gate starts at, and its learning rate by the model's.
+        steps: optimiser steps, those of the base not counted.
+        warmup: share of the steps.
+    """
+
+    label: str
+    text: str
+    steps: int
+    layers: int = 2
+    width: int = 128
+    family: str = "gpt_neox"
+    text_bytes: int = 0
+    pondering_steps: int = 0
+    fields: tuple = ()
+    sampled: tuple = ()
+    feeds_back_hidden_state: bool = False
+    gate_start: float = 0.0
+    gate_rate: float = 1.0
+    base: "Run | None" = None
+    batch: int = BATCH
+    learning_rate: float = 2e-3
+    constant_rate: bool = False
+    warmup: float = 0.05
+    weight_decay: float = 0.01
+    dropout: float = 0.0
+    evaluate_every: int = 100
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.text}-{self.label}-seed{self.seed}"
+
+    @property
+    def ponders(self) -> bool:
+        return bool(self.pondering_steps) and not self.feeds_back_hidden_state
+
+    def as_json(self) -> dict:
+        """As it stands in a result: lists for tuples."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+def with_seed(run: Run, seed: int) -> Run:
+    """The same run, and its base, with another seed."""
+    return replace(run, seed=seed, base=run.base and replace(run.base, seed=seed))
+
+
+def gated(start: float = 0.0, rate: float = 10.0, **fields: float | int | str) -> dict:
+    """Settings of a run with a gate."""
+    return {"fields": (("pondering_gate", "zero_init"), *fields.items()), "gate_start": start, "gate_rate": rate}
+
+
+def ungated(**fields: float | int) -> dict:
+    """Settings of a run as the paper has it."""
+    return {"fields": tuple(fields.items())}
+
+
+def recipe() -> list[Run]:
+    """Continued training: a plain base of 300 steps, then 400 steps more, in many ways. One seed, to choose from."""
+    base = Run("base300", "python", 300, batch=8, constant_rate=True)
+    plain = Run("on-plain", "python", 400, batch=8, base=base)
+
+    def pondering(label: str, **settings) -> Run:
+        return replace(plain, label=f"on-S3-{label}", pondering_steps=3, **settings)
+
+    return [
+        plain,
+        pondering("ungated", **ungated()),
+        pondering("gate0x1", **gated(rate=1)),
+        pondering("gate0x10", **gated()),
+        pondering("gate0x30", **gated(rate=30)),
+        pondering("gate0x3", **gated(rate=3)),
+        pondering("gate0x100", **gated(rate=100)),
+        pondering("gate0.1x10", **gated(start=0.1)),
+        pondering("gate0.3x10", **gated(start=0.3)),
+        pondering("gate1x10", **gated(start=1.0)),
+        pondering("gate0x10-intermediate0.1", **gated(intermediate_loss_weight=0.1)),
+        pondering("gate0x10-K32", **gated(pondering_top_k=32)),
+        pondering("gate0x10-K8", **gated(pondering_top_k=8)),
+        pondering("gate0x10-warmup0", **gated(), warmup=0.0),
+        pondering("gate0x10-warmup0.2", **gated(), warmup=0.2),
+        replace(plain, label="on-plain-lr1e-3", learning_rate=1e-3),
+        replace(plain, label="on-plain-lr4e-3", learning_rate=4e-3),
+        pondering("gate0x10-lr1e-3", **gated(), learning_rate=1e-3),
+        pondering("gate0x10-lr4e-3", **gated(), learning_rate=4e-3),
+        pondering("gate0x10-embedding11.3", **gated(embedding_scale=128**0.5)),
+        pondering("gate0x10-input3", **gated(input_scale=3.0)),
+        pondering("ungated-warmup0.2", **ungated(), warmup=0.2),
+    ]
+
+
+def scratch() -> list[Run]:
+    """From scratch: what the paper leaves open. One seed, to choose from."""
+    plain = Run("plain", "python", 500, batch=8)
+
+    def pondering(label: str, **settings) -> Run:
+        return replace(plain, label=f"S3-{label}", pondering_steps=3, **settings)
+
+    return [
+        plain,
+        pondering("ungated", **ungated()),
+        pondering("gate1x10", **gated(start=1.0)),
+        pondering("gate0x10", **gated()),
+        pondering("input3", **ungated(input_scale=3.0)),
+        pondering("embedding11.3", **ungated(embedding_scale=128**0.5)),
+        pondering("embedding11.3-input3", **ungated(embedding_scale=128**0.5, input_scale=3.0)),
+        pondering("intermediate0.1", **ungated(intermediate_loss_weight=0.1)),
+        pondering("K32", **ungated(pondering_top_k=32)),
+        replace(plain, label="plain-lr4e-3", learning_rate=4e-3),
+        pondering("lr4e-3", **ungated(), learning_rate=4e-3),
+    ]
+
+
+def elastic() -> list[Run]:
+    """One model for every S: how S is drawn in training, at the same tokens."""
+    fixed = Run("S3-800", "shakespeare", 800, batch=8, pondering_steps=3, evaluate_every=200)
+    always, last = (1.0,), (0.0, 0.0, 0.0, 1.0)
+
+    def drawn(label: str, *phases, **settings) -> Run:
+        return replace(fixed, label=f"drawn-{label}", sampled=phases, **settings)
+
+    return [
+        fixed,
+        replace(fixed, label="plain-800", pondering_steps=0),
+        drawn("5-5-10-80", (1.0, (0.05, 0.05, 0.1, 0.8))),
+        drawn("even", (1.0, (0.25,) * 4)),
+        replace(fixed, label="S3-800-intermediate0.1", **ungated(intermediate_loss_weight=0.1)),
+        drawn("grows", (0.25, always), (0.5, (0.0, 1.0)), (0.75, (0.0, 0.0, 1.0)), (1.0, last)),
+        drawn("even-then-3", (0.5, (0.25,) * 4), (1.0, last)),
+        drawn("3-then-even", (0.7, last), (1.0, (0.25,) * 4)),
+        drawn("even-1-to-3", (1.0, (0.0, 1.0, 1.0, 1.0))),
+        drawn("grows-then-5-5-10-80", (0.2, always), (0.4, (0.0, 1.0)), (1.0, (0.05, 0.05, 0.1, 0.8))),
+        replace(fixed, label="S3-800-intermediate0.03", **ungated(intermediate_loss_weight=0.03)),
+        replace(fixed, label="S1-800", pondering_steps=1),
+        replace(fixed, label="S2-800", pondering_steps=2),
+        # With the arithmetic of fixed S = 3: 4 passes a step there, 2.5 here.
+        drawn("even-1280", (1.0, (0.25,) * 4), steps=1280),
+    ]
+
+
+def limited() -> list[Run]:
+    """205 KB of text over and over (15 epochs): tokens are what is scarce. Stopped at the best of the curve."""
+    common = {"text_bytes": 205_000, "batch": 8}
+    runs = []
+    for seed in range(3):
+        for dropout, decay in ((0.1, 0.1), (0.0, 0.01)):
+            plain = Run(f"205k-plain-dropout{dropout:g}", "shakespeare", 3000, **common, dropout=dropout, seed=seed)
+            plain = replace(plain, weight_decay=decay, evaluate_every=200)
+            runs += [
+                plain,
+                replace(plain, label=plain.label.replace("plain", "S3"), pondering_steps=3),
+                replace(plain, label=plain.label.replace("plain", "8layers"), layers=8),
+                replace(plain, label=plain.label.replace("plain", "plain-x4"), steps=12000, evaluate_every=800),
+            ]
+    return runs
+
+
+def tokens() -> list[Run]:
+    """The same tokens for all, and what the same arithmetic buys otherwise. Three seeds."""
+    plain = Run("2layers", "shakespeare", 800, evaluate_every=200)
+
+    def of_seed(seed: int) -> list[Run]:
+        return [
+            plain,
+            replace(plain, label="2layers-S3", pondering_steps=3),
+            replace(plain, label="4layers", layers=4),
+            replace(plain, label="2layers-S1", pondering_steps=1),
+            replace(plain, label="2layers-fed-back3", pondering_steps=3, feeds_back_hidden_state=True),
+            replace(plain, label="2layers-width192", width=192),
+            replace(plain, label="8layers", layers=8),
+            replace(plain, label="2layers-x4", steps=3200, evaluate_every=800),
+            replace(plain, label="2layers-S2", pondering_steps=2),
+        ]
+
+    return [with_seed(run, seed) for seed in range(3) for run in of_seed(seed)]
+
+
+def scaling() -> list[Run]:
+    """Sizes: loss against parameters, tokens and arithmetic."""
+    plain = Run("1layers", "novels", 800, evaluate_every=200)
+    sizes = [(layers, steps) for steps in (0, 3, 1) for layers in (1, 2, 4)] + [(8, 0)]
+    return [
+        replace(plain, label=f"{layers}layers" + f"-S{steps}" * bool(steps), layers=layers, pondering_steps=steps)
+        for layers, steps in sizes
+    ]
+
+
+TABLES = {
+    "recipe": recipe(),
+    "scratch": scratch(),
+    "elastic": elastic(),
+    "limited": limited(),
+    "tokens": tokens(),
+    "scaling": scaling(),
+}
