@@ -1,6 +1,6 @@
 """Measure what is missing of some tables, one run after another.
 
-    python examples/evidence/run.py recipe --texts FOLDER
+    python examples/evidence/run.py gate settings --texts FOLDER
 
 Results are small JSON files in a folder; `report.py` makes tables and plots of them. It may be killed at any time:
 started again, it goes on from the last checkpoint, about a minute back, and comes to the same numbers.

@@ -80,10 +80,14 @@ def ungated(**fields: float | int) -> dict:
     return {"fields": tuple(fields.items())}
 
 
-def recipe() -> list[Run]:
-    """Continued training: a plain base of 300 steps, then 400 steps more, in many ways. One seed, to choose from."""
-    base = Run("base300", "python", 300, batch=8, constant_rate=True)
-    plain = Run("on-plain", "python", 400, batch=8, base=base)
+def trained_on() -> Run:
+    """Continued training: a plain base of 300 steps, then 400 steps more."""
+    return Run("on-plain", "python", 400, batch=8, base=Run("base300", "python", 300, batch=8, constant_rate=True))
+
+
+def gate() -> list[Run]:
+    """Continued training with and without a gate. One seed, to choose from."""
+    plain = trained_on()
 
     def pondering(label: str, **settings) -> Run:
         return replace(plain, label=f"on-S3-{label}", pondering_steps=3, **settings)
@@ -99,18 +103,30 @@ def recipe() -> list[Run]:
         pondering("gate0.1x10", **gated(start=0.1)),
         pondering("gate0.3x10", **gated(start=0.3)),
         pondering("gate1x10", **gated(start=1.0)),
-        pondering("gate0x10-intermediate0.1", **gated(intermediate_loss_weight=0.1)),
-        pondering("gate0x10-K32", **gated(pondering_top_k=32)),
-        pondering("gate0x10-K8", **gated(pondering_top_k=8)),
-        pondering("gate0x10-warmup0", **gated(), warmup=0.0),
-        pondering("gate0x10-warmup0.2", **gated(), warmup=0.2),
-        replace(plain, label="on-plain-lr1e-3", learning_rate=1e-3),
+    ]
+
+
+def settings() -> list[Run]:
+    """Continued training with a gate from 0: everything else. One seed, to choose from."""
+    plain = trained_on()
+
+    def pondering(label: str, **settings) -> Run:
+        return replace(plain, label=f"on-S3-gate0x10-{label}", pondering_steps=3, **{**gated(), **settings})
+
+    return [
+        plain,
+        pondering("intermediate0.1", **gated(intermediate_loss_weight=0.1)),
+        pondering("warmup0", warmup=0.0),
+        pondering("lr4e-3", learning_rate=4e-3),
         replace(plain, label="on-plain-lr4e-3", learning_rate=4e-3),
-        pondering("gate0x10-lr1e-3", **gated(), learning_rate=1e-3),
-        pondering("gate0x10-lr4e-3", **gated(), learning_rate=4e-3),
-        pondering("gate0x10-embedding11.3", **gated(embedding_scale=128**0.5)),
-        pondering("gate0x10-input3", **gated(input_scale=3.0)),
-        pondering("ungated-warmup0.2", **ungated(), warmup=0.2),
+        pondering("K8", **gated(pondering_top_k=8)),
+        pondering("input3", **gated(input_scale=3.0)),
+        pondering("embedding11.3", **gated(embedding_scale=128**0.5)),
+        pondering("warmup0.2", warmup=0.2),
+        pondering("lr1e-3", learning_rate=1e-3),
+        replace(plain, label="on-plain-lr1e-3", learning_rate=1e-3),
+        pondering("K32", **gated(pondering_top_k=32)),
+        replace(plain, label="on-S3-ungated-warmup0.2", pondering_steps=3, warmup=0.2),
     ]
 
 
@@ -211,7 +227,8 @@ def scaling() -> list[Run]:
 
 
 TABLES = {
-    "recipe": recipe(),
+    "gate": gate(),
+    "settings": settings(),
     "scratch": scratch(),
     "elastic": elastic(),
     "limited": limited(),

@@ -26,6 +26,7 @@ from ponder_hf import PonderingForCausalLM
 
 
 HELD_OUT_ROWS = 256
+CHECKPOINT_SECONDS = 60
 _HEAD_SIZE = 32
 
 
@@ -262,7 +263,7 @@ class Training:
         losses = held_out_losses(self.model, self.held_out, self.run.pondering_steps)
         self.curve.append({"step": self.step, "flops": self.flops, "losses": losses})
 
-    def train(self, checkpoint_seconds: float = 60.0, say: Callable[[str], None] = print) -> dict:
+    def train(self, say: Callable[[str], None] = print) -> dict:
         """Train to the end and give back the result. The last checkpoint is left to whoever writes the result."""
         run = self.run
         self.resume()
@@ -276,7 +277,7 @@ class Training:
             if finite and (self.step % run.evaluate_every == 0 or self.step == run.steps):
                 self.evaluate()
                 say(f"{run.name}: step {self.step} of {run.steps}: {self.curve[-1]['losses'][-1]:.4f}")
-            if time.monotonic() - saved > checkpoint_seconds:
+            if time.monotonic() - saved >= CHECKPOINT_SECONDS:
                 self.save()
                 saved = time.monotonic()
         self.save()
