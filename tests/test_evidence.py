@@ -15,7 +15,7 @@ import torch
 EVIDENCE = Path(__file__).resolve().parents[1] / "examples" / "evidence"
 sys.path.insert(0, str(EVIDENCE))  # its files import each other by their bare names, as scripts do
 
-report, run, runs, training = map(__import__, ("report", "run", "runs", "training"))
+decoding, report, run, runs, training = map(__import__, "decoding report run runs training".split())
 
 BASE = runs.Run("base", "tiny", steps=3, layers=1, width=32, batch=2, evaluate_every=2, constant_rate=True)
 PLAIN = replace(BASE, label="plain", steps=6, base=BASE, constant_rate=False)
@@ -202,6 +202,29 @@ def test_the_report_says_what_the_results_say(results, folder, capsys, tmp_path)
     curves = [[point["losses"][-1] for point in results[f"tiny-{name}-seed0"]["curve"]] for name in ("drawn", "plain")]
     assert rows["drawn"]["most behind"] == f"{max(a - b for a, b in list(zip(*curves, strict=True))[1:]):+.3f}"
     assert (tmp_path / "plots" / "tiny.svg").stat().st_size > 1000
+
+
+def test_decoding_is_measured_and_reported(folder, tiny, monkeypatch, capsys):
+    monkeypatch.setattr(decoding, "read_text", lambda name, folder: tiny)
+    monkeypatch.setattr(decoding, "DRAFTED", (2, 5))
+    monkeypatch.setattr(decoding, "EXITING", (3, 4))
+    monkeypatch.setattr(decoding, "EXIT_THRESHOLDS", (0.0, 1e9))
+    decoding.main(["tiny", "--results", str(folder), "--threads", str(torch.get_num_threads())])
+    results = report.read_results(folder)
+    assert [name for name, result in results.items() if "decoding" in result] == [
+        "tiny-drawn-seed0",
+        "tiny-gated-seed0",
+        "tiny-gated-seed1",
+    ]
+    measured = results["tiny-gated-seed0"]["decoding"]
+    assert 1 <= measured["ticks"] <= 4
+    assert 0 <= measured["acceptance"] <= 1
+    never, always = measured["exits"]
+    assert (never["passes"], never["agree"]) == (3, 1)
+    assert always["passes"] == 2  # pass 1 is the first that has another one before it
+    capsys.readouterr()
+    report.main([str(folder), "tiny"])
+    assert f"| {measured['ticks']:.2f} | 3.00 100%, 2.00 {always['agree']:.0%} |" in capsys.readouterr().out
 
 
 def test_worth_in_layers_finds_the_law_that_made_the_losses(monkeypatch):

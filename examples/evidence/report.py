@@ -21,19 +21,27 @@ HEADINGS = {
     "seeds": "",
     "parameters": "",
     "tokens": "tokens trained on, those of a base included",
-    "PFLOP": "of training by formula (training.py), those of a base included",
+    "TFLOP": "of training by formula (training.py), those of a base included",
     "loss": "of the last pass at the end",
     "lowest": "of all evaluations on the way, and its step: where early stopping would have stopped",
     "gain": "over the table's first run with this seed and text, at the end",
     "most behind": "the largest loss over that of the table's first run at any step, where both have the same steps",
     "S = 0, 1, ...": "the loss when the trained model is run with so many steps, the S it was trained for in bold",
+    "ticks": "of drafts for each new byte, sampled; S + 1 without drafts (decoding.py)",
+    "exits": "passes of a byte, and the share of bytes that all passes would have chosen, too, for rising thresholds",
 }
 
 
 def read_results(folder: Path) -> dict[str, dict]:
-    """The results in a folder by their names."""
-    results = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json")))
-    return {result["name"]: result for result in results}
+    """The results in a folder by their names, each with what decoding.py measured of it under "decoding"."""
+    results = {}
+    for path in sorted(folder.glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        decoding = folder / "decoding" / path.name
+        if decoding.is_file():
+            result["decoding"] = json.loads(decoding.read_text(encoding="utf-8"))
+        results[result["name"]] = result
+    return results
 
 
 def last_losses(result: dict) -> list[float]:
@@ -68,7 +76,7 @@ def row(group: list[dict], first: dict[tuple, dict], results: dict[str, dict]) -
     one = group[0]
     cells = {"run": one["run"]["label"], "seeds": str(len(group)), "parameters": f"{one['parameters']:,}"}
     cells["tokens"] = f"{with_base(one, results, 'tokens'):,}"
-    cells["PFLOP"] = f"{statistics.mean(with_base(each, results, 'training_flops') for each in group) / 1e15:.2f}"
+    cells["TFLOP"] = f"{statistics.mean(with_base(each, results, 'training_flops') for each in group) / 1e12:.1f}"
     if any(each["diverged"] for each in group):
         return {**cells, "loss": "diverged"}
     cells["loss"] = mean_and_spread([last_losses(each)[-1] for each in group])
@@ -88,6 +96,9 @@ def row(group: list[dict], first: dict[tuple, dict], results: dict[str, dict]) -
         losses = [f"{statistics.mean(column):.3f}" for column in columns]
         losses[one["run"]["pondering_steps"]] = f"**{losses[one['run']['pondering_steps']]}**"
         cells["S = 0, 1, ..."] = " ".join(losses)
+    if "decoding" in one:
+        cells["ticks"] = f"{one['decoding']['ticks']:.2f}"
+        cells["exits"] = ", ".join(f"{each['passes']:.2f} {each['agree']:.0%}" for each in one["decoding"]["exits"])
     return cells
 
 
@@ -185,9 +196,9 @@ def plot(name: str, results: dict[str, dict], path: Path) -> None:
         losses = [statistics.mean(point["losses"][-1] for point in points) for points in zip(*curves, strict=True)]
         tokens = [point["step"] * group[0]["run"]["batch"] * BLOCK for point in curves[0]]
         axes[0].plot(tokens, losses, label=f"{text} {label}")
-        axes[1].plot([point["flops"] / 1e15 for point in curves[0]], losses)
+        axes[1].plot([point["flops"] / 1e12 for point in curves[0]], losses)
     axes[0].set(xlabel="tokens", ylabel="held-out loss, nats per byte")
-    axes[1].set(xlabel="PFLOP of training", xscale="log")
+    axes[1].set(xlabel="TFLOP of training", xscale="log")
     figure.legend(loc="outside right upper", fontsize="x-small")
     figure.savefig(path, bbox_inches="tight")
     pyplot.close(figure)

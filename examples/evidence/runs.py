@@ -152,10 +152,14 @@ def scratch() -> list[Run]:
     ]
 
 
+EVEN = (0.25, 0.25, 0.25, 0.25)
+MOSTLY_3 = (0.05, 0.05, 0.1, 0.8)
+ALWAYS_0, ALWAYS_1, ALWAYS_2, ALWAYS_3 = (1.0,), (0.0, 1.0), (0.0, 0.0, 1.0), (0.0, 0.0, 0.0, 1.0)
+
+
 def elastic() -> list[Run]:
-    """One model for every S: how S is drawn in training, at the same tokens."""
+    """One model for every S: how S is drawn in training from scratch, at the same tokens."""
     fixed = Run("S3-800", "shakespeare", 800, batch=8, pondering_steps=3, evaluate_every=200)
-    always, last = (1.0,), (0.0, 0.0, 0.0, 1.0)
 
     def drawn(label: str, *phases, **settings) -> Run:
         return replace(fixed, label=f"drawn-{label}", sampled=phases, **settings)
@@ -163,19 +167,37 @@ def elastic() -> list[Run]:
     return [
         fixed,
         replace(fixed, label="plain-800", pondering_steps=0),
-        drawn("5-5-10-80", (1.0, (0.05, 0.05, 0.1, 0.8))),
-        drawn("even", (1.0, (0.25,) * 4)),
+        drawn("mostly-3", (1.0, MOSTLY_3)),
+        drawn("even", (1.0, EVEN)),
         replace(fixed, label="S3-800-intermediate0.1", **ungated(intermediate_loss_weight=0.1)),
-        drawn("grows", (0.25, always), (0.5, (0.0, 1.0)), (0.75, (0.0, 0.0, 1.0)), (1.0, last)),
-        drawn("even-then-3", (0.5, (0.25,) * 4), (1.0, last)),
-        drawn("3-then-even", (0.7, last), (1.0, (0.25,) * 4)),
+        replace(fixed, label="S3-800-gate0x10", **gated()),
+        drawn("mostly-3-gate0x10", (1.0, MOSTLY_3), **gated()),
+        drawn("grows", (0.25, ALWAYS_0), (0.5, ALWAYS_1), (0.75, ALWAYS_2), (1.0, ALWAYS_3)),
+        drawn("even-then-3", (0.5, EVEN), (1.0, ALWAYS_3)),
+        drawn("3-then-even", (0.7, ALWAYS_3), (1.0, EVEN)),
         drawn("even-1-to-3", (1.0, (0.0, 1.0, 1.0, 1.0))),
-        drawn("grows-then-5-5-10-80", (0.2, always), (0.4, (0.0, 1.0)), (1.0, (0.05, 0.05, 0.1, 0.8))),
+        drawn("grows-then-mostly-3", (0.2, ALWAYS_0), (0.4, ALWAYS_1), (1.0, MOSTLY_3)),
         replace(fixed, label="S3-800-intermediate0.03", **ungated(intermediate_loss_weight=0.03)),
         replace(fixed, label="S1-800", pondering_steps=1),
         replace(fixed, label="S2-800", pondering_steps=2),
         # With the arithmetic of fixed S = 3: 4 passes a step there, 2.5 here.
-        drawn("even-1280", (1.0, (0.25,) * 4), steps=1280),
+        drawn("even-1280", (1.0, EVEN), steps=1280),
+    ]
+
+
+def elastic_on() -> list[Run]:
+    """The same in continued training with a gate from 0, where every S starts as good as the base."""
+    plain = trained_on()
+
+    def drawn(label: str, *phases) -> Run:
+        return replace(plain, label=f"on-drawn-{label}-gate0x10", pondering_steps=3, sampled=phases, **gated())
+
+    return [
+        plain,
+        replace(plain, label="on-S3-gate0x10", pondering_steps=3, **gated()),
+        drawn("even", (1.0, EVEN)),
+        drawn("mostly-3", (1.0, MOSTLY_3)),
+        drawn("grows", (0.33, ALWAYS_1), (0.67, ALWAYS_2), (1.0, ALWAYS_3)),
     ]
 
 
@@ -231,6 +253,7 @@ TABLES = {
     "settings": settings(),
     "scratch": scratch(),
     "elastic": elastic(),
+    "elastic-on": elastic_on(),
     "limited": limited(),
     "tokens": tokens(),
     "scaling": scaling(),
