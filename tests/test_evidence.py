@@ -84,6 +84,9 @@ def test_what_is_done_is_not_done_again(results, folder, monkeypatch, capsys):
     assert measure(folder) == results
     assert measure(folder, "--list") == results
     assert capsys.readouterr().out.count("done") == 4 + 2 + 2  # with a base for each seed
+    assert (
+        run.with_all_fields({"label": "a", "text": "b", "steps": 1, "base": None}) == runs.Run("a", "b", 1).as_json()
+    )
     monkeypatch.setitem(runs.TABLES, "tiny", [replace(PLAIN, learning_rate=1.0)])
     with pytest.raises(SystemExit, match="of another run than its name means"):
         measure(folder)
@@ -171,6 +174,21 @@ def test_families_differ_and_learn():
         assert model.config.base_config.model_type == family
         training.loss_of(model, ids, 1).backward()
         assert model.pondering_gate.weight.grad.abs().max() > 0
+
+
+def test_gates_start_as_asked():
+    started = {
+        name: training.make_model(replace(GATED, **settings)).pondering_gate.weight
+        for name, settings in (
+            ("half", {"gate_start": 0.5}),
+            ("signs", {"gate_start": 0.5, "gate_signs": True}),
+            ("matrix", {"gate_matrix": True}),
+        )
+    }
+    assert set(started["half"].tolist()) == {0.5}
+    assert set(started["signs"].tolist()) == {0.5, -0.5}
+    assert started["matrix"].shape == (32, 32)
+    assert not started["matrix"].any()
 
 
 def test_a_name_means_one_run():

@@ -38,9 +38,15 @@ def is_done(run: Run, results: Path) -> bool:
     if not path.is_file():
         return False
     measured = json.loads(path.read_text(encoding="utf-8"))["run"]
-    if measured != run.as_json():
+    if with_all_fields(measured) != run.as_json():
         raise SystemExit(f"{path} is of another run than its name means today: remove it to measure again")
     return True
+
+
+def with_all_fields(measured: dict) -> dict:
+    """A run as it stands in a result, with the defaults of fields that came later."""
+    base = measured["base"] and with_all_fields(measured["base"])
+    return {**Run("", "", 0).as_json(), **measured, "base": base}
 
 
 def main(argv: list[str] | None = None) -> None:

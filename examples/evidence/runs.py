@@ -25,6 +25,8 @@ class Run:
             Empty: always `pondering_steps`.
         feeds_back_hidden_state: the ablation without the vocabulary.
         gate_start, gate_rate: what the gate starts at, and its learning rate by the model's.
+        gate_signs: it starts at that with random signs.
+        gate_matrix: the ablation with a matrix from 0 in place of a factor for each dimension.
         steps: optimiser steps, those of the base not counted.
         warmup: share of the steps.
     """
@@ -42,6 +44,8 @@ class Run:
     feeds_back_hidden_state: bool = False
     gate_start: float = 0.0
     gate_rate: float = 1.0
+    gate_signs: bool = False
+    gate_matrix: bool = False
     base: "Run | None" = None
     batch: int = BATCH
     learning_rate: float = 2e-3
@@ -80,30 +84,61 @@ def ungated(**fields: float | int) -> dict:
     return {"fields": tuple(fields.items())}
 
 
-def trained_on() -> Run:
-    """Continued training: a plain base of 300 steps, then 400 steps more."""
-    return Run("on-plain", "python", 400, batch=8, base=Run("base300", "python", 300, batch=8, constant_rate=True))
+def trained_on(text: str = "python", **shape: str | int) -> Run:
+    """Continued training: a plain base of 300 steps, then 400 steps more.
+
+    Args:
+        shape: fields of a Run; its label gets them in front.
+    """
+    prefix = "".join(f"{value}-" for value in shape.values())
+    base = Run(f"{prefix}base300", text, 300, batch=8, constant_rate=True, **shape)
+    return replace(base, label=f"{prefix}on-plain", steps=400, constant_rate=False, base=base)
+
+
+def pondering_on(plain: Run, label: str, **settings) -> Run:
+    """As this run of continued training, but pondering."""
+    label = plain.label.removesuffix("plain") + f"S3-{label}"
+    return replace(plain, label=label, pondering_steps=3, **settings)
 
 
 def gate() -> list[Run]:
     """Continued training with and without a gate. One seed, to choose from."""
     plain = trained_on()
-
-    def pondering(label: str, **settings) -> Run:
-        return replace(plain, label=f"on-S3-{label}", pondering_steps=3, **settings)
-
     return [
         plain,
-        pondering("ungated", **ungated()),
-        pondering("gate0x1", **gated(rate=1)),
-        pondering("gate0x10", **gated()),
-        pondering("gate0x30", **gated(rate=30)),
-        pondering("gate0x3", **gated(rate=3)),
-        pondering("gate0x100", **gated(rate=100)),
-        pondering("gate0.1x10", **gated(start=0.1)),
-        pondering("gate0.3x10", **gated(start=0.3)),
-        pondering("gate1x10", **gated(start=1.0)),
+        pondering_on(plain, "ungated", **ungated()),
+        pondering_on(plain, "gate0x1", **gated(rate=1)),
+        pondering_on(plain, "gate0x3", **gated(rate=3)),
+        pondering_on(plain, "gate0x10", **gated()),
+        pondering_on(plain, "gate0x30", **gated(rate=30)),
+        pondering_on(plain, "gate0x100", **gated(rate=100)),
+        pondering_on(plain, "gate0x300", **gated(rate=300)),
+        pondering_on(plain, "matrix0x1", **gated(rate=1), gate_matrix=True),
+        pondering_on(plain, "gate1x10", **gated(start=1.0)),
+        pondering_on(plain, "gate0.3x10", **gated(start=0.3)),
+        pondering_on(plain, "gate0.1x10", **gated(start=0.1)),
+        pondering_on(plain, "gate0x1000", **gated(rate=1000)),
     ]
+
+
+def finalists() -> list[Run]:
+    """Continued training: the best of `gate` on other texts, families and widths, two seeds."""
+    runs = []
+    for seed in range(2):
+        for plain in (
+            trained_on(),
+            trained_on("shakespeare", family="llama"),
+            trained_on("novels", width=192),
+            trained_on("python", family="gpt2", width=192),
+        ):
+            chosen = [
+                plain,
+                pondering_on(plain, "gate0x100", **gated(rate=100)),
+                pondering_on(plain, "gate0x10", **gated()),
+                pondering_on(plain, "ungated", **ungated()),
+            ]
+            runs += [with_seed(run, seed) for run in chosen]
+    return runs
 
 
 def settings() -> list[Run]:
@@ -111,7 +146,7 @@ def settings() -> list[Run]:
     plain = trained_on()
 
     def pondering(label: str, **settings) -> Run:
-        return replace(plain, label=f"on-S3-gate0x10-{label}", pondering_steps=3, **{**gated(), **settings})
+        return pondering_on(plain, f"gate0x10-{label}", **{**gated(), **settings})
 
     return [
         plain,
@@ -126,7 +161,7 @@ def settings() -> list[Run]:
         pondering("lr1e-3", learning_rate=1e-3),
         replace(plain, label="on-plain-lr1e-3", learning_rate=1e-3),
         pondering("K32", **gated(pondering_top_k=32)),
-        replace(plain, label="on-S3-ungated-warmup0.2", pondering_steps=3, warmup=0.2),
+        pondering_on(plain, "ungated-warmup0.2", warmup=0.2),
     ]
 
 
@@ -140,6 +175,9 @@ def scratch() -> list[Run]:
     return [
         plain,
         pondering("ungated", **ungated()),
+        pondering("gate0x100", **gated(rate=100)),
+        pondering("signs1x10", **gated(start=1.0), gate_signs=True),
+        pondering("matrix0x1", **gated(rate=1), gate_matrix=True),
         pondering("gate1x10", **gated(start=1.0)),
         pondering("gate0x10", **gated()),
         pondering("input3", **ungated(input_scale=3.0)),
@@ -190,14 +228,16 @@ def elastic_on() -> list[Run]:
     plain = trained_on()
 
     def drawn(label: str, *phases) -> Run:
-        return replace(plain, label=f"on-drawn-{label}-gate0x10", pondering_steps=3, sampled=phases, **gated())
+        label = f"on-drawn-{label}-gate0x100"
+        return replace(plain, label=label, pondering_steps=3, sampled=phases, **gated(rate=100))
 
     return [
         plain,
-        replace(plain, label="on-S3-gate0x10", pondering_steps=3, **gated()),
+        pondering_on(plain, "gate0x100", **gated(rate=100)),
         drawn("even", (1.0, EVEN)),
         drawn("mostly-3", (1.0, MOSTLY_3)),
         drawn("grows", (0.33, ALWAYS_1), (0.67, ALWAYS_2), (1.0, ALWAYS_3)),
+        pondering_on(plain, "gate0x100-intermediate0.1", **gated(rate=100, intermediate_loss_weight=0.1)),
     ]
 
 
@@ -250,6 +290,7 @@ def scaling() -> list[Run]:
 
 TABLES = {
     "gate": gate(),
+    "finalists": finalists(),
     "settings": settings(),
     "scratch": scratch(),
     "elastic": elastic(),

@@ -84,8 +84,14 @@ def make_model(run: Run, base_weights: dict | None = None) -> nn.Module:
     if not run.ponders:
         return model
     model = PonderingForCausalLM.from_base(model, pondering_steps=run.pondering_steps, **dict(run.fields))
-    if model.pondering_gate is not None:
+    if run.gate_matrix:
+        model.pondering_gate = nn.Linear(run.width, run.width, bias=False)
+        nn.init.zeros_(model.pondering_gate.weight)
+    elif model.pondering_gate is not None:
         nn.init.constant_(model.pondering_gate.weight, run.gate_start)
+        if run.gate_signs:
+            signs = torch.randint(2, (run.width,), generator=torch.Generator().manual_seed(run.seed))
+            model.pondering_gate.weight.data *= 2.0 * signs - 1
     return model
 
 
