@@ -116,8 +116,6 @@ def gate() -> list[Run]:
         pondering_on(plain, "matrix0x1", **gated(rate=1), gate_matrix=True),
         pondering_on(plain, "gate1x10", **gated(start=1.0)),
         pondering_on(plain, "gate0.3x10", **gated(start=0.3)),
-        pondering_on(plain, "gate0.1x10", **gated(start=0.1)),
-        pondering_on(plain, "gate0x1000", **gated(rate=1000)),
     ]
 
 
@@ -134,7 +132,7 @@ def finalists() -> list[Run]:
             chosen = [
                 plain,
                 pondering_on(plain, "gate0x100", **gated(rate=100)),
-                pondering_on(plain, "gate0x10", **gated()),
+                pondering_on(plain, "matrix0x1", **gated(rate=1), gate_matrix=True),
                 pondering_on(plain, "ungated", **ungated()),
             ]
             runs += [with_seed(run, seed) for run in chosen]
@@ -146,22 +144,26 @@ def settings() -> list[Run]:
     plain = trained_on()
 
     def pondering(label: str, **settings) -> Run:
-        return pondering_on(plain, f"gate0x10-{label}", **{**gated(), **settings})
+        return pondering_on(plain, f"gate0x100-{label}", **{**gated(rate=100), **settings})
 
     return [
         plain,
-        pondering("intermediate0.1", **gated(intermediate_loss_weight=0.1)),
-        pondering("warmup0", warmup=0.0),
+        pondering_on(plain, "gate0x100", **gated(rate=100)),
+        pondering_on(plain, "matrix0x3", **gated(rate=3), gate_matrix=True),
+        pondering("lr5e-4", learning_rate=5e-4),
+        replace(plain, label="on-plain-lr5e-4", learning_rate=5e-4),
         pondering("lr4e-3", learning_rate=4e-3),
         replace(plain, label="on-plain-lr4e-3", learning_rate=4e-3),
-        pondering("K8", **gated(pondering_top_k=8)),
-        pondering("input3", **gated(input_scale=3.0)),
-        pondering("embedding11.3", **gated(embedding_scale=128**0.5)),
+        pondering("intermediate0.1", **gated(rate=100, intermediate_loss_weight=0.1)),
+        pondering("warmup0", warmup=0.0),
         pondering("warmup0.2", warmup=0.2),
-        pondering("lr1e-3", learning_rate=1e-3),
-        replace(plain, label="on-plain-lr1e-3", learning_rate=1e-3),
-        pondering("K32", **gated(pondering_top_k=32)),
+        pondering("K8", **gated(rate=100, pondering_top_k=8)),
+        pondering("K32", **gated(rate=100, pondering_top_k=32)),
+        pondering("input3", **gated(rate=100, input_scale=3.0)),
+        pondering("embedding11.3", **gated(rate=100, embedding_scale=128**0.5)),
         pondering_on(plain, "ungated-warmup0.2", warmup=0.2),
+        pondering_on(plain, "gate0.1x10", **gated(start=0.1)),
+        pondering_on(plain, "gate0x1000", **gated(rate=1000)),
     ]
 
 
