@@ -97,16 +97,16 @@ def make_model(run: Run, base_weights: dict | None = None) -> nn.Module:
 
 def make_optimizer(run: Run, model: nn.Module) -> torch.optim.Optimizer:
     """AdamW. Norms and biases do not decay, nor does the gate, which has a learning rate of its own."""
-    groups = {"gate": [], "vectors": [], "matrices": []}
+    parameters = {"gate": [], "vectors": [], "matrices": []}
     for name, parameter in model.named_parameters():
         kind = "gate" if "pondering_gate" in name else "matrices" if parameter.ndim > 1 else "vectors"
-        groups[kind].append(parameter)
+        parameters[kind].append(parameter)
     rates = {"gate": run.learning_rate * run.gate_rate}
     decays = {"matrices": run.weight_decay}
     groups = [
-        {"params": parameters, "rate": rates.get(kind, run.learning_rate), "weight_decay": decays.get(kind, 0.0)}
-        for kind, parameters in groups.items()
-        if parameters
+        {"params": params, "rate": rates.get(kind, run.learning_rate), "weight_decay": decays.get(kind, 0.0)}
+        for kind, params in parameters.items()
+        if params
     ]
     return torch.optim.AdamW(groups, lr=run.learning_rate, betas=(0.9, 0.95))
 
