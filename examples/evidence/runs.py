@@ -133,6 +133,7 @@ def finalists() -> list[Run]:
                 plain,
                 pondering_on(plain, "gate0x100", **gated(rate=100)),
                 pondering_on(plain, "matrix0x1", **gated(rate=1), gate_matrix=True),
+                pondering_on(plain, "gate0x10", **gated()),
                 pondering_on(plain, "ungated", **ungated()),
             ]
             runs += [with_seed(run, seed) for run in chosen]
