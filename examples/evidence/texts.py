@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ponder_hf.demo.material import standard_library
+from ponder_hf.demo.corpus import standard_library
 
 
 FOLDER_VARIABLE = "PONDER_TEXTS"
@@ -32,8 +32,8 @@ def read_text(name: str, folder: str | Path | None = None) -> tuple[torch.Tensor
         SystemExit: there is no such text.
     """
     if name == "python":
-        material = standard_library(_PYTHON_CHARACTERS)
-        parts = ("\n".join(document.text for document in side) for side in (material.training, material.held_out))
+        corpus = standard_library(_PYTHON_CHARACTERS)
+        parts = ("\n".join(document.text for document in side) for side in (corpus.training, corpus.held_out))
         training, held_out = (part.encode() for part in parts)
     elif name == "novels":
         training, held_out = (_unzipped(f"novels-{part}.txt.gz", folder) for part in ("train", "valid"))
