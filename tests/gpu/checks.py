@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from ponder_hf import PonderingForCausalLM
 from ponder_hf.modeling import pondering_vocabulary
-from ponder_hf.modeling.pondering_vocabulary import Readout, vocabulary_embedding
-from ponder_hf.modeling.pondering_vocabulary_embedding import plain_embedding, top_k_embedding
+from ponder_hf.modeling.pondering_vocabulary import Readout
+from ponder_hf.modeling.pondering_vocabulary_embedding import plain_embedding, top_k_embedding, vocabulary_embedding
 from ponder_hf.modeling.pondering_vocabulary_loss import causal_lm_loss, linear_causal_lm_loss
 
 from .machine import peak_memory
