@@ -113,7 +113,7 @@ class PonderingExit:
         known = ", ".join(map(repr, CRITERIA))
         if isinstance(criterion, str) and criterion not in CRITERIA:
             raise PonderingError(
-                f"`pondering_exit_criterion` must be one of {known} (in Python also callable), got {criterion!r}"
+                f"`pondering_exit_criterion` must be one of {known} or an object of your own, got {criterion!r}"
             )
         if criterion is not None and not isinstance(criterion, str) and not callable(criterion):
             raise PonderingError(
