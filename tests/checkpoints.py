@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ponder_hf.cli import main
+from ponder_hf.conversion import convert
 
 
 WORDS = [
@@ -28,6 +29,14 @@ def save_base(folder, model_type="gpt_neox", dtype=torch.float32, shard_size="5G
     model.save_pretrained(folder, max_shard_size=shard_size)
     if tokenizer:
         add_tokenizer(folder)
+    return folder
+
+
+def save_base_and_model(folder):
+    """Save a tiny plain model to folder/base and its pondering one, S = 2, to folder/model, both with a tokenizer."""
+    torch.manual_seed(0)
+    save_base(folder / "base", tokenizer=True)
+    convert(folder / "base", folder / "model", pondering_steps=2)
     return folder
 
 

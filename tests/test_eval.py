@@ -12,17 +12,13 @@ from torch.nn import functional
 from transformers import AutoTokenizer
 
 from ponder_hf import PonderingError, PonderingForCausalLM
-from ponder_hf.conversion import convert
 from ponder_hf.data import load_blocks
 from ponder_hf.evaluation import evaluate_text
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("made")
-    torch.manual_seed(0)
-    checkpoints.save_base(folder / "base", tokenizer=True)
-    convert(folder / "base", folder / "model", pondering_steps=2)
+    folder = checkpoints.save_base_and_model(tmp_path_factory.mktemp("made"))
     training_runs.write_text(folder / "text.txt", 30)
     return folder
 

@@ -16,7 +16,6 @@ from huggingface_hub import ModelCard
 from patience import PATIENCE
 
 from ponder_hf import PonderingForCausalLM
-from ponder_hf.conversion import convert
 from ponder_hf.evaluation import tasks_table
 from ponder_hf.evaluation.published import published_averages
 from ponder_hf.evaluation.tasks import items
@@ -52,10 +51,7 @@ def write(path, rows):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("made")
-    torch.manual_seed(0)
-    checkpoints.save_base(folder / "base", tokenizer=True)
-    convert(folder / "base", folder / "model", pondering_steps=2)
+    folder = checkpoints.save_base_and_model(tmp_path_factory.mktemp("made"))
     (folder / "items").mkdir()
     write(folder / "items/piqa.jsonl", CHOICES)
     write(folder / "items/winogrande.jsonl.gz", WINOGRANDE)

@@ -14,7 +14,6 @@ from patience import PATIENCE
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 from ponder_hf import PonderingError, PonderingForCausalLM, metrics
-from ponder_hf.conversion import convert
 from ponder_hf.evaluation import measure_texts
 
 
@@ -23,10 +22,7 @@ TEXTS = ["once upon a time there was one cat", "two dogs who sat by the sea", "c
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("made")
-    torch.manual_seed(0)
-    checkpoints.save_base(folder / "base", tokenizer=True)
-    convert(folder / "base", folder / "model", pondering_steps=2)
+    folder = checkpoints.save_base_and_model(tmp_path_factory.mktemp("made"))
     return folder / "model"
 
 

@@ -12,6 +12,7 @@ from patience import PATIENCE
 
 import ponder_hf
 from ponder_hf import PonderingConfig
+from ponder_hf.cli import COMMANDS
 
 
 def run_python(program: str, folder: Path, *arguments: object) -> str:
@@ -39,11 +40,14 @@ for line, code in lines.items():
     assert len((out if code == 0 else err).getvalue().splitlines()) == 1 or code == 0, line
 slow = {"torch", "transformers", "numpy", "datasets"} & set(sys.modules)
 assert not slow, slow
+print(*lines.values())
 """
 
 
 def test_help_and_usage_errors_import_nothing_slow(tmp_path):
-    run_python(COMMAND_LINES, tmp_path)
+    codes = run_python(COMMAND_LINES, tmp_path).split()
+    assert codes.count("2") == 10
+    assert codes.count("0") == 2 + len(COMMANDS)
 
 
 # Each must leave transformers knowing pondering models, and nothing of ours waiting for another import.
@@ -103,12 +107,13 @@ model = AutoModelForCausalLM.from_config(config)
 assert type(model) is modeling_pondering.PonderingForCausalLM is ponder_hf.PonderingForCausalLM
 assert type(model).push_to_hub.__module__.startswith("ponder_hf.")
 assert not [finder for finder in sys.meta_path if "ponder_hf" in type(finder).__module__]
+print(type(config).__name__, type(model).__name__)
 """
 
 
 @pytest.mark.parametrize("program", ORDERS.values(), ids=ORDERS)
 def test_transformers_knows_pondering_models(tmp_path, program):
-    run_python(program + "\n" + REGISTERED, tmp_path)
+    assert run_python(program + "\n" + REGISTERED, tmp_path) == "PonderingConfig PonderingForCausalLM\n"
 
 
 def test_what_was_pickled_arrives_where_nothing_was_imported(tmp_path):

@@ -1,43 +1,9 @@
 """Perplexity of each pass, as a metric of `evaluate`."""
 
-# One import a line: `evaluate` reads these lines by itself and misreads `import a, b`.
-import datasets
-import evaluate
-
-from ponder_hf.metrics import figures
+# The module, not the class: `evaluate` takes the first metric that it finds among a file's names.
+from ponder_hf.metrics import pass_metric
 
 
-_DESCRIPTION = """Perplexity of every pass of a pondering model over all tokens of the texts."""
-_CITATION = "Zeng et al. 2025, Pretraining Language Models to Ponder in Continuous Space, arXiv 2505.20674"
-_INPUTS = """
-Args:
-    predictions (list of str): texts, each alone; the first token of each is not predicted.
-    model_id (str): a folder or a Hub id, of a pondering or a plain model, which has one pass.
-    pondering_steps (int): S in place of the model's own.
-    device (str): such as "cuda". Default: an accelerator, if there is one.
-Returns:
-    perplexities (list of float): one number a pass, 0 .. S.
-    stderrs (list of float): their standard errors over the texts, None for one text alone.
-    perplexity (float): the last pass's.
-"""
-
-
-@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _INPUTS)
-class Metric(evaluate.Metric):
-    """Perplexity of each pass."""
-
-    def _info(self):
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            inputs_description=_INPUTS,
-            features=datasets.Features({"predictions": datasets.Value("string")}),
-        )
-
-    def _compute(self, predictions, model_id, pondering_steps=None, device=None):
-        passes = figures(predictions, model_id, pondering_steps, device)
-        return {
-            "perplexities": [each["perplexity"] for each in passes],
-            "stderrs": [each["perplexity_stderr"] for each in passes],
-            "perplexity": passes[-1]["perplexity"],
-        }
+class Metric(pass_metric.PassMetric):
+    summary = "Perplexity of every pass of a pondering model over all tokens of the texts."
+    figure, plural = "perplexity", "perplexities"
