@@ -65,7 +65,7 @@ def convert(
     if found.is_pondering:
         raise PonderingError(
             f"{found.name} is a pondering checkpoint already: use it as it is, or get its plain backbone first, with "
-            f"`ponder-hf export {found.name} DEST`"
+            f"`ponder_hf.export({found.name!r}, DEST)`"
         )
     reading_arguments = {"authors": authors, "ignore_fields": ignore_fields, "ignore_code": ignore_code}
     authors_fields, empty_backbone = understand_plain(found, pondering_fields, **reading_arguments)

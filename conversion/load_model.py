@@ -221,7 +221,7 @@ def check_pondering(name: str, config: Mapping[str, Any]) -> None:
     if kind != PonderingConfig.model_type:
         raise PonderingError(
             f"{name} is no pondering checkpoint but a plain one (model_type {kind!r}): "
-            f"convert it first, with `ponder-hf convert {name} DEST`"
+            f"convert it first, with `ponder_hf.convert({name!r}, DEST)`"
         )
 
 

@@ -232,7 +232,7 @@ class PonderingConfig(PretrainedConfig):
         kwargs.pop("auto_map", None)
         chosen = {name: kwargs.pop(name, None) for name in ("attn_implementation", "experts_implementation")}
         of_backbone = {name: kwargs.pop(name) for name in list(kwargs) if not _is_own(name)}
-        _check_names(of_backbone, base_config)
+        _check_fields(of_backbone, base_config)
         base_config, of_backbone = _as_config(base_config, of_backbone)
         super().__init__(**kwargs)
         for name in list(self.__dict__):
@@ -269,7 +269,7 @@ class PonderingConfig(PretrainedConfig):
             if name == "pondering_top_k" and value is not None:
                 check_vocabulary(self, top_k=value)
         elif not _is_own(name) and "base_config" in self.__dict__:
-            _check_names([name], self.base_config)
+            _check_fields([name], self.base_config)
             if name == "vocab_size":
                 check_vocabulary(self, vocab_size=value)
             _write(self.base_config, name, value)
@@ -294,7 +294,7 @@ class PonderingConfig(PretrainedConfig):
                 Or there is no such pondering field as a keyword names; transformers would leave it out without a word.
         """
         base_config = config_dict.get("base_config")
-        _check_names([name for name in kwargs if not _is_own(name)], base_config)
+        _check_fields([name for name in kwargs if not _is_own(name)], base_config)
         if isinstance(base_config, dict):
             model_type = base_config.get("model_type")
             names = CONFIG_MAPPING[model_type].attribute_map if model_type in CONFIG_MAPPING else {}
@@ -363,7 +363,7 @@ def unknown_field(name: str) -> PonderingError:
     return PonderingError(f"`{name}` is not a pondering field: {did_you_mean(name, _CHECKS, 'the fields are')}")
 
 
-def _check_names(names, base_config):
+def _check_fields(names, base_config):
     """Raise if one of these, which are no field of pondering, was meant to be.
 
     It was where it begins as they do, or is spelled nearly like one and no field of the backbone. Any other name may

@@ -413,7 +413,7 @@ class PonderingPreTrainedModel(PreTrainedModel):
             past_key_values = given_cache({"cache": cache, "past_key_values": past_key_values})
         if (input_ids is None) == (inputs_embeds is None):
             raise PonderingError("give exactly one of `input_ids` and `inputs_embeds`")
-        _check_names(kwargs)
+        _check_arguments(kwargs)
         self._verify_once()
         num_steps, call = pondering_steps, self._current_call()
         if num_steps is None:  # within `generate` whoever calls the model by itself, as guidance does, means its S
@@ -621,7 +621,7 @@ class PonderingForCausalLM(PonderingPreTrainedModel, PonderingGenerationMixin):
 _PONDERING_ARGUMENTS = ("pondering_steps", "output_pondering", "pondering_exit")
 
 
-def _check_names(kwargs):
+def _check_arguments(kwargs):
     """Raise for a keyword about pondering that does not exist; a backbone would take it and do nothing."""
     for name in kwargs:
         is_ours = "ponder" in name or name in ("num_steps", "on_hidden_states")

@@ -88,7 +88,7 @@ class GenerationCall:
         Raises:
             PonderingError: one of them is wrong, or they do not go together.
         """
-        _check_names(given, generation_config, model.generation_config)
+        _check_settings(given, generation_config, model.generation_config)
         steps, threshold, criterion, num_draft_tokens, draft_source = (
             _setting(name, given, generation_config, model) for name in SETTINGS
         )
@@ -125,7 +125,7 @@ def _setting(name, given, generation_config, model):
     return next((value for value in values if value is not None), None)
 
 
-def _check_names(given, *generation_configs):
+def _check_settings(given, *generation_configs):
     """Raise for a setting about pondering or drafts that does not exist, whoever makes it."""
     known = GenerationConfig()
     for name in [*given, *(name for config in generation_configs if config is not None for name in config.__dict__)]:

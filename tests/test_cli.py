@@ -369,6 +369,8 @@ def test_an_unknown_flag_is_an_error_with_the_nearest(capsys, line, near):
         ("`pondering_steps` of a flag needs `pondering_gate`", "--pondering-steps of a flag needs --pondering-gate"),
         ("`pondering_gate` of config.json", None),
         ("`use_cache=True`, `ponder-hf convert`, f(revision=None)", None),
+        ("first, with `ponder_hf.convert`", "first, with `ponder-hf convert`"),
+        ("`ponder_hf.export('a/b', DEST)`", "`ponder-hf export a/b DEST`"),
     ],
 )
 def test_words_of_the_library_become_flags(message, shown):

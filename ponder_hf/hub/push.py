@@ -128,7 +128,7 @@ def _checked(folder: Path) -> Path:
         return folder
     found = open_checkpoint(folder)
     if not found.is_pondering:
-        raise PonderingError(f"{folder} is a plain checkpoint: convert it first, with `ponder-hf convert`")
+        raise PonderingError(f"{folder} is a plain checkpoint: convert it first, with `ponder_hf.convert`")
     return folder
 
 

@@ -109,7 +109,7 @@ def _set_fields(config, fields, name):
         if field == "pondering_gate" and value != config.pondering_gate:
             raise PonderingError(
                 f"`pondering_gate` of {name} is {config.pondering_gate!r}, which is part of its weights and cannot be "
-                f"made {value!r}: leave it out, or start from its plain backbone (`ponder-hf export`)"
+                f"made {value!r}: leave it out, or start from its plain backbone (`ponder_hf.export`)"
             )
         setattr(config, field, value)
 
