@@ -40,13 +40,18 @@ def save_base_and_model(folder):
     return folder
 
 
-def add_tokenizer(folder):
-    """A word-level tokenizer with a default and a named chat template, and generation defaults, as files of a base."""
+def word_tokenizer():
+    """A word-level tokenizer of WORDS that adds nothing to a text."""
     words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
+
+
+def add_tokenizer(folder):
+    """That tokenizer with a default and a named chat template, and generation defaults, as files of a base."""
+    tokenizer = word_tokenizer()
     tokenizer.chat_template = {"default": TEMPLATE, "tools": TEMPLATE + "tools"}
     tokenizer.save_pretrained(folder)
     # Unusual spacing: only a byte-for-byte copy keeps it.

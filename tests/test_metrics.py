@@ -76,29 +76,23 @@ def test_evaluate_loads_them_by_path_without_network(model, tmp_path):
     assert found["next_token_accuracy"]["accuracies"] == pytest.approx(accuracies)
     assert len(found["pass_agreement"]["agreements"]) == 3
     assert found["pass_agreement"]["agreement"] == 1
+    sums = measure_texts(PonderingForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model), TEXTS)
+    for metric, figure in zip(found.values(), ("accuracy", "agreement", "perplexity"), strict=True):
+        assert metric["stderrs"] == pytest.approx([each[f"{figure}_stderr"] for each in sums.figures()], rel=1e-4)
 
 
 def test_a_text_longer_than_the_model():
     model = tiny.pondering_model("llama", pondering_steps=1)  # 64 positions
-    tokenizer = checkpoints_tokenizer()
+    tokenizer = checkpoints.word_tokenizer()
     text = " ".join(["once", "upon", "a", "time", "there"] * 30)
     sums = measure_texts(model, tokenizer, [text])
     assert sums.tokens.tolist() == [149]
     assert math.isfinite(sums.losses.sum().item())
 
 
-def checkpoints_tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel({word: at for at, word in enumerate(checkpoints.WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", unk_token="<unk>")
-
-
 def test_nothing_to_predict_and_no_such_metric():
     with pytest.raises(PonderingError, match="nothing to predict"):
-        measure_texts(tiny.pondering_model(), checkpoints_tokenizer(), ["cat", ""])
+        measure_texts(tiny.pondering_model(), checkpoints.word_tokenizer(), ["cat", ""])
     with pytest.raises(PonderingError, match="the metrics are next_token_accuracy, pass_agreement"):
         metrics.path("perplexity")
 
