@@ -448,7 +448,7 @@ def are_close(found: torch.Tensor, expected: torch.Tensor) -> bool:
     )
 
 
-def first_line(error: Exception) -> str:
+def in_one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".split("\n")[0]
 
 
@@ -473,8 +473,8 @@ def verify_backbone(backbone: PreTrainedModel) -> None:
             apart = backbone_logits(backbone, apart)
             other = backbone(input_ids=other_ids, use_cache=False).logits
     except (RuntimeError, TypeError, AttributeError, ValueError, IndexError) as error:
-        first_line = str(error).split("\n")[0]
-        raise PonderingError(f"{name}: it does not run on embeddings alone ({first_line})") from error
+        in_one_line = str(error).split("\n")[0]
+        raise PonderingError(f"{name}: it does not run on embeddings alone ({in_one_line})") from error
     tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 3e-2
     scale = expected.abs().max()
     if table.shape[0] != expected.shape[-1]:

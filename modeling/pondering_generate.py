@@ -27,7 +27,7 @@ from .pondering_backbone import (
     are_close,
     check_inputs,
     evaluating,
-    first_line,
+    in_one_line,
     num_positions,
     peft_config_around,
     positions_of,
@@ -569,13 +569,15 @@ def check_generation_once(model: PreTrainedModel) -> bool:
         except PonderingError:  # which says it already
             raise
         except Exception as error:
-            raise PonderingError(f"{wrong}`generate` does not work ({first_line(error)}): {INSTALL_TESTED}") from error
+            raise PonderingError(
+                f"{wrong}`generate` does not work ({in_one_line(error)}): {INSTALL_TESTED}"
+            ) from error
         if not are_close(uncached[:, 0], expected):
             raise PonderingError(f"{wrong}`generate` does not give what the model predicts: {INSTALL_TESTED}")
         try:
             problem = None if are_close(_generate(model, ids, mask, use_cache=True), uncached) else "other logits"
         except Exception as error:
-            problem = first_line(error)
+            problem = in_one_line(error)
     if problem is not None:
         logger.warning(
             f"{wrong}a cache does not work ({problem}): generating without, which is slower. {INSTALL_TESTED}"

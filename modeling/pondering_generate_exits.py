@@ -34,7 +34,7 @@ from .pondering_backbone import (
     changing_rotations,
     check_inputs,
     evaluating,
-    first_line,
+    in_one_line,
     positions_of,
     run_backbone,
     takes_cache,
@@ -472,7 +472,7 @@ def check_exits_once(model: PreTrainedModel) -> None:
             found = model(ids, **inputs, pondering_exit=PonderingExit(_only_the_first_row, 1)).logits
             problem = None if are_close(found[1:, -1], expected[1:, -1]) else "other logits"
         except Exception as error:
-            problem = first_line(error)
+            problem = in_one_line(error)
     if problem is not None:
         raise PonderingError(
             f"`pondering_exit_threshold` does not work under transformers {version} ({problem}): leave it out, or "

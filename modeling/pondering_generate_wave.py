@@ -33,7 +33,7 @@ from .pondering_backbone import (
     are_close,
     check_inputs,
     evaluating,
-    first_line,
+    in_one_line,
     positions_of,
     run_backbone,
 )
@@ -369,7 +369,7 @@ def verify_wave_once(model: PreTrainedModel) -> None:
         raise
     except Exception as error:
         raise PonderingError(
-            f"`num_draft_tokens` does not work {where} ({first_line(error)}): set num_draft_tokens=0"
+            f"`num_draft_tokens` does not work {where} ({in_one_line(error)}): set num_draft_tokens=0"
         ) from error
     if not are_close(found, expected):
         raise PonderingError(
