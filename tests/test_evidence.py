@@ -33,7 +33,7 @@ def tiny():
     tensors = tuple(torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in (text[:2000], text[2000:]))
     table = [PLAIN, GATED, DRAWN, FED_BACK, *(runs.with_seed(each, 1) for each in (PLAIN, GATED))]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "read_text", lambda name, folder: tensors)
+        patch.setattr(run, "read_text", lambda *_: tensors)
         patch.setitem(runs.TABLES, "tiny", table)
         yield tensors
 

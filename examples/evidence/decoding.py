@@ -92,13 +92,13 @@ def main(argv: list[str] | None = None) -> None:
         if path.is_file() or not run.ponders or not is_done(run, arguments.results):
             continue
         model = make_model(run)
-        model.load_state_dict(torch.load(arguments.results / "work" / f"{run.name}.weights"))
+        model.load_state_dict(torch.load(arguments.results / "work" / f"{run.name}.weights", map_location="cpu"))
         model.eval()
         held_out = text_of(run.text)[1]
         drafts = measure_drafts(model, prompts_of(held_out, DRAFTED[0]))
         exiting = prompts_of(held_out, EXITING[0])
         exits = [measure_exits(model, exiting, threshold) for threshold in EXIT_THRESHOLDS]
-        result = {"name": run.name, **drafts, "exits": exits, "machine": described_machine()}
+        result = {"name": run.name, **drafts, "exits": exits, "machine": described_machine(torch.device("cpu"))}
         write_result(path, result)
         print(f"{run.name}: {drafts['ticks']:.2f} ticks a token", flush=True)
 

@@ -194,7 +194,9 @@ def plot(name: str, results: dict[str, dict], path: Path) -> None:
         if not curves:
             continue
         losses = [statistics.mean(point["losses"][-1] for point in points) for points in zip(*curves, strict=True)]
-        tokens = [point["step"] * group[0]["run"]["batch"] * BLOCK for point in curves[0]]
+        tokens = [
+            point["step"] * group[0]["run"]["batch"] * group[0]["run"].get("block", BLOCK) for point in curves[0]
+        ]
         axes[0].plot(tokens, losses, label=f"{text} {label}")
         axes[1].plot([point["flops"] / 1e12 for point in curves[0]], losses)
     axes[0].set(xlabel="tokens", ylabel="held-out loss, nats per byte")

@@ -4,12 +4,15 @@
 
 Results are small JSON files in a folder; `report.py` makes tables and plots of them. It may be killed at any time:
 started again, it goes on from the last checkpoint, about a minute back, and comes to the same numbers.
+On a GPU small models leave most of it idle: `--device cuda --workers 12` measures as many runs at once.
 """
 
 import argparse
 import functools
 import json
+import multiprocessing
 import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
@@ -57,25 +60,57 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, help="folder of checkpoints and weights, by default RESULTS/work")
     parser.add_argument("--texts", type=Path, help="folder of the texts; see texts.py")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--device", default="cpu", help="where to compute")
+    parser.add_argument("--workers", type=int, default=1, help="runs at once, each in a process of its own")
     parser.add_argument("--list", action="store_true", help="say what is done and what is missing, and do nothing")
     arguments = parser.parse_args(argv)
     work = arguments.work or arguments.results / "work"
-    torch.set_num_threads(arguments.threads)
-    text_of = functools.cache(lambda name: read_text(name, arguments.texts))
 
     runs = with_bases([run for table in arguments.tables for run in TABLES[table] if arguments.only in run.name])
-    for number, run in enumerate(runs, 1):
+    missing = []
+    for run in runs:
         done = is_done(run, arguments.results)
         if arguments.list:
             print("done   " if done else "missing", run.name)
-            continue
-        lost = not (work / f"{run.name}.weights").is_file() and _is_needed(run, runs, arguments.results)
-        if done and not lost:
-            continue
-        say = functools.partial(print, f"[{number}/{len(runs)}]", file=sys.stderr, flush=True)
-        training = Training(run, text_of(run.text), work)
-        write_result(arguments.results / f"{run.name}.json", training.train(say=say))
-        training.checkpoint.unlink()
+        elif not done or (not (work / f"{run.name}.weights").is_file() and _is_needed(run, runs, arguments.results)):
+            missing.append(run)
+    settings = (arguments.results, work, arguments.texts, arguments.threads, arguments.device)
+    if arguments.workers == 1:
+        for number, run in enumerate(missing, 1):
+            measure(run, f"[{number}/{len(missing)}]", *settings)
+        return
+    # Bases first, since others go on from them; then the longest, so that none is left over at the end.
+    bases = [run for run in missing if any(run == other.base for other in missing)]
+    others = sorted((run for run in missing if run not in bases), key=work_of, reverse=True)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(arguments.workers, mp_context=context) as pool:
+        failed = []
+        for part in (bases, others):
+            tasks = {pool.submit(measure, run, f"[{n}/{len(part)}]", *settings): run for n, run in enumerate(part, 1)}
+            for task in as_completed(tasks):
+                if task.exception() is not None:
+                    failed.append(f"{tasks[task].name}: {task.exception()!r}")
+    if failed:
+        raise SystemExit("\n".join(failed))
+
+
+def measure(run: Run, number: str, results: Path, work: Path, texts: Path | None, threads: int, device: str) -> None:
+    """Measure one run, and write its result and its weights."""
+    torch.set_num_threads(threads)
+    say = functools.partial(print, number, file=sys.stderr, flush=True)
+    training = Training(run, _text(run.text, texts, run.vocabulary), work, device)
+    write_result(results / f"{run.name}.json", training.train(say=say))
+    training.checkpoint.unlink()
+
+
+def work_of(run: Run) -> int:
+    """What a run takes, roughly, as passes of a layer over all tokens."""
+    return run.steps * run.batch * run.layers * (run.pondering_steps + 1)
+
+
+@functools.cache
+def _text(*arguments):
+    return read_text(*arguments)
 
 
 def _is_needed(base: Run, runs: list[Run], results: Path) -> bool:

@@ -29,6 +29,9 @@ class Run:
         gate_matrix: the ablation with a matrix from 0 in place of a factor for each dimension.
         steps: optimiser steps, those of the base not counted.
         warmup: share of the steps.
+        vocabulary: number of tokens, 256: bytes.
+        block: tokens in a row.
+        half: the model computes in bfloat16, its weights and the optimiser stay in float32.
     """
 
     label: str
@@ -55,6 +58,9 @@ class Run:
     dropout: float = 0.0
     evaluate_every: int = 100
     seed: int = 0
+    vocabulary: int = VOCABULARY
+    block: int = BLOCK
+    half: bool = False
 
     @property
     def name(self) -> str:
@@ -120,9 +126,9 @@ def gate() -> list[Run]:
 
 
 def finalists() -> list[Run]:
-    """Continued training: the best of `gate` on other texts, families and widths, two seeds."""
+    """Continued training: the best of `gate` on other texts, families and widths. Three seeds."""
     runs = []
-    for seed in range(2):
+    for seed in range(3):
         for plain in (
             trained_on(),
             trained_on("shakespeare", family="llama"),
@@ -246,19 +252,36 @@ def elastic_on() -> list[Run]:
 
 def limited() -> list[Run]:
     """205 KB of text over and over (15 epochs): tokens are what is scarce. Stopped at the best of the curve."""
-    common = {"text_bytes": 205_000, "batch": 8}
-    runs = []
-    for seed in range(3):
-        for dropout, decay in ((0.1, 0.1), (0.0, 0.01)):
-            plain = Run(f"205k-plain-dropout{dropout:g}", "shakespeare", 3000, **common, dropout=dropout, seed=seed)
-            plain = replace(plain, weight_decay=decay, evaluate_every=200)
-            runs += [
-                plain,
-                replace(plain, label=plain.label.replace("plain", "S3"), pondering_steps=3),
-                replace(plain, label=plain.label.replace("plain", "8layers"), layers=8),
-                replace(plain, label=plain.label.replace("plain", "plain-x4"), steps=12000, evaluate_every=800),
-            ]
-    return runs
+    return [run for seed in range(3) for run in (*_limited(205_000, seed), *_limited(205_000, seed, dropout=0.0))]
+
+
+def limited_sizes() -> list[Run]:
+    """The same with half and with twice the text. One seed."""
+    return [*_limited(102_500), *_limited(410_000)]
+
+
+def _limited(num_bytes: int, seed: int = 0, dropout: float = 0.1) -> list[Run]:
+    """15 epochs of a text, and what the arithmetic of S = 3 buys otherwise: four times the layers or the epochs."""
+    steps, kilobytes = 3 * num_bytes // 205, num_bytes // 1000
+    plain = Run(
+        f"{kilobytes}k-plain-dropout{dropout:g}",
+        "shakespeare",
+        steps,
+        text_bytes=num_bytes,
+        batch=8,
+        dropout=dropout,
+        weight_decay=0.1 if dropout else 0.01,
+        evaluate_every=steps // 15,
+        seed=seed,
+    )
+    return [
+        plain,
+        replace(plain, label=plain.label.replace("plain", "S3"), pondering_steps=3),
+        replace(plain, label=plain.label.replace("plain", "8layers"), layers=8),
+        replace(
+            plain, label=plain.label.replace("plain", "plain-x4"), steps=4 * steps, evaluate_every=4 * steps // 15
+        ),
+    ]
 
 
 def tokens() -> list[Run]:
@@ -281,14 +304,51 @@ def tokens() -> list[Run]:
     return [with_seed(run, seed) for seed in range(3) for run in of_seed(seed)]
 
 
-def scaling() -> list[Run]:
-    """Sizes: loss against parameters, tokens and arithmetic."""
-    plain = Run("1layers", "novels", 800, evaluate_every=200)
-    sizes = [(layers, steps) for steps in (0, 3, 1) for layers in (1, 2, 4)] + [(8, 0)]
+def texts() -> list[Run]:
+    """The heart of `tokens` on other texts, and on tokens of a small vocabulary in place of bytes. Two seeds."""
+    runs = []
+    for seed in range(2):
+        for text in ("novels", "python", "wikitext"):
+            plain = Run("2layers", text, 800, evaluate_every=200, seed=seed)
+            runs += _and_deeper(plain)
+        runs += _and_deeper(Run("2layers-V2048", "novels", 1600, evaluate_every=400, seed=seed, vocabulary=2048))
+    return runs
+
+
+def _and_deeper(plain: Run) -> list[Run]:
+    """A plain run of 2 layers, the same with S = 3, with twice the layers, and with four times the tokens."""
+    label, longer = plain.label, {"steps": 4 * plain.steps, "evaluate_every": 4 * plain.evaluate_every}
     return [
+        plain,
+        replace(plain, label=f"{label}-S3", pondering_steps=3),
+        replace(plain, label=label.replace("2layers", "4layers"), layers=4),
+        replace(plain, label=f"{label}-x4", **longer),
+    ]
+
+
+def scaling() -> list[Run]:
+    """Sizes: loss against parameters, tokens and arithmetic. Two seeds."""
+    plain = Run("1layers", "novels", 800, evaluate_every=200)
+    sizes = [(layers, steps) for steps in (0, 3, 1) for layers in (1, 2, 4)] + [(8, 0), (16, 0)]
+    runs = [
         replace(plain, label=f"{layers}layers" + f"-S{steps}" * bool(steps), layers=layers, pondering_steps=steps)
         for layers, steps in sizes
     ]
+    return [with_seed(run, seed) for seed in range(2) for run in runs]
+
+
+def shapes() -> list[Run]:
+    """Layers and widths of Pythia-14M and -31M on bytes of novels, each once through 300 million. Needs a GPU."""
+    runs = []
+    for name, width, learning_rate in (("14M", 128, 2e-3), ("31M", 256, 1e-3)):
+        plain = Run(f"{name}-plain", "novels", 9155, layers=6, width=width, learning_rate=learning_rate)
+        plain = replace(plain, block=512, batch=64, half=True, evaluate_every=915, warmup=0.01)
+        runs += [
+            plain,
+            replace(plain, label=f"{name}-S3", pondering_steps=3),
+            replace(plain, label=f"{name}-12layers", layers=12),
+        ]
+    return runs
 
 
 TABLES = {
@@ -299,6 +359,9 @@ TABLES = {
     "elastic": elastic(),
     "elastic-on": elastic_on(),
     "limited": limited(),
+    "limited-sizes": limited_sizes(),
     "tokens": tokens(),
+    "texts": texts(),
     "scaling": scaling(),
+    "shapes": shapes(),
 }

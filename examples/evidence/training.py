@@ -6,6 +6,7 @@ that was killed comes to the same numbers as one that was not.
 
 import dataclasses
 import datetime
+import functools
 import json
 import math
 import os
@@ -17,7 +18,8 @@ from pathlib import Path
 
 import torch
 import transformers
-from runs import BLOCK, VOCABULARY, Run
+from captured import CapturedUpdate
+from runs import Run
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, PreTrainedModel
 
@@ -51,11 +53,11 @@ class HiddenStateFedBack(nn.Module):
 def make_plain(run: Run) -> PreTrainedModel:
     """A plain model of transformers' for bytes, with random weights."""
     shape = {
-        "vocab_size": VOCABULARY,
+        "vocab_size": run.vocabulary,
         "hidden_size": run.width,
         "num_hidden_layers": run.layers,
         "num_attention_heads": run.width // _HEAD_SIZE,
-        "max_position_embeddings": BLOCK,
+        "max_position_embeddings": run.block,
         # The authors' choice for training from scratch; 0.02 is for models that are far wider.
         "initializer_range": (2 / (5 * run.width)) ** 0.5,
         "bos_token_id": None,
@@ -108,6 +110,10 @@ def make_optimizer(run: Run, model: nn.Module) -> torch.optim.Optimizer:
         for kind, params in parameters.items()
         if params
     ]
+    if next(model.parameters()).is_cuda:  # a learning rate that a captured step reads anew each time
+        for group in groups:
+            group["lr"] = torch.tensor(0.0, device=group["params"][0].device)
+        return torch.optim.AdamW(groups, betas=(0.9, 0.95), capturable=True, fused=True)
     return torch.optim.AdamW(groups, lr=run.learning_rate, betas=(0.9, 0.95))
 
 
@@ -136,8 +142,8 @@ def batch_at(run: Run, text: torch.Tensor, step: int) -> torch.Tensor:
         text = text[: run.text_bytes]
     step += run.base.steps if run.base else 0  # a base trained on sees other places
     generator = torch.Generator().manual_seed(1_000_003 * run.seed + step)
-    starts = torch.randint(len(text) - BLOCK, (run.batch, 1), generator=generator)
-    return text[starts + torch.arange(BLOCK)].long()
+    starts = torch.randint(len(text) - run.block, (run.batch, 1), generator=generator).to(text.device)
+    return text[starts + torch.arange(run.block, device=text.device)].long()
 
 
 def loss_of(model: nn.Module, input_ids: torch.Tensor, num_steps: int) -> torch.Tensor:
@@ -148,9 +154,14 @@ def loss_of(model: nn.Module, input_ids: torch.Tensor, num_steps: int) -> torch.
     return model(input_ids=input_ids, labels=input_ids, **steps).loss
 
 
+def computing(run: Run, device: torch.device) -> torch.autocast:
+    """The precision that a run's model computes in."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=run.half)
+
+
 @torch.no_grad()
 def held_out_losses(model: nn.Module, rows: torch.Tensor, num_steps: int) -> list[float]:
-    """Held-out loss, in nats per byte, of passes 0 .. S: pass s is the last one of a call with S = s.
+    """Held-out loss, in nats per token, of passes 0 .. S: pass s is the last one of a call with S = s.
 
     Args:
         rows: (N, T) token ids.
@@ -172,7 +183,7 @@ def held_out_losses(model: nn.Module, rows: torch.Tensor, num_steps: int) -> lis
             losses = output.pondering_losses
         else:
             losses = [model(input_ids=input_ids, labels=input_ids).loss]
-        total += torch.stack(list(losses)).double() * len(input_ids) / len(rows)
+        total += torch.stack(list(losses)).double().cpu() * len(input_ids) / len(rows)
     model.train()
     return total.tolist()
 
@@ -182,20 +193,22 @@ def forward_flops(run: Run, layer_parameters: int, num_steps: int) -> int:
 
     A backward pass is counted as twice that, whatever is computed a second time in it.
     """
-    table = VOCABULARY * run.width
-    one_pass = 2 * layer_parameters + 4 * BLOCK * run.width * run.layers
+    table = run.vocabulary * run.width
+    one_pass = 2 * layer_parameters + 4 * run.block * run.width * run.layers
     head = 2 * table
     bottleneck = 0 if run.feeds_back_hidden_state else num_steps * 2 * 2 * table  # head and sum in each but the last
     return (num_steps + 1) * one_pass + head + bottleneck
 
 
-def described_machine() -> dict:
+def described_machine(device: torch.device) -> dict:
     """What a result was measured with."""
     processor = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").is_file():
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         processor = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), processor)
+    gpu = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
     return {
+        **gpu,
         "processor": processor,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -214,18 +227,27 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 class Training:
-    """A run and its state; `checkpoint` and `weights` lie in the folder `work`."""
+    """A run and its state; `checkpoint` and `weights` lie in the folder `work`.
 
-    def __init__(self, run: Run, text: tuple[torch.Tensor, torch.Tensor], work: Path):
-        self.run, self.text = run, text[0]
-        rows = text[1][: len(text[1]) // BLOCK * BLOCK].view(-1, BLOCK)
+    Args:
+        text: token ids to train on (N,) and held-out ones (M,).
+        device: where it computes. On a GPU a training step is captured as a graph.
+    """
+
+    def __init__(
+        self, run: Run, text: tuple[torch.Tensor, torch.Tensor], work: Path, device: str | torch.device = "cpu"
+    ):
+        self.run, self.device = run, torch.device(device)
+        self.text = text[0].to(self.device)
+        rows = text[1][: len(text[1]) // run.block * run.block].view(-1, run.block)
         chosen = torch.linspace(0, len(rows) - 1, min(HELD_OUT_ROWS, len(rows))).round().long()
-        self.held_out = rows[chosen].long()
+        self.held_out = rows[chosen].long().to(self.device)
         self.checkpoint, self.weights = work / f"{run.name}.checkpoint", work / f"{run.name}.weights"
-        base_weights = torch.load(work / f"{run.base.name}.weights") if run.base else None
-        self.model = make_model(run, base_weights)
+        base_weights = torch.load(work / f"{run.base.name}.weights", map_location="cpu") if run.base else None
+        self.model = make_model(run, base_weights).to(self.device)
         self.optimizer = make_optimizer(run, self.model)
         self.step, self.flops, self.curve = 0, 0, []
+        self.captured = {}
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
         tables = ("embed", "wte", "wpe", "lm_head")
         self.layer_parameters = sum(
@@ -238,7 +260,7 @@ class Training:
         """Go on from the checkpoint, if there is one of this very run."""
         if not self.checkpoint.is_file():
             return
-        state = torch.load(self.checkpoint)
+        state = torch.load(self.checkpoint, map_location=self.device)
         if state["run"] == repr(self.run):
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -249,24 +271,41 @@ class Training:
         state.update(step=self.step, flops=self.flops, curve=self.curve)
         write_whole(self.checkpoint, lambda path: torch.save(state, path))
 
-    def take_step(self) -> bool:
-        """One optimiser step. Returns whether its loss was a finite number."""
-        run, step = self.run, self.step
-        torch.manual_seed(1_000_003 * run.seed + step)  # of dropout
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["rate"] * rate_at(run, step)
-        num_steps = steps_at(run, step)
-        loss = loss_of(self.model, batch_at(run, self.text, step), num_steps)
+    def update(self, input_ids: torch.Tensor, num_steps: int) -> torch.Tensor:
+        """Loss, gradients and the optimiser's step on token ids (B, T). Returns the loss."""
+        with computing(self.run, self.device):
+            loss = loss_of(self.model, input_ids, num_steps)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        return loss.detach()
+
+    def take_step(self) -> torch.Tensor:
+        """One optimiser step. Returns its loss, a scalar tensor that the next step may overwrite."""
+        run, step = self.run, self.step
+        torch.manual_seed(1_000_003 * run.seed + step)  # of dropout
+        for group in self.optimizer.param_groups:
+            rate = group["rate"] * rate_at(run, step)
+            if torch.is_tensor(group["lr"]):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        num_steps, input_ids = steps_at(run, step), batch_at(run, self.text, step)
+        if self.device.type == "cuda":
+            if num_steps not in self.captured:
+                update = functools.partial(self.update, num_steps=num_steps)
+                self.captured[num_steps] = CapturedUpdate(update, self.model, self.optimizer, input_ids)
+            loss = self.captured[num_steps](input_ids)
+        else:
+            self.optimizer.zero_grad()
+            loss = self.update(input_ids, num_steps)
         self.step += 1
-        self.flops += 3 * run.batch * BLOCK * forward_flops(run, self.layer_parameters, num_steps)
-        return bool(torch.isfinite(loss))
+        self.flops += 3 * run.batch * run.block * forward_flops(run, self.layer_parameters, num_steps)
+        return loss
 
     def evaluate(self) -> None:
-        losses = held_out_losses(self.model, self.held_out, self.run.pondering_steps)
+        with computing(self.run, self.device):
+            losses = held_out_losses(self.model, self.held_out, self.run.pondering_steps)
         self.curve.append({"step": self.step, "flops": self.flops, "losses": losses})
 
     def train(self, say: Callable[[str], None] = print) -> dict:
@@ -279,8 +318,11 @@ class Training:
         if not self.curve:
             self.evaluate()
         while finite and self.step < run.steps:
-            finite = self.take_step()
-            if finite and (self.step % run.evaluate_every == 0 or self.step == run.steps):
+            loss = self.take_step()
+            is_due = self.step % run.evaluate_every == 0 or self.step == run.steps
+            # On a GPU, reading a loss means waiting for it.
+            finite = bool(loss.isfinite()) if is_due or self.device.type == "cpu" else True
+            if finite and is_due:
                 self.evaluate()
                 say(f"{run.name}: step {self.step} of {run.steps}: {self.curve[-1]['losses'][-1]:.4f}")
             if time.monotonic() - saved >= CHECKPOINT_SECONDS:
@@ -293,7 +335,8 @@ class Training:
     def result(self, finite: bool) -> dict:
         run, result = self.run, {}
         if finite and run.pondering_steps:
-            result["losses_by_steps"] = held_out_losses(self.model, self.held_out, 2 * run.pondering_steps)
+            with computing(run, self.device):
+                result["losses_by_steps"] = held_out_losses(self.model, self.held_out, 2 * run.pondering_steps)
         gate = getattr(self.model, "pondering_gate", None)
         if gate is not None:
             result["gate"] = {"mean": gate.weight.mean().item(), "mean_absolute": gate.weight.abs().mean().item()}
@@ -301,13 +344,13 @@ class Training:
             "name": run.name,
             "run": dataclasses.asdict(run),
             "parameters": self.parameters,
-            "tokens": self.step * run.batch * BLOCK,
+            "tokens": self.step * run.batch * run.block,
             "training_flops": self.flops,
             "held_out_tokens": self.held_out[:, 1:].numel(),
             "diverged": not finite,
             "curve": self.curve,
             **result,
-            "machine": described_machine(),
+            "machine": described_machine(self.device),
             "date": datetime.date.today().isoformat(),
         }
 
