@@ -9,11 +9,10 @@ import torch
 from torch import nn
 
 
-WARM_UP_STEPS = 3
-
-
 class CapturedUpdate:
     """`update` with its input's shape, recorded once and replayed. It changes model and optimiser in place.
+
+    It must be made and called on one stream, and not on the default one.
 
     Args:
         update: of token ids (B, T); computes a loss and its gradients, and lets the optimiser take a step.
@@ -30,15 +29,11 @@ class CapturedUpdate:
     ):
         self.input_ids = input_ids.clone()
         before = [tensor.clone() for tensor in self._state(model, optimizer)]
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP_STEPS):
-                update(self.input_ids)
-        torch.cuda.current_stream().wait_stream(side)
+        update(self.input_ids)  # makes the moments, and whatever libraries make at their first call
         optimizer.zero_grad()
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # On the stream that replays it: libraries keep a workspace for each stream, and other runs have other streams.
+        with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
             self.loss = update(self.input_ids)
         # Recording computes nothing, but the warm-up did. What it made anew, moments and their count, began at 0.
         after = self._state(model, optimizer)

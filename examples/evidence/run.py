@@ -4,15 +4,14 @@
 
 Results are small JSON files in a folder; `report.py` makes tables and plots of them. It may be killed at any time:
 started again, it goes on from the last checkpoint, about a minute back, and comes to the same numbers.
-On a GPU small models leave most of it idle: `--device cuda --workers 12` measures as many runs at once.
+Small models leave most of a GPU idle: with `--device cuda --at-once 8` so many runs are trained side by side.
 """
 
 import argparse
 import functools
+import gc
 import json
-import multiprocessing
 import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
@@ -61,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--texts", type=Path, help="folder of the texts; see texts.py")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--device", default="cpu", help="where to compute")
-    parser.add_argument("--workers", type=int, default=1, help="runs at once, each in a process of its own")
+    parser.add_argument("--at-once", type=int, default=1, metavar="N", help="runs side by side on one GPU")
     parser.add_argument("--list", action="store_true", help="say what is done and what is missing, and do nothing")
     arguments = parser.parse_args(argv)
     work = arguments.work or arguments.results / "work"
@@ -74,38 +73,44 @@ def main(argv: list[str] | None = None) -> None:
             print("done   " if done else "missing", run.name)
         elif not done or (not (work / f"{run.name}.weights").is_file() and _is_needed(run, runs, arguments.results)):
             missing.append(run)
-    settings = (arguments.results, work, arguments.texts, arguments.threads, arguments.device)
-    if arguments.workers == 1:
-        for number, run in enumerate(missing, 1):
-            measure(run, f"[{number}/{len(missing)}]", *settings)
-        return
-    # Bases first, since others go on from them; then the longest, so that none is left over at the end.
-    bases = [run for run in missing if any(run == other.base for other in missing)]
-    others = sorted((run for run in missing if run not in bases), key=work_of, reverse=True)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(arguments.workers, mp_context=context) as pool:
-        failed = []
-        for part in (bases, others):
-            tasks = {pool.submit(measure, run, f"[{n}/{len(part)}]", *settings): run for n, run in enumerate(part, 1)}
-            for task in as_completed(tasks):
-                if task.exception() is not None:
-                    failed.append(f"{tasks[task].name}: {task.exception()!r}")
-    if failed:
-        raise SystemExit("\n".join(failed))
+    if arguments.at_once > 1 and (arguments.device == "cpu" or any(run.dropout for run in missing)):
+        raise SystemExit("--at-once needs --device cuda, and runs without dropout: they share one random state")
+    torch.set_num_threads(arguments.threads)
+    gc.collect()
+    gc.freeze()  # capturing a step collects garbage, which need not look through all that was imported
+    measure(missing, arguments, work)
 
 
-def measure(run: Run, number: str, results: Path, work: Path, texts: Path | None, threads: int, device: str) -> None:
-    """Measure one run, and write its result and its weights."""
-    torch.set_num_threads(threads)
-    say = functools.partial(print, number, file=sys.stderr, flush=True)
-    training = Training(run, _text(run.text, texts, run.vocabulary), work, device)
-    write_result(results / f"{run.name}.json", training.train(say=say))
-    training.checkpoint.unlink()
+def measure(runs: list[Run], arguments: argparse.Namespace, work: Path) -> None:
+    """Measure runs, `arguments.at_once` of them side by side in turns, and write their results and weights."""
+    free = [None if arguments.device == "cpu" else torch.cuda.Stream() for _ in range(arguments.at_once)]
+    waiting, active = list(runs), []
+    while waiting or active:
+        run = next_of(waiting, active) if free else None
+        if run is not None:
+            say = functools.partial(print, f"[{len(runs) - len(waiting)}/{len(runs)}]", file=sys.stderr, flush=True)
+            stream = free.pop()
+            with torch.cuda.stream(stream):
+                training = Training(run, _text(run.text, arguments.texts, run.vocabulary), work, arguments.device)
+            active.append((training, training.train(say=say), stream))
+        for each in list(active):
+            training, steps, stream = each
+            with torch.cuda.stream(stream):
+                if next(steps, "end") != "end":
+                    continue
+                write_result(arguments.results / f"{training.run.name}.json", training.result())
+            training.checkpoint.unlink()
+            active.remove(each)
+            free.append(stream)
 
 
-def work_of(run: Run) -> int:
-    """What a run takes, roughly, as passes of a layer over all tokens."""
-    return run.steps * run.batch * run.layers * (run.pondering_steps + 1)
+def next_of(waiting: list[Run], active: list[tuple]) -> Run | None:
+    """Take the next run from those that wait, if there is one whose base is there."""
+    missing = {run.name for run in waiting} | {training.run.name for training, *_ in active}
+    for number, run in enumerate(waiting):
+        if run.base is None or run.base.name not in missing:
+            return waiting.pop(number)
+    return None
 
 
 @functools.cache

@@ -32,6 +32,7 @@ class Run:
         vocabulary: number of tokens, 256: bytes.
         block: tokens in a row.
         half: the model computes in bfloat16, its weights and the optimiser stay in float32.
+        compiled: its training steps are compiled by torch.
     """
 
     label: str
@@ -61,6 +62,7 @@ class Run:
     vocabulary: int = VOCABULARY
     block: int = BLOCK
     half: bool = False
+    compiled: bool = False
 
     @property
     def name(self) -> str:

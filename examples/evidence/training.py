@@ -13,7 +13,7 @@ import os
 import platform
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -142,7 +142,9 @@ def batch_at(run: Run, text: torch.Tensor, step: int) -> torch.Tensor:
         text = text[: run.text_bytes]
     step += run.base.steps if run.base else 0  # a base trained on sees other places
     generator = torch.Generator().manual_seed(1_000_003 * run.seed + step)
-    starts = torch.randint(len(text) - run.block, (run.batch, 1), generator=generator).to(text.device)
+    starts = torch.randint(len(text) - run.block, (run.batch, 1), generator=generator).to(
+        text.device, non_blocking=True
+    )
     return text[starts + torch.arange(run.block, device=text.device)].long()
 
 
@@ -160,6 +162,7 @@ def computing(run: Run, device: torch.device) -> torch.autocast:
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")
 def held_out_losses(model: nn.Module, rows: torch.Tensor, num_steps: int) -> list[float]:
     """Held-out loss, in nats per token, of passes 0 .. S: pass s is the last one of a call with S = s.
 
@@ -168,7 +171,7 @@ def held_out_losses(model: nn.Module, rows: torch.Tensor, num_steps: int) -> lis
     """
     model.eval()
     total = torch.zeros(num_steps + 1, dtype=torch.float64)
-    for input_ids in rows.split(32):
+    for input_ids in rows.split(32 if rows.device.type == "cpu" else len(rows)):
         if isinstance(model, HiddenStateFedBack):
             losses = model.losses(input_ids, num_steps)
         elif isinstance(model, PonderingForCausalLM):
@@ -245,6 +248,8 @@ class Training:
         self.checkpoint, self.weights = work / f"{run.name}.checkpoint", work / f"{run.name}.weights"
         base_weights = torch.load(work / f"{run.base.name}.weights", map_location="cpu") if run.base else None
         self.model = make_model(run, base_weights).to(self.device)
+        if run.compiled:
+            self.model.compile(dynamic=False)
         self.optimizer = make_optimizer(run, self.model)
         self.step, self.flops, self.curve = 0, 0, []
         self.captured = {}
@@ -308,8 +313,8 @@ class Training:
             losses = held_out_losses(self.model, self.held_out, self.run.pondering_steps)
         self.curve.append({"step": self.step, "flops": self.flops, "losses": losses})
 
-    def train(self, say: Callable[[str], None] = print) -> dict:
-        """Train to the end and give back the result. The last checkpoint is left to whoever writes the result."""
+    def train(self, say: Callable[[str], None] = print) -> Iterator[None]:
+        """Train to the end, pausing after each step. The last checkpoint is left to whoever writes the result."""
         run = self.run
         self.resume()
         if self.step:
@@ -328,12 +333,14 @@ class Training:
             if time.monotonic() - saved >= CHECKPOINT_SECONDS:
                 self.save()
                 saved = time.monotonic()
+            yield
+        self.finite = finite
         self.save()
         write_whole(self.weights, lambda path: torch.save(self.model.state_dict(), path))
-        return self.result(finite)
 
-    def result(self, finite: bool) -> dict:
-        run, result = self.run, {}
+    def result(self) -> dict:
+        """What was measured, once `train` has come to its end."""
+        run, finite, result = self.run, self.finite, {}
         if finite and run.pondering_steps:
             with computing(run, self.device):
                 result["losses_by_steps"] = held_out_losses(self.model, self.held_out, 2 * run.pondering_steps)
