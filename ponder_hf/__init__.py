@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .conversion.convert import convert
     from .conversion.export import export
     from .diagnosis import diagnose
-    from .evaluation import evaluate_passes, evaluate_text, measure_passes
+    from .evaluation import evaluate_passes, evaluate_tasks, evaluate_text, measure_passes
     from .hub import CodeOnPush, inspect_checkpoint, inspect_code
     from .hub.push import push
     from .modeling import (
@@ -48,6 +48,7 @@ __all__ = [
     "convert",
     "diagnose",
     "evaluate_passes",
+    "evaluate_tasks",
     "evaluate_text",
     "export",
     "inspect_checkpoint",
@@ -64,7 +65,7 @@ _NAMES = {
     "callbacks": ("PonderingCallback", "pondering_statistics"),
     "conversion": ("convert", "export"),
     "diagnosis": ("diagnose",),
-    "evaluation": ("evaluate_passes", "evaluate_text", "measure_passes"),
+    "evaluation": ("evaluate_passes", "evaluate_tasks", "evaluate_text", "measure_passes"),
     "hub": ("CodeOnPush", "inspect_checkpoint", "inspect_code", "push"),
     "modeling": (
         "PonderingConfig",

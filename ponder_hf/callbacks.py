@@ -146,17 +146,25 @@ class TrainingProgress(TrainerCallback):
         self.bar.set_postfix({**self.shown, "tokens/s": f"{self.tokens_per_second:,.0f}"}, refresh=False)
         self.bar.update()
 
+    def on_evaluation_begin(self, args: TrainingArguments, state: TrainerState, batches: Any) -> None:
+        """Show the bar of an evaluation over these batches. PonderingTrainer calls it: there is no such event."""
+        self._close_evaluation()
+        shown = state.is_world_process_zero and not args.disable_tqdm
+        total = len(batches) if hasattr(batches, "__len__") else None
+        self.evaluation_bar = progress_bar("evaluating", " batches", total, shown=shown, leave=self.bar is None)
+
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: Any, eval_dataloader: Any = None, **kwargs: Any
     ) -> None:
-        if self.evaluation_bar is None:
-            shown = state.is_world_process_zero and not args.disable_tqdm
-            total = len(eval_dataloader) if hasattr(eval_dataloader, "__len__") else None
-            self.evaluation_bar = progress_bar("evaluating", " batches", total, shown=shown, leave=self.bar is None)
+        if self.evaluation_bar is None:  # another Trainer
+            self.on_evaluation_begin(args, state, eval_dataloader)
         self.evaluation_bar.update()
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.start = time.perf_counter()
+        self._close_evaluation()
+
+    def on_predict(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._close_evaluation()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:

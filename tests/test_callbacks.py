@@ -12,6 +12,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from ponder_hf import PonderingError
 from ponder_hf.callbacks import PonderingCallback, TrainingProgress, pondering_statistics
+from ponder_hf.training.trainer import PonderingTrainer
 
 
 def test_statistics_are_what_they_are_called():
@@ -69,7 +70,7 @@ def test_nothing_labelled_is_no_division_by_zero():
     assert pondering_statistics(model, ids, labels=torch.full_like(ids, -100))["pass_0_loss"] == 0
 
 
-def small_trainer(folder, model, **settings):
+def small_trainer(folder, model, trainer_class=Trainer, **settings):
     rows = [{"input_ids": row, "labels": row} for row in tiny.token_ids(8, 12)]
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -83,7 +84,7 @@ def small_trainer(folder, model, **settings):
             **settings,
         },
     )
-    return Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
+    return trainer_class(model, arguments, train_dataset=rows, eval_dataset=rows)
 
 
 def test_trainer_logs_them(tmp_path):
@@ -168,11 +169,11 @@ def test_without_its_trainer_it_says_so(tmp_path):
         Trainer(tiny.pondering_model("gpt2"), arguments, callbacks=[PonderingCallback({})])
 
 
-def test_an_evaluation_has_a_bar_of_its_own(tmp_path, capsys):
+@pytest.mark.parametrize("trainer_class", [Trainer, PonderingTrainer])
+def test_an_evaluation_has_a_bar_of_its_own(tmp_path, capsys, trainer_class):
     model = tiny.pondering_model("gpt2", pondering_steps=1)
-    trainer = small_trainer(
-        tmp_path, model, eval_strategy="steps", eval_steps=2, disable_tqdm=False, per_device_eval_batch_size=2
-    )
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "disable_tqdm": False, "per_device_eval_batch_size": 2}
+    trainer = small_trainer(tmp_path, model, trainer_class, **settings)
     trainer.remove_callback(ProgressCallback)
     progress = TrainingProgress(8)
     trainer.add_callback(progress)
@@ -181,3 +182,10 @@ def test_an_evaluation_has_a_bar_of_its_own(tmp_path, capsys):
     shown = capsys.readouterr().err.replace("\r", "\n").splitlines()
     assert len([line for line in shown if "evaluating:   0%" in line and "0/4" in line]) == 2
     assert progress.evaluation_bar is None
+    if trainer_class is PonderingTrainer:  # it is there while the first batch is computed
+        seen = []
+        model.register_forward_hook(lambda *_: seen.append(progress.evaluation_bar.n))
+        trainer.evaluate()
+        assert seen == [0, 1, 2, 3]
+        trainer.predict(trainer.eval_dataset)
+        assert progress.evaluation_bar is None

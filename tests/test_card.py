@@ -1,6 +1,7 @@
 """The model card: nothing but facts, valid metadata, and never over what a person wrote."""
 
 import json
+import math
 import re
 from dataclasses import replace
 
@@ -35,6 +36,8 @@ FULL = Facts(
     training={"optimiser steps": "1,000", "seed": 42},
     evaluation_loss=2.5,
     pass_losses=(2.75, 2.625, 2.5625, 2.5),
+    pass_accuracies=(0.25, 0.3125, 0.375, 0.4375),
+    pass_agreements=(0.5, 0.625, 0.75, 1.0),
     code={"modeling_pondering.py": "ab" * 32},
 )
 
@@ -50,11 +53,15 @@ def test_every_fact_is_in_the_card(card):
     assert (data.base_model, data.to_dict()["base_model_relation"]) == ("somebody/base", "finetune")
     assert {"pondering", "custom_code", "gpt_neox"} <= set(data.tags)
     assert (data.language, data.datasets) == (["en"], ["somebody/texts"])
-    results = {result.metric_type: result for result in data.eval_results}
-    assert results["loss"].metric_value == 2.5
-    assert results["loss"].dataset_name == "somebody/texts"
-    assert results["perplexity"].metric_value == pytest.approx(12.1825)
+    results = {result.metric_name: result for result in data.eval_results}
+    assert results["held-out loss"].metric_value == 2.5
+    assert results["held-out loss"].dataset_name == "somebody/texts"
+    assert results["held-out perplexity"].metric_value == pytest.approx(12.1825)
+    for name, values in (("accuracy", FULL.pass_accuracies), ("agreement", FULL.pass_agreements)):
+        assert [results[f"held-out {name} of pass {index}"].metric_value for index in range(4)] == [*values]
+    assert results["held-out perplexity of pass 0"].metric_value == pytest.approx(math.exp(2.75), abs=1e-4)
     words = ["S = 3", "4 forward passes", "4 key/value caches of 2 layers", "1,234,567", "bfloat16", "zero_init"]
+    words += ["0.2500 | 0.3125 | 0.3750 | 0.4375", "0.5000 | 0.6250 | 0.7500 | 1.0000"]
     words += ["1,000", "2.7500 | 2.6250 | 2.5625 | 2.5000", "ab" * 32, "2505.20674", "Zeng", "## Limits"]
     for word in words:
         assert word in card

@@ -2,12 +2,14 @@
 
 import json
 import math
+import shutil
 
 import checkpoints
 import pytest
 import torch
 import training_runs
 from checkpoints import run
+from huggingface_hub import ModelCard
 from torch.nn import functional
 from transformers import AutoTokenizer
 
@@ -171,6 +173,20 @@ def test_several_checkpoints(made, evaluated, capsys):
     assert losses(found[1]) == pytest.approx(losses(found[0])[:1], abs=1e-6)
     assert run("eval", "model", "base", "--data", "text.txt", "--block-size", 16) == 0
     assert capsys.readouterr().out.splitlines()[0].split()[:2] == ["checkpoint", "pass"]
+
+
+def test_the_card_has_the_figures_of_each_pass(made, evaluated, tmp_path):
+    folder = shutil.copytree(made / "model", tmp_path / "model")
+    for _ in range(2):  # the second time replaces them
+        result = evaluated(folder, "--stride", 8, "--card")
+    found = ModelCard.load(folder / "README.md").data.eval_results
+    assert len(found) == 3 * 5
+    values = {(each.metric_type, each.metric_args["pass"]): each.metric_value for each in found}
+    for index, figures in enumerate(result["passes"]):
+        for name in ("loss", "perplexity", "bits_per_byte", "accuracy", "agreement"):
+            assert values[name, index] == round(figures[name], 4)
+    assert {each.dataset_name for each in found} == {"text.txt"}
+    assert found[0].dataset_args == {"block_size": 16, "stride": 8, "tokens": result["tokens"]}
 
 
 def test_a_window_and_steps_that_were_never_trained(evaluated, capsys):

@@ -6,10 +6,12 @@ import pytest
 import tiny
 import torch
 from torch.nn import functional
+from transformers import GPT2LMHeadModel
 
 from ponder_hf import measure_passes
 from ponder_hf.data.blocks import Blocks
 from ponder_hf.evaluation import PassSums, evaluate_passes, measure_blocks, passes, text_table
+from ponder_hf.modeling.pondering_backbone import TESTED
 
 
 def all_logits(model, ids, **settings):
@@ -68,12 +70,31 @@ def test_no_more_logits_than_of_a_chunk_are_made(monkeypatch):
     assert set(sizes) == {(1, 3), (1, 1)}
 
 
-def test_a_plain_model_has_one_pass():
-    model = tiny.pondering_model("gpt2", torch.float64, pondering_steps=2)
+@pytest.mark.parametrize("model_type", sorted(TESTED))
+def test_a_plain_model_has_one_pass(model_type, monkeypatch):
+    """Of which no more logits are made than of a chunk, either."""
+    model = tiny.pondering_model(model_type, pondering_steps=2)
     ids = tiny.token_ids(2, 9)
-    plain, pondering = measure_passes(model.backbone, ids), measure_passes(model, ids)
-    torch.testing.assert_close(plain.losses, pondering.losses[:1])
+    pondering = measure_passes(model, ids)
+    seen = []
+    head = model.backbone.get_output_embeddings()
+    head.register_forward_hook(lambda module, given, output: seen.append(output.shape[:2]))
+    monkeypatch.setattr(passes, "_LARGEST_CHUNK", 3 * tiny.VOCAB_SIZE)
+    plain = measure_passes(model.backbone, ids)
+    torch.testing.assert_close(plain.losses, pondering.losses[:1], rtol=1e-5, atol=1e-6)
     assert torch.equal(plain.predictions, pondering.predictions[:1])
+    assert seen == [(1, 3)] * 5 + [(1, 1)]
+
+
+def test_a_plain_model_of_another_class_is_asked_for_its_logits():
+    class Other(GPT2LMHeadModel):
+        pass
+
+    model = tiny.pondering_model("gpt2", pondering_steps=0)
+    other = Other(model.config.base_config)
+    other.load_state_dict(model.backbone.state_dict())
+    ids = tiny.token_ids(2, 9)
+    torch.testing.assert_close(measure_passes(other.eval(), ids).losses, measure_passes(model, ids).losses)
 
 
 def test_standard_errors_are_over_rows():

@@ -14,7 +14,8 @@ from patience import PATIENCE
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 from ponder_hf import PonderingError, PonderingForCausalLM, metrics
-from ponder_hf.evaluation import measure_texts
+from ponder_hf.evaluation import measure_passes, measure_texts
+from ponder_hf.training.trainer import PonderingTrainer
 
 
 TEXTS = ["once upon a time there was one cat", "two dogs who sat by the sea", "cat"]
@@ -97,19 +98,46 @@ def test_nothing_to_predict_and_no_such_metric():
         metrics.path("perplexity")
 
 
-def test_in_trainer(tmp_path):
-    model = tiny.pondering_model("gpt2", pondering_steps=1)
-    ids = tiny.token_ids(5, 9)
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True, label_names=["labels"]
-    )
-    trainer = Trainer(
-        model,
-        arguments,
-        eval_dataset=[{"input_ids": row, "labels": row} for row in ids],
-        compute_metrics=metrics.compute_metrics,
-        preprocess_logits_for_metrics=metrics.predicted_tokens,
-    )
+@pytest.fixture
+def trainer(tmp_path):
+    """A function that makes a Trainer of a class with `compute_metrics`; a model; five rows of its tokens."""
+    model, ids = tiny.pondering_model("gpt2", pondering_steps=1), tiny.token_ids(5, 9)
+
+    def make(trainer_class, **settings):
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True, label_names=["labels"]
+        )
+        return trainer_class(
+            model,
+            arguments,
+            eval_dataset=[{"input_ids": row, "labels": row} for row in ids],
+            compute_metrics=metrics.compute_metrics,
+            **{"preprocess_logits_for_metrics": metrics.predicted_tokens, **settings},
+        )
+
+    return make, model, ids
+
+
+@pytest.mark.parametrize("trainer_class", [Trainer, PonderingTrainer])
+def test_in_trainer(trainer, trainer_class):
+    """The same accuracy as by hand; PonderingTrainer gives the figures of each pass besides."""
+    make, model, ids = trainer
+    found = make(trainer_class).evaluate()
     with torch.no_grad():
-        right = (model(ids).logits[:, :-1].argmax(-1) == ids[:, 1:]).float().mean().item()
-    assert trainer.evaluate()["eval_accuracy"] == pytest.approx(right)
+        output = model(ids, output_pondering=True)
+    predictions = torch.stack([*output.pondering_logits, output.logits])[:, :, :-1].argmax(-1)
+    right = (predictions == ids[:, 1:]).float().mean((1, 2)).tolist()
+    assert found["eval_accuracy"] == pytest.approx(right[-1])
+    of_rows = (predictions[-1] == ids[:, 1:]).float().mean(-1)
+    assert found["eval_accuracy_stderr"] == pytest.approx(of_rows.std().item() / math.sqrt(5))
+    if trainer_class is PonderingTrainer:
+        expected = measure_passes(model, ids).sums().figures()
+        for index, figures in enumerate(expected):
+            for name in ("loss", "accuracy", "agreement"):
+                assert found[f"eval_pass_{index}_{name}"] == pytest.approx(figures[name], rel=1e-5)
+        assert found["eval_pass_0_accuracy"] == pytest.approx(right[0])
+
+
+def test_logits_instead_of_tokens_are_refused_by_name(trainer):
+    with pytest.raises(PonderingError, match=r"preprocess_logits_for_metrics=ponder_hf\.metrics\.predicted_tokens"):
+        trainer[0](Trainer, preprocess_logits_for_metrics=None).evaluate()

@@ -11,7 +11,7 @@ from .parser import UsageError, add_command
 
 # Flags that say something about the text only, or about tasks only.
 _OF_TEXT = ("text_field", "data_name", "block_size", "split", "max_blocks", "stride")
-_OF_TASKS = ("tasks_from", "num_fewshot", "limit", "batch_size", "card")
+_OF_TASKS = ("tasks_from", "num_fewshot", "limit", "batch_size")
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -42,10 +42,10 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     tasks.add_argument("--num-fewshot", type=int, metavar="N", help="solved examples before each question")
     tasks.add_argument("--limit", type=int, metavar="N", help="no more than the first N items of each task")
     tasks.add_argument("--batch-size", type=int, metavar="N", help="rows at once. Default: 1.")
-    tasks.add_argument("--card", action="store_true", default=None, help="write results into SOURCE's model card, too")
     parser.add_argument(
         "--pondering-steps", type=_steps, metavar="S", help="in place of the checkpoint's own; 0,1,2,3 for a curve"
     )
+    parser.add_argument("--card", action="store_true", help="write results into SOURCE's model card, too")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="Default: as stored.")
     add_device_flag(parser)
     add_revision_flag(parser)
@@ -94,10 +94,6 @@ def _evaluated(args, source):
             pondering_steps=args.pondering_steps,
             **shared,
         )
-        if args.card:
-            from ponder_hf.hub.card_results import write_results
-
-            write_results(source, result)
     if args.data:
         steps = args.pondering_steps
         result |= evaluate_text(
@@ -114,6 +110,10 @@ def _evaluated(args, source):
         )
         if args.tasks:
             result["pondering_steps"] = steps if steps is not None else result["pondering_steps"]
+    if args.card:
+        from ponder_hf.hub.card_results import write_results
+
+        write_results(source, result)
     return result
 
 

@@ -15,7 +15,13 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from ponder_hf.modeling.pondering_backbone import backbone_decoder, backbone_logits, evaluating
+from ponder_hf.modeling.pondering_backbone import (
+    TESTED,
+    backbone_class,
+    backbone_decoder,
+    backbone_logits,
+    evaluating,
+)
 from ponder_hf.modeling.pondering_vocabulary import chunk_elements, wide
 
 
@@ -178,8 +184,9 @@ def measure_passes(
 ) -> PassStatistics:
     """What each pass of `model` predicts of one batch, by one forward pass.
 
-    Never more logits live than those of a few tokens of one pass (a model that is no PonderingForCausalLM: those of
-    the batch). Nothing of the model is changed, not even the mode of one of its modules.
+    Never more logits live than those of a few tokens of one pass; of a plain model whose type is none of
+    `ponder_hf.modeling.pondering_backbone.TESTED` those of the batch. Nothing of the model is changed, not even the
+    mode of one of its modules.
 
     Args:
         model: a PonderingForCausalLM, also wrapped by PEFT or sharded; or a plain causal language model, which has
@@ -199,8 +206,13 @@ def measure_passes(
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         if not ponders(model):
-            logits = model(**inputs).logits.flatten(0, 1)
-            losses, predictions, found = _predictions(logits.__getitem__, logits.shape[-1], targets, entropy_at)
+            if is_read_apart(model):
+                states = backbone_decoder(model)(**inputs).last_hidden_state
+                logits_of, vocab_size = _from_states(model, states), model.config.vocab_size
+            else:
+                logits = model(**inputs).logits.flatten(0, 1)
+                logits_of, vocab_size = logits.__getitem__, logits.shape[-1]
+            losses, predictions, found = _predictions(logits_of, vocab_size, targets, entropy_at)
             return PassStatistics(losses[None], predictions[None], targets, found[None] if entropies else None)
         read = stack.enter_context(reading_passes(model, targets, entropy_at))
         # One position's logits, for they are made from the states of each pass.
@@ -211,6 +223,11 @@ def measure_passes(
 def ponders(model: PreTrainedModel) -> bool:
     """Whether it is a pondering model, and no plain one."""
     return hasattr(model.config, "pondering_steps")
+
+
+def is_read_apart(model: PreTrainedModel) -> bool:
+    """Whether it is a plain model whose decoder and head are known to give its logits when they are called apart."""
+    return model.config.model_type in TESTED and type(model) is backbone_class(model.config)
 
 
 def pondering_model_in(model: PreTrainedModel) -> Any:

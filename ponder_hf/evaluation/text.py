@@ -16,7 +16,7 @@ from ponder_hf.modeling.configuration_pondering import check_steps
 from ponder_hf.progress import progress_bar
 
 from .load import Loaded, load_for_evaluation, warn_of_untrained
-from .passes import IGNORED, PassSums, measure_passes, ponders
+from .passes import IGNORED, PassSums, is_read_apart, measure_passes, ponders
 
 
 _TOKENS_AT_ONCE = {"cpu": 2048, "other": 16384}  # in the rows that go through the model together
@@ -149,7 +149,7 @@ def measure_blocks(
     )
     kind = "cpu" if model.device.type == "cpu" else "other"
     size = max(1, _TOKENS_AT_ONCE[kind] // rows.shape[1])
-    if not ponders(model):  # all logits of its batch live at once
+    if not (ponders(model) or is_read_apart(model)):  # all logits of its batch live at once
         size = max(1, min(size, _LARGEST_OUTPUT // (rows.shape[1] * model.config.vocab_size)))
     parts = []
     unit = " blocks" if stride is None else " windows"

@@ -38,7 +38,7 @@ if TYPE_CHECKING:  # it takes a while to import
 TEMPLATE = Path(__file__).with_name("card.md")
 CARD = "README.md"
 
-_PASS = re.compile(r"eval_pass_(\d+)_loss")
+_PASS = re.compile(r"eval_pass_(\d+)_(loss|accuracy|agreement)")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SECTION = re.compile(r"<!-- section: (\w+) -->\n(.*?)<!-- /section -->\n?", re.DOTALL)
 _STATE = re.compile(r"\n*<!-- ponder_hf wrote (\{.*?\}) -->\n?", re.DOTALL)
@@ -60,6 +60,7 @@ class Facts:
         training: words to what they were.
         evaluated_on: the id of a data set.
         pass_losses: held-out loss in nats per token of pass 0 .. S.
+        pass_accuracies, pass_agreements: shares of tokens, of each pass: predicted, and as the last pass predicts.
         code: the shipped files to their SHA-256.
         release: whose they are, where they are those of this release.
     """
@@ -83,6 +84,8 @@ class Facts:
     evaluated_on: str | None = None
     evaluation_loss: float | None = None
     pass_losses: tuple[float, ...] = ()
+    pass_accuracies: tuple[float, ...] = ()
+    pass_agreements: tuple[float, ...] = ()
     code: dict[str, str] = field(default_factory=dict)
     release: str | None = None
     more_tags: tuple[str, ...] = ()
@@ -107,16 +110,28 @@ class Facts:
         if self.evaluation_loss is None:
             return None
         name = self.evaluated_on
+        perplexities = [math.exp(loss) for loss in self.pass_losses]
+        of_passes = {
+            "perplexity": perplexities,
+            "accuracy": self.pass_accuracies,
+            "agreement": self.pass_agreements,
+        }
+        found = [("loss", "", self.evaluation_loss), ("perplexity", "", math.exp(self.evaluation_loss))]
+        found += [
+            (metric, f" of pass {index}", value)
+            for metric, values in of_passes.items()
+            for index, value in enumerate(values)
+        ]
         return [
             EvalResult(
                 task_type="text-generation",
                 dataset_type=name or "text",
                 dataset_name=name or "held-out text",
                 metric_type=metric,
-                metric_name=f"held-out {metric}",
+                metric_name=f"held-out {metric}{which}",
                 metric_value=round(value, 4),
             )
-            for metric, value in (("loss", self.evaluation_loss), ("perplexity", math.exp(self.evaluation_loss)))
+            for metric, which, value in found
         ]
 
 
@@ -192,7 +207,10 @@ def with_training(facts: Facts, trainer: "Trainer") -> Facts:
     state, settings = trainer.state, trainer.args
     history = state.log_history
     evaluation: dict[str, float] = next((row for row in reversed(history) if "eval_loss" in row), {})
-    passes = sorted((int(match[1]), value) for key, value in evaluation.items() if (match := _PASS.fullmatch(key)))
+    passes: dict[str, list[float]] = {name: [] for name in ("loss", "accuracy", "agreement")}
+    found = [(match, value) for key, value in evaluation.items() if (match := _PASS.fullmatch(key))]
+    for match, value in sorted(found, key=lambda each: int(each[0][1])):
+        passes[match[2]].append(value)
     rows = settings.train_batch_size * settings.gradient_accumulation_steps * settings.world_size
     training = {}
     if state.global_step:
@@ -211,8 +229,10 @@ def with_training(facts: Facts, trainer: "Trainer") -> Facts:
         facts,
         training={name: value for name, value in training.items() if value is not None},
         # Trainer's own number may contain the losses of earlier passes, weighted.
-        evaluation_loss=passes[-1][1] if passes else evaluation.get("eval_loss"),
-        pass_losses=tuple(value for _, value in passes),
+        evaluation_loss=passes["loss"][-1] if passes["loss"] else evaluation.get("eval_loss"),
+        pass_losses=tuple(passes["loss"]),
+        pass_accuracies=tuple(passes["accuracy"]),
+        pass_agreements=tuple(passes["agreement"]),
     )
 
 

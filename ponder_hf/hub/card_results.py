@@ -1,4 +1,4 @@
-"""Results of `evaluate_tasks` in the `model-index` of a model card, with the harness's version and the shots."""
+"""Results of `evaluate_tasks` and `evaluate_text` in the `model-index` of a model card, with what they were got by."""
 
 import os
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard
 
+from ponder_hf import __version__
 from ponder_hf.errors import writing
 from ponder_hf.evaluation.tables import by_steps
 from ponder_hf.modeling import PonderingError
@@ -16,8 +17,39 @@ from .card import CARD, check, facts_of_folder, render
 _HARNESS = "https://github.com/EleutherAI/lm-evaluation-harness"
 
 
+# Of each pass, in the order of a card.
+_FIGURES = ("loss", "perplexity", "bits_per_byte", "accuracy", "agreement")
+
+
 def eval_results(result: dict[str, Any]) -> list[EvalResult]:
-    """A result of `evaluate_tasks` as huggingface_hub's EvalResults: one for each task, metric and S."""
+    """A result of `evaluate_tasks`, of `evaluate_text`, or both in one dict, as huggingface_hub's EvalResults.
+
+    One for each task, metric and S, and one for each figure of each pass on the text.
+    """
+    return [*(_of_tasks(result) if "tasks" in result else ()), *(_of_text(result) if "passes" in result else ())]
+
+
+def _of_text(result):
+    names = [Path(name).name if Path(name).exists() else name for name in result["data"]]  # no path of this machine
+    arguments = {"block_size": result["block_size"], "stride": result["stride"], "tokens": result["tokens"]}
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=", ".join(names),
+            dataset_name=", ".join(names),
+            dataset_args={name: value for name, value in arguments.items() if value is not None},
+            metric_type=figure,
+            metric_name=f"{figure.replace('_', ' ')} of pass {index}",
+            metric_value=round(figures[figure], 4),
+            metric_args={"pass": index, "ponder_hf": __version__},
+        )
+        for index, figures in enumerate(result["passes"])
+        for figure in _FIGURES
+        if figures[figure] is not None
+    ]
+
+
+def _of_tasks(result):
     harness = result["harness"]
     return [
         EvalResult(
@@ -42,11 +74,12 @@ def eval_results(result: dict[str, Any]) -> list[EvalResult]:
 def write_results(folder: str | os.PathLike, result: dict[str, Any]) -> None:
     """Put results into the card of a checkpoint, which is written where there is none.
 
-    What the card already says of the same task, metric, shots, S and version is replaced; all else stays.
+    What the card already says of the same task or text, metric, shots, S or pass, and version is replaced; all else
+    stays.
 
     Args:
         folder: the checkpoint.
-        result: as `ponder_hf.evaluation.evaluate_tasks` gives it.
+        result: as `ponder_hf.evaluate_tasks` or `ponder_hf.evaluate_text` gives it, or both in one dict.
 
     Raises:
         PonderingError: it is no folder, or the card's metadata cannot be used.

@@ -70,8 +70,19 @@ def compute_metrics(prediction: "EvalPrediction") -> dict[str, float]:
         prediction: with `predictions` (N, T), the predicted tokens, and `label_ids` (N, T), not shifted.
 
     Returns:
-        `accuracy`, the share of labelled tokens that were the most probable one.
+        `accuracy`, the share of labelled tokens that were the most probable one, and `accuracy_stderr`, its standard
+        error over the rows (`PassSums.figures`), where there are several.
     """
-    predictions, labels = prediction.predictions[:, :-1], prediction.label_ids[:, 1:]
-    counted = labels != -100
-    return {"accuracy": float((predictions == labels)[counted].mean())}
+    import torch
+
+    from ponder_hf.evaluation.passes import PassStatistics, shifted
+
+    predictions, labels = torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)
+    if predictions.shape != labels.shape:
+        raise PonderingError(
+            f"compute_metrics got predictions of shape {tuple(predictions.shape)} for labels of shape "
+            f"{tuple(labels.shape)}: give Trainer `preprocess_logits_for_metrics=ponder_hf.metrics.predicted_tokens`"
+        )
+    no_losses = torch.zeros(1, *labels.shape, dtype=torch.float64)
+    (figures,) = PassStatistics(no_losses, predictions[None], shifted(labels)).sums().figures()
+    return {name: value for name in ("accuracy", "accuracy_stderr") if (value := figures[name]) is not None}

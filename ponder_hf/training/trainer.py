@@ -23,6 +23,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
+from ponder_hf.callbacks import TrainingProgress
 from ponder_hf.errors import TrainingStopped
 from ponder_hf.evaluation.passes import PassSums, reading_passes, shifted
 from ponder_hf.hub.trainer_uploads import push_in_background, push_result, write_card_of_run
@@ -84,7 +85,7 @@ class PonderingTrainer(Trainer):
     """A Trainer for pondering models.
 
     - Evaluation gives the loss of each pass: `eval_pass_0_loss` .. `eval_pass_{S}_loss`, in nats per token, and its
-      next-token accuracy: `eval_pass_0_accuracy` ...
+      next-token accuracy and its agreement with the last pass: `eval_pass_0_accuracy`, `eval_pass_0_agreement` ...
       `eval_loss` is the last one, whatever `intermediate_loss_weight` is.
     - A gate has a learning rate of its own and no weight decay (see `separate_gate`), unless `optimizers` gives an
       optimiser, which stays as it is. Trainer logs the model's as `learning_rate`, and this as `gate_learning_rate`.
@@ -112,6 +113,7 @@ class PonderingTrainer(Trainer):
         self.record, self.model_is_loaded = record or {}, model_is_loaded
         self._staging: Path | None = None
         self._pass_sums: list[torch.Tensor] | None = None
+        self._reads_loss_only = True  # of an evaluation: nobody asks for logits
         model: Any = kwargs.get("model", args[0] if args else None)
         with cache_setting_kept(model.config):
             super().__init__(*args, **kwargs)
@@ -175,7 +177,7 @@ class PonderingTrainer(Trainer):
         kwargs.pop("num_items_in_batch", None)
         targets = shifted(inputs["labels"])
         given = {**inputs, "use_cache": False}
-        if self.label_smoother is None and self.compute_loss_func is None:
+        if self._reads_loss_only and self.label_smoother is None and self.compute_loss_func is None:
             given["logits_to_keep"] = 1  # nobody reads all of them
         with reading_passes(self.pondering_model, targets) as read:
             loss, outputs = super().compute_loss(model, given, return_outputs=True, **kwargs)
@@ -193,8 +195,11 @@ class PonderingTrainer(Trainer):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        if not prediction_loss_only or self.compute_metrics is not None:
-            return super().evaluation_loop(dataloader, description, prediction_loss_only, *args, **kwargs)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TrainingProgress):
+                callback.on_evaluation_begin(self.args, self.state, dataloader)
+        said = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
+        self._reads_loss_only = bool(said)
         self._pass_sums = []
         try:
             output = super().evaluation_loop(dataloader, description, prediction_loss_only, *args, **kwargs)
@@ -206,7 +211,8 @@ class PonderingTrainer(Trainer):
             losses, hits, agreements = rows[:, :-1].T.chunk(3)
             figures = PassSums(losses, hits, agreements, rows[:, -1]).figures()
             for index, each in enumerate(figures):
-                output.metrics.update({f"{prefix}_pass_{index}_{name}": each[name] for name in ("loss", "accuracy")})
+                logged = ("loss", "accuracy", "agreement")
+                output.metrics.update({f"{prefix}_pass_{index}_{name}": each[name] for name in logged})
         return output
 
     # Checkpoints
