@@ -143,6 +143,8 @@ def finalists() -> list[Run]:
                 pondering_on(plain, "matrix0x1", **gated(rate=1), gate_matrix=True),
                 pondering_on(plain, "gate0x10", **gated()),
                 pondering_on(plain, "ungated", **ungated()),
+                pondering_on(plain, "gate0x30", **gated(rate=30)),
+                pondering_on(plain, "matrix0x3", **gated(rate=3), gate_matrix=True),
             ]
             runs += [with_seed(run, seed) for run in chosen]
     return runs
@@ -238,9 +240,11 @@ def elastic_on() -> list[Run]:
     """The same in continued training with a gate from 0, where every S starts as good as the base."""
     plain = trained_on()
 
-    def drawn(label: str, *phases) -> Run:
-        label = f"on-drawn-{label}-gate0x100"
-        return replace(plain, label=label, pondering_steps=3, sampled=phases, **gated(rate=100))
+    matrix = {**gated(rate=1), "gate_matrix": True}
+
+    def drawn(label: str, *phases, gate: str = "gate0x100", **settings) -> Run:
+        settings = settings or gated(rate=100)
+        return replace(plain, label=f"on-drawn-{label}-{gate}", pondering_steps=3, sampled=phases, **settings)
 
     return [
         plain,
@@ -249,12 +253,17 @@ def elastic_on() -> list[Run]:
         drawn("mostly-3", (1.0, MOSTLY_3)),
         drawn("grows", (0.33, ALWAYS_1), (0.67, ALWAYS_2), (1.0, ALWAYS_3)),
         pondering_on(plain, "gate0x100-intermediate0.1", **gated(rate=100, intermediate_loss_weight=0.1)),
+        pondering_on(plain, "matrix0x1", **matrix),
+        drawn("mostly-3", (1.0, MOSTLY_3), gate="matrix0x1", **matrix),
+        drawn("grows", (0.33, ALWAYS_1), (0.67, ALWAYS_2), (1.0, ALWAYS_3), gate="matrix0x1", **matrix),
+        drawn("grows-then-mostly-3", (0.33, ALWAYS_1), (0.67, ALWAYS_2), (1.0, MOSTLY_3), gate="matrix0x1", **matrix),
+        drawn("grows-late", (0.5, ALWAYS_1), (0.75, ALWAYS_2), (1.0, ALWAYS_3), gate="matrix0x1", **matrix),
     ]
 
 
 def limited() -> list[Run]:
     """205 KB of text over and over (15 epochs): tokens are what is scarce. Stopped at the best of the curve."""
-    return [run for seed in range(3) for run in (*_limited(205_000, seed), *_limited(205_000, seed, dropout=0.0))]
+    return [run for seed in range(3) for run in _limited(205_000, seed)] + _limited(205_000, dropout=0.0)
 
 
 def limited_sizes() -> list[Run]:
@@ -340,11 +349,11 @@ def scaling() -> list[Run]:
 
 
 def shapes() -> list[Run]:
-    """Layers and widths of Pythia-14M and -31M on bytes of novels, each once through 300 million. Needs a GPU."""
+    """Layers and widths of Pythia-14M and -31M on bytes of novels, 100 million of them. Needs a GPU."""
     runs = []
     for name, width, learning_rate in (("14M", 128, 2e-3), ("31M", 256, 1e-3)):
-        plain = Run(f"{name}-plain", "novels", 9155, layers=6, width=width, learning_rate=learning_rate)
-        plain = replace(plain, block=512, batch=64, half=True, evaluate_every=915, warmup=0.01)
+        plain = Run(f"{name}-plain", "novels", 3052, layers=6, width=width, learning_rate=learning_rate)
+        plain = replace(plain, block=512, batch=64, half=True, evaluate_every=305, warmup=0.01)
         runs += [
             plain,
             replace(plain, label=f"{name}-S3", pondering_steps=3),
