@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .evaluation import evaluate_passes, evaluate_tasks, evaluate_text, measure_passes
     from .hub import CodeOnPush, inspect_checkpoint, inspect_code
     from .hub.push import push
+    from .lenses import Lens, lens
     from .modeling import (
         PonderingConfig,
         PonderingError,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "CodeOnPush",
+    "Lens",
     "PonderingCallback",
     "PonderingConfig",
     "PonderingError",
@@ -53,6 +55,7 @@ __all__ = [
     "export",
     "inspect_checkpoint",
     "inspect_code",
+    "lens",
     "measure_passes",
     "pondering_statistics",
     "push",
@@ -67,6 +70,7 @@ _NAMES = {
     "diagnosis": ("diagnose",),
     "evaluation": ("evaluate_passes", "evaluate_tasks", "evaluate_text", "measure_passes"),
     "hub": ("CodeOnPush", "inspect_checkpoint", "inspect_code", "push"),
+    "lenses": ("Lens", "lens"),
     "modeling": (
         "PonderingConfig",
         "PonderingError",

@@ -69,7 +69,7 @@ def test_wheel_contains_exactly_the_packages(archives):
     for source, installed in INSTALLED_FOLDERS.items():
         for path in repository_files():
             inside = path.relative_to(REPOSITORY)
-            if inside.parts[0] == source and path.suffix in {".py", ".html", ".json", ".md", ".typed", ".yaml"}:
+            if inside.parts[0] == source and path.suffix in {".py", ".html", ".js", ".json", ".md", ".typed", ".yaml"}:
                 expected.add(f"{installed}/{inside.relative_to(source).as_posix()}")
     assert names == expected
 
