@@ -41,7 +41,7 @@ def measured(way, arguments):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     else:
-        watch = _Watch()
+        watch = Watch()
         before = psutil.Process().memory_info().rss
     start = time.perf_counter()
     with torch.no_grad():
@@ -54,7 +54,7 @@ def measured(way, arguments):
     return (peak - before) / 1e6, seconds
 
 
-class _Watch:
+class Watch:
     """The largest resident size from now on, sampled: the system's own peak includes that of loading the model."""
 
     def __init__(self):

@@ -1,4 +1,4 @@
-"""Write a folder whole or not at all.
+"""Write a folder, or a single file, whole or not at all.
 
 Everything goes into a hidden folder beside the destination, `.NAME.partial-PID`, which is renamed into place at the
 end. A folder that is replaced steps aside as `.NAME.replaced-PID` for the moment between two renames.
@@ -104,6 +104,25 @@ def whole_folder(destination: str | os.PathLike, overwrite: bool = False) -> Ite
             for folder in missing:
                 with suppress(OSError):  # another process may have put something there
                     folder.rmdir()
+
+
+@contextmanager
+def whole_file(destination: str | os.PathLike) -> Iterator[Path]:
+    """A context that gives a path to write to, and renames what is there to `destination` at the end.
+
+    If the block raises anything nothing is left of it, and a file of that name is as before.
+
+    Raises:
+        PonderingError: it cannot be written.
+    """
+    path = Path(os.path.realpath(Path(destination).expanduser()))
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        with writing(destination):
+            yield partial
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _put_in_place(partial: Path, path: Path) -> None:

@@ -19,7 +19,19 @@ from .outcome import failed, interrupted
 from .parser import CommandParser, OneLineParser, check_command
 
 
-COMMANDS = ("demo", "convert", "export", "train", "generate", "eval", "inspect", "push", "inspect-code", "doctor")
+COMMANDS = (
+    "demo",
+    "convert",
+    "export",
+    "train",
+    "generate",
+    "eval",
+    "lens",
+    "inspect",
+    "push",
+    "inspect-code",
+    "doctor",
+)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -38,9 +38,8 @@ def print_table(look: "Lens", measure: str = "probability", console: Console | N
     known = values[values.isfinite()]
     most = max(known.max().item() if known.numel() else 1.0, 1e-9)
     shown = MEASURES[measure]
-    console.print(
-        _written(f"{look.name}: {shown.title.lower()} {shown.about}", console), markup=False, highlight=False
-    )
+    for line in (look.name, f"{shown.title.lower()} {shown.about}"):
+        console.print(_written(line, console), markup=False, highlight=False)
     for first in range(0, len(passes), beside):
         table = Table(box=SIMPLE_HEAD, padding=(0, 1))
         table.add_column("token", no_wrap=True, overflow="ellipsis", max_width=_WORDS)

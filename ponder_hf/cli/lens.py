@@ -1,0 +1,169 @@
+"""`ponder-hf lens`: see what a model ponders, token by token."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from .flags import add_device_flag, add_revision_flag
+from .parser import UsageError, add_command
+
+
+MEASURES = ("probability", "rank", "entropy", "divergence", "share")
+_EMPTY = "the text is empty: give some with --prompt, on standard input with --prompt -, or in a --file"
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    parser = add_command(
+        subparsers,
+        "lens",
+        "SOURCE [SOURCE] --prompt TEXT|--file FILE",
+        summary="see what a model ponders, token by token",
+        description="For every token and pass: the most probable next tokens, probability and rank of the one that "
+        "came, entropy, divergence from the last pass, share of pondering in the input, where early exits would stop, "
+        "and what the model would draft. A table in the terminal; with --html a page to explore it, with --png heat "
+        "maps.\n\nSOURCE may be a plain model, which has one pass. Two of them stand side by side on the page.",
+        example="lens pondering-pythia-70m --prompt 'Once upon a time' --continue 20 --html lens.html",
+    )
+    parser.add_argument(
+        "source", nargs="+", metavar="SOURCE", help="a pondering or a plain model: a folder or a Hub id"
+    )
+    text = parser.add_argument_group("text")
+    text.add_argument("--prompt", metavar="TEXT", help="the text to look at; -: from standard input")
+    text.add_argument("--file", metavar="FILE", help="a file with the text, in UTF-8")
+    text.add_argument("--max-tokens", type=int, metavar="N", help="look at the first N tokens only")
+    text.add_argument(
+        "--continue",
+        dest="max_new_tokens",
+        type=int,
+        default=0,
+        metavar="N",
+        help="have the model write N tokens more, and look at those too",
+    )
+    shown = parser.add_argument_group("what is shown, and where")
+    shown.add_argument("--html", metavar="FILE", help="write one page that needs nothing else")
+    shown.add_argument("--png", metavar="FILE", help="draw heat maps of all measures")
+    shown.add_argument("--overwrite", action="store_true", help="replace these files where they exist")
+    shown.add_argument("--measure", choices=MEASURES, help="in the table's cells. Default: probability.")
+    shown.add_argument(
+        "--top-tokens", type=int, default=10, metavar="N", help="most probable tokens that are kept. Default: 10."
+    )
+    parser.add_argument(
+        "--pondering-steps", type=int, metavar="S", help="in place of the checkpoint's own; more of them, too"
+    )
+    parser.add_argument(
+        "--pondering-exit-criterion", choices=("kl", "entropy", "argmax"), help="whose threshold the next flag gives"
+    )
+    parser.add_argument(
+        "--pondering-exit-threshold", type=float, metavar="X", help="where tokens would stop pondering"
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="Default: as stored.")
+    add_device_flag(parser)
+    add_revision_flag(parser)
+    return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise a UsageError where the flags do not go together."""
+    if (args.prompt is None) == (args.file is None):
+        args.parser.error("give the text with --prompt or in a --file" + (", not both" if args.prompt else ""))
+    if args.prompt is not None and not args.prompt.strip():
+        raise UsageError(_EMPTY)
+    if len(args.source) > 2:
+        raise UsageError(f"a lens shows one or two models, got {len(args.source)}")
+    if args.png and len(args.source) > 1:
+        raise UsageError("--png draws one model: give one SOURCE, or --html for two side by side")
+    if (args.pondering_exit_criterion is None) != (args.pondering_exit_threshold is None):
+        raise UsageError("--pondering-exit-criterion and --pondering-exit-threshold go together: give both or none")
+    for flag, name in (("--html", args.html), ("--png", args.png)):
+        if name is not None:
+            _check_place(flag, name, args.overwrite)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    from ponder_hf.conversion.whole_folder import whole_file
+    from ponder_hf.data.tables import import_optional
+
+    if args.png:
+        import_optional("matplotlib", "for --png", extra="viz")
+    as_table = not (args.json or args.html or args.png)
+    if as_table:
+        import_optional("rich", "for the table", extra="viz")
+    text = _read_text(args)
+    looks = [_look(args, source, text) for source in args.source]
+    if args.html:
+        with whole_file(args.html) as path:
+            path.write_text(looks[0].to_html(*looks[1:]), encoding="utf-8")
+    if args.png:
+        with whole_file(args.png) as path:
+            looks[0].figure().savefig(path, format="png")
+    for name in filter(None, (args.html, args.png)):
+        print(f"wrote {name}", file=sys.stderr)
+    if as_table:
+        from ponder_hf.lenses.table import print_table
+
+        for look in looks:
+            print_table(look, args.measure or "probability")
+    results = [look.to_dict() for look in looks] if args.json else []
+    return results[0] if len(results) == 1 else {"checkpoints": results}
+
+
+def _look(args, source, text):
+    import torch
+
+    from ponder_hf.evaluation.load import load_for_evaluation, warn_of_untrained
+    from ponder_hf.lenses import lens
+
+    steps = args.pondering_steps
+    loaded = load_for_evaluation(
+        source,
+        dtype=None if args.dtype is None else getattr(torch, args.dtype),
+        device=args.device,
+        revision=args.revision,
+        pondering_steps=steps,
+    )
+    warn_of_untrained(steps, loaded)
+    criterion = args.pondering_exit_criterion
+    return lens(
+        loaded.model,
+        loaded.tokenizer,
+        text,
+        pondering_steps=steps,
+        max_tokens=args.max_tokens,
+        max_new_tokens=args.max_new_tokens,
+        top_tokens=args.top_tokens,
+        exit_thresholds=None if criterion is None else {criterion: args.pondering_exit_threshold},
+        name=loaded.name,
+    )
+
+
+def _read_text(args):
+    from ponder_hf import PonderingError
+    from ponder_hf.errors import reading
+
+    if args.file is None and args.prompt != "-":
+        return args.prompt
+    place = "standard input" if args.file is None else args.file
+    with reading(place):
+        content = sys.stdin.read() if args.file is None else Path(args.file).expanduser().read_bytes()
+    try:
+        text = content if isinstance(content, str) else content.decode()
+    except UnicodeDecodeError as error:
+        raise PonderingError(f"{place} is not UTF-8 text: convert it") from error
+    if not text.strip():
+        raise UsageError(_EMPTY)
+    return text
+
+
+def _check_place(flag: str, name: str, overwrite: bool) -> None:
+    """Raise a UsageError where a file cannot be written, before anything takes its time."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        raise UsageError(f"{flag} writes a file, and {name} is a folder")
+    if path.exists() and not overwrite:
+        raise UsageError(f"{name} exists: give another name, or --overwrite")
+    if not path.parent.is_dir():
+        raise UsageError(f"cannot write {name}: there is no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise UsageError(f"cannot write {name}: {path.parent} may not be written to")
