@@ -14,8 +14,9 @@ import torch
 from checkpoints import run
 from huggingface_hub import ModelCard
 from patience import PATIENCE
+from transformers import AutoTokenizer
 
-from ponder_hf import PonderingForCausalLM
+from ponder_hf import PonderingForCausalLM, evaluate_tasks
 from ponder_hf.evaluation import tasks_table
 from ponder_hf.evaluation.published import published_averages
 from ponder_hf.evaluation.tasks import items
@@ -190,10 +191,39 @@ def test_the_harness_own_command_gives_the_same_numbers(made, evaluated, tmp_pat
         assert {key for key in theirs if "acc" in key} <= set(metrics)
 
 
-def test_batch_size_and_padding_change_nothing(evaluated):
-    one, many = (evaluated("model", "piqa,winogrande,lambada_openai", "--batch-size", size) for size in (1, 4))
-    for name, metrics in one["tasks"].items():
-        assert metrics == pytest.approx(many["tasks"][name], rel=1e-5)
+def test_batch_size_and_padding_change_nothing(evaluated, monkeypatch):
+    """On a CPU to the last digit. Where rows do go together, as on a GPU, those of one length do, without padding."""
+    from ponder_hf.evaluation import harness_model
+
+    tasks = "piqa,winogrande,lambada_openai"
+    one, many = (evaluated("model", tasks, "--batch-size", size)["tasks"] for size in (1, 4))
+    assert one == many
+    batches, call = [], harness_model.UnpaddedModel._model_call
+    monkeypatch.setattr(
+        harness_model.UnpaddedModel, "_model_call", lambda self, rows: batches.append(rows) or call(self, rows)
+    )
+    monkeypatch.setattr(harness_model, "rows_at_once", lambda model, batch_size: batch_size)
+    many = evaluated("model", tasks, "--batch-size", 4)["tasks"]
+    for name, metrics in one.items():
+        assert metrics == pytest.approx(many[name], rel=1e-5)
+    assert max(map(len, batches)) > 1
+    pad = 0  # what the harness pads with
+    assert not any((rows[:, -1] == pad).any() for rows in batches)
+
+
+def test_python_hears_nothing_that_it_did_not_ask_for(made, capfd, monkeypatch):
+    """Neither bars nor what the harness prints by itself, such as git's complaint where no repository is."""
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed (ponder-hf[eval])")
+    monkeypatch.chdir(made)
+    model, tokenizer = PonderingForCausalLM.from_pretrained("model"), AutoTokenizer.from_pretrained("model")
+    capfd.readouterr()
+    found = evaluate_tasks(model, "lambada_openai", tasks_from="items", tokenizer=tokenizer)
+    assert capfd.readouterr() == ("", "")
+    assert evaluate_tasks("model", "lambada_openai", tasks_from="items", progress=True)["tasks"] == found["tasks"]
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "evaluating: 100%" in err
+    assert "fatal" not in err
 
 
 def test_shots_and_limit(evaluated):
@@ -251,6 +281,19 @@ def test_bad_input(made, evaluated, capsys, words, says):
     last = err.replace("\r", "\n").splitlines()[-1]
     assert (out, last.startswith("ponder-hf: error: ")) == ("", True)
     assert says in last
+
+
+def test_items_that_are_longer_than_the_model(made, evaluated, capsys):
+    """Of a question the beginning is cut off, with a warning; an answer must fit."""
+    (made / "long").mkdir(exist_ok=True)
+    question = "Question: " + " ".join(["once"] * 80)
+    write(made / "long/piqa.jsonl", [CHOICES[0], {**CHOICES[1], "query": question}])
+    write(made / "long/sciq.jsonl", [{**CHOICES[1], "choices": ["one", question]}])
+    assert run("eval", "model", "--tasks", "piqa", "--tasks-from", "long") == 0
+    warning = "warning: 2 of 4 questions with their answers are longer than the 64 tokens that the model reads"
+    assert warning in capsys.readouterr().err
+    assert run("eval", "model", "--tasks", "sciq", "--tasks-from", "long") == 2
+    assert "error: an answer of the task sciq has 82 tokens, more than the 64" in capsys.readouterr().err
 
 
 def test_untrained_passes_are_warned_of(evaluated, made, capsys):

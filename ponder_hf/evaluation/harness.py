@@ -10,11 +10,13 @@ import hashlib
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from huggingface_hub import constants
@@ -74,11 +76,12 @@ def evaluate_tasks(
         limit: no more than the first so many items of each task.
         pondering_steps: S in place of the model's own, or several of them.
         tokenizer: as in `evaluate_text`.
-        batch_size: rows that go through the model at once. Answers do not depend on it but for rounding: padding
-            stands behind the tokens, which see only what is before them.
+        batch_size: rows that go through the model at once, at most: those of one length, so that nothing is padded.
+            On a CPU they go one at a time, and the results are the same to the last digit. On other devices they
+            differ by rounding, where kernels add up in another order for more rows.
         dtype, device, revision: as in `evaluate_text`.
         bootstrap_iters: resamplings for the standard errors of what is no mean; the harness's own number.
-        progress: whether the harness's bars are shown.
+        progress: whether bars on standard error show how far it is.
 
     Returns:
         A dict that JSON can hold. `tasks` has for each task its metrics (`acc`, `acc_stderr`, ...); where several S
@@ -106,18 +109,10 @@ def evaluate_tasks(
             pondering_steps=max(steps or [0]),
         )
         own = loaded.pondering_steps
-        answers: dict[str, dict] = {}
-        caches: list[Path] = []
-        found: Any = None
-        for step in steps or [own]:
-            warn_of_untrained(step, loaded)
-            cache = _cache_file(loaded.model, loaded.tokenizer, step, batch_size)
-            caches.append(cache)
-            with _pondering(loaded.model, step), _progress(progress), _task_errors():
-                found = _run(loaded, manager, specs, num_fewshot, limit, batch_size, bootstrap_iters, cache)
-            answers[str(step)] = {name: _metrics(values) for name, values in found["results"].items()}
-    for cache in caches:
-        Path(f"{cache}_rank0.db").unlink(missing_ok=True)
+        settings = {"num_fewshot": num_fewshot, "limit": limit, "bootstrap_iters": bootstrap_iters}
+        answers, found = _run(
+            loaded, steps or [own], batch_size, progress, task_manager=manager, tasks=specs, **settings
+        )
     several = isinstance(pondering_steps, Sequence) and len(steps) > 1
     by_task = {name: {step: result[name] for step, result in answers.items()} for name in next(iter(answers.values()))}
     is_published = loaded.revision is not None and (steps or [own]) == [own]  # a folder may be anybody's
@@ -234,21 +229,23 @@ def _unknown_task(name, known, folder):
     return PonderingError(f"{where} {'a ' if folder else ''}task {name}: {hint}")
 
 
-def _run(loaded, manager, specs, num_fewshot, limit, batch_size, bootstrap_iters, cache):
+def _run(loaded, steps, batch_size, progress, **settings):
+    """The metrics of each task for each S, and all that the harness gave for the last one."""
     from lm_eval.evaluator import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
 
-    harness_model = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size)
-    return simple_evaluate(
-        model=harness_model,
-        tasks=list(specs),
-        task_manager=manager,
-        num_fewshot=num_fewshot,
-        limit=limit,
-        use_cache=str(cache),
-        log_samples=False,
-        bootstrap_iters=bootstrap_iters,
-    )
+    from .harness_model import UnpaddedModel
+
+    answers, caches, found = {}, [], None
+    for step in steps:
+        warn_of_untrained(step, loaded)
+        model = UnpaddedModel(loaded.model, loaded.tokenizer, batch_size, progress)
+        caches.append(_cache_file(loaded.model, loaded.tokenizer, step, model.batch_size))
+        with _pondering(loaded.model, step), _silent(progress), _task_errors():
+            found = simple_evaluate(model=model, use_cache=str(caches[-1]), log_samples=False, **settings)
+        answers[str(step)] = {name: _metrics(values) for name, values in found["results"].items()}
+    for cache in caches:
+        Path(f"{cache}_rank0.db").unlink(missing_ok=True)
+    return answers, found
 
 
 def _metrics(values: dict[str, Any]) -> dict[str, Any]:
@@ -304,19 +301,23 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _progress(shown: bool) -> Iterator[None]:
-    before = os.environ.get("TQDM_DISABLE")
-    if shown:
+def _silent(progress: bool) -> Iterator[None]:
+    """Without what the harness prints while it runs. progress: bars, on standard error, stay.
+
+    Beside the results it collects what they do not need: it asks git about the folder that it runs in, which
+    complains where that is no repository, and torch about the machine, which takes seconds.
+    """
+    import lm_eval.evaluator
+
+    with contextlib.ExitStack() as stack:
+        for name in ("get_git_commit_hash", "add_env_info"):
+            if hasattr(lm_eval.evaluator, name):
+                stack.enter_context(mock.patch.object(lm_eval.evaluator, name, return_value=None))
+        nowhere = stack.enter_context(open(os.devnull, "w"))
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr if progress else nowhere))
+        if not progress:
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
         yield
-        return
-    os.environ["TQDM_DISABLE"] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["TQDM_DISABLE"]
-        else:
-            os.environ["TQDM_DISABLE"] = before
 
 
 @contextlib.contextmanager
