@@ -24,6 +24,7 @@ from hub_store import MAIN, Refused, Repository
 # Who a token belongs to, and whether it may write. They look like the Hub's own, so that leaks are found as those are.
 WRITER, READER = "hf_" + "w" * 34, "hf_" + "r" * 34
 TOKENS = {WRITER: ("somebody", True), READER: ("somebody", False)}
+DATA_SETS = "datasets/"
 LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".h5")
 
 
@@ -291,12 +292,12 @@ class Handler(BaseHTTPRequestHandler):
             answer["pullRequestUrl"] = f"{self.server.url}/{name}/discussions/{reference.rpartition('/')[2]}"
         self.send_json(answer)
 
-    def model_info(self, name, revision, body):
+    def repository_info(self, name, revision, body):
         repository = self.readable(name)
         sha = repository.resolve(revision or MAIN)
         siblings = [{"rfilename": path} for path in repository.files(sha)]
         self.send_json(
-            {"id": name, "sha": sha, "private": repository.private, "tags": [], "siblings": siblings}
+            {"id": name.removeprefix(DATA_SETS), "sha": sha, "private": repository.private, "tags": [], "siblings": siblings}
             | {"gated": "manual" if repository.gated else False}
         )
 
@@ -307,6 +308,12 @@ class Handler(BaseHTTPRequestHandler):
         if path and not found:
             raise Refused(404, "EntryNotFound", X_Repo_Commit=repository.resolve(revision))
         self.send_json([blob.described(name) for name, blob in sorted(found.items())])
+
+    def paths_info(self, name, revision, body):
+        asked = json.loads(body) if body.startswith(b"{") else parse_qs(body.decode())
+        files = self.readable(name).files(revision)
+        found = {path: blob for path, blob in files.items() if path in asked["paths"]}
+        self.send_json([blob.described(path) for path, blob in found.items()])
 
     def references(self, name, body):
         found = self.readable(name).references
@@ -357,6 +364,11 @@ class Handler(BaseHTTPRequestHandler):
             self.server.served.append(path)
 
 
+def of_data_set(answer):
+    """The same answer about a data set, which is the repository `datasets/OWNER/NAME`."""
+    return lambda handler, name, *rest: answer(handler, f"{DATA_SETS}{name}", *rest)
+
+
 ID = r"([\w.-]+/[\w.-]+)"
 ROUTES = [
     ("GET", "/api/whoami-v2", Handler.who_am_i),
@@ -368,13 +380,17 @@ ROUTES = [
     ("POST", f"/api/models/{ID}/commit/(.+)", Handler.commit),
     ("GET", f"/api/models/{ID}/refs", Handler.references),
     ("GET", rf"/api/models/{ID}/tree/(refs/pr/\d+|[^/]+)(?:/(.*))?", Handler.tree),
-    ("GET", f"/api/models/{ID}(?:/revision/(.+))?", Handler.model_info),
+    ("GET", f"/api/models/{ID}(?:/revision/(.+))?", Handler.repository_info),
     ("POST", rf"/{ID}\.git/info/lfs/objects/batch", Handler.lfs_batch),
     ("PUT", f"/lfs/{ID}/([0-9a-f]+)", Handler.lfs_upload),
     ("PUT", rf"/lfs/{ID}/([0-9a-f]+)/(\d+)", Handler.lfs_upload_part),
     ("POST", f"/lfs/{ID}/verify", Handler.lfs_verify),
     ("POST", f"/lfs/{ID}/([0-9a-f]+)", Handler.lfs_complete),
     ("GET", f"/{ID}/resolve/(.+)", Handler.resolve),
+    ("GET", rf"/api/datasets/{ID}/tree/(refs/pr/\d+|[^/]+)(?:/(.*))?", of_data_set(Handler.tree)),
+    ("POST", f"/api/datasets/{ID}/paths-info/(.+)", of_data_set(Handler.paths_info)),
+    ("GET", f"/api/datasets/{ID}(?:/revision/(.+))?", of_data_set(Handler.repository_info)),
+    ("GET", f"/datasets/{ID}/resolve/(.+)", of_data_set(Handler.resolve)),
 ]
 
 

@@ -266,6 +266,7 @@ def test_a_killed_run_goes_on(made, evaluated, monkeypatch):
         (["bare", "--tasks", "piqa", "--tasks-from", "items"], "has no tokenizer"),
         (["model", "--tasks", "piqa"], "the Hub does not give it"),
         (["model", "--tasks", ","], "names no task"),
+        (["model", "--tasks", "piqa", "--tasks-from", "items", "--num-fewshot", "3"], "lower --num-fewshot"),
         (["model", "--tasks", "piqa", "--tasks-from", "items", "--limit", "0"], "--limit must be at least 1"),
         (["model", "--tasks", "piqa", "--tasks-from", "items", "--pondering-steps", "-1"], "--pondering-steps"),
     ],

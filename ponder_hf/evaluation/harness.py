@@ -20,6 +20,7 @@ from unittest import mock
 
 import torch
 from huggingface_hub import constants
+from huggingface_hub.errors import HfHubHTTPError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ponder_hf.data.tables import import_optional
@@ -322,13 +323,19 @@ def _silent(progress: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _task_errors() -> Iterator[None]:
-    """What `datasets` raises where the data of a task cannot be had."""
+    """What `datasets` raises where the data of a task cannot be had, and the harness where there is too little."""
     try:
         yield
     except items.ItemsError as error:
         raise PonderingError(str(error)) from error
-    except (ConnectionError, FileNotFoundError) as error:  # datasets' own errors are these, too
+    except (ConnectionError, FileNotFoundError, HfHubHTTPError) as error:  # datasets' own errors are these, too
         raise PonderingError(
             f"the data of a task is not in the cache, and the Hub does not give it ({first_line(error)}): check the "
             "network, or name a folder that has its items with `tasks_from`"
+        ) from error
+    except ValueError as error:
+        if "larger than population" not in str(error):  # of random.sample, by which the harness draws examples
+            raise
+        raise PonderingError(
+            "a task has fewer items than are to stand as examples before a question: lower `num_fewshot`"
         ) from error
