@@ -297,8 +297,8 @@ class Handler(BaseHTTPRequestHandler):
         sha = repository.resolve(revision or MAIN)
         siblings = [{"rfilename": path} for path in repository.files(sha)]
         self.send_json(
-            {"id": name.removeprefix(DATA_SETS), "sha": sha, "private": repository.private, "tags": [], "siblings": siblings}
-            | {"gated": "manual" if repository.gated else False}
+            {"id": name.removeprefix(DATA_SETS), "sha": sha, "private": repository.private, "tags": []}
+            | {"siblings": siblings, "gated": "manual" if repository.gated else False}
         )
 
     def tree(self, name, revision, path, body):

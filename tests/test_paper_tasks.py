@@ -15,8 +15,10 @@ ARC = {"question": "who sat", "choices": {"text": CHOICES, "label": ["A", "B", "
 SCIQ = {"support": "once upon a time", "question": "who sat by the sea", "correct_answer": "one cat"}
 SCIQ |= {f"distractor{number}": words for number, words in enumerate(CHOICES[1:], start=1)}
 WINOGRANDE = {"sentence": "one cat sat by _ who sat", "option1": "the sea", "option2": "two dogs", "answer": "1"}
-HELLASWAG = {"ctx_a": "once upon a time.", "ctx_b": "one cat", "activity_label": "Sea", "endings": CHOICES, "label": "2"}
+HELLASWAG = {"ctx_a": "once upon a time.", "ctx_b": "one cat", "activity_label": "Sea"}
+HELLASWAG |= {"endings": CHOICES, "label": "2"}
 PROBLEM = {"question": "who sat by  _  .", "options": CHOICES, "answer": "B"}
+ALL_SPLITS = ["train", "validation", "test"]
 # Each data set: its configurations, and of each the splits that the task's file names, with one kind of item.
 DATA_SETS = {
     "EleutherAI/lambada_openai": ({"default": ["test"]}, {"text": "once upon a time there was one cat"}),
@@ -26,8 +28,8 @@ DATA_SETS = {
         {"goal": "sat by the sea", "sol1": CHOICES[0], "sol2": CHOICES[1], "label": 1},
     ),
     "allenai/winogrande": ({"winogrande_xl": ["train", "validation"]}, WINOGRANDE),
-    "allenai/ai2_arc": (dict.fromkeys(["ARC-Easy", "ARC-Challenge"], ["train", "validation", "test"]), ARC),
-    "allenai/sciq": ({"default": ["train", "validation", "test"]}, SCIQ),
+    "allenai/ai2_arc": ({"ARC-Easy": ALL_SPLITS, "ARC-Challenge": ALL_SPLITS}, ARC),
+    "allenai/sciq": ({"default": ALL_SPLITS}, SCIQ),
     "Rowan/hellaswag": ({"default": ["train", "validation"]}, HELLASWAG),
     "EleutherAI/race": ({"high": ["test"]}, {"article": "one cat sat.", "problems": repr([PROBLEM, PROBLEM])}),
 }
