@@ -15,6 +15,9 @@ COMPAT ?= .compat
 VERSIONS ?=
 # Further options: make test PYTEST_ARGS="-k gate", make demo DEMO_ARGS="--base FOLDER", make bench BENCH=NAME,
 # make gpu GPU_ARGS="--output FOLDER --quick".
+# Where `make vllm` keeps its environment (4 GB), and further options: make vllm VLLM_ARGS="-m 'not slow'".
+VLLM ?= .vllm
+VLLM_ARGS ?=
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH ?= all
@@ -32,7 +35,7 @@ INSTALLED = $(VENV)/installed
 INTERPRETER = $(if $(wildcard $(VENV_PYTHON)),$(VENV_PYTHON),$(PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test style compat gpu bench clean
+.PHONY: help setup demo test style compat vllm gpu bench clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -55,14 +58,21 @@ style: setup ## Check style and formatting with ruff, types with mypy
 compat: setup ## Try checkpoints under other transformers and torch (15 minutes, 10 GB; VERSIONS="oldest newest": 3, small; or latest)
 	PYTHONPATH=tests $(VENV_PYTHON) -m compat --environments $(COMPAT) $(VERSIONS)
 
+vllm: ## Test the plug-in for vLLM in an environment of its own (30 minutes, 4 GB; VLLM_ARGS="-m 'not slow'": 8)
+	@test -f $(VLLM)/.ponder-hf-installed -a $(VLLM)/.ponder-hf-installed -nt pyproject.toml \
+		-a $(VLLM)/.ponder-hf-installed -nt tests/serving/constraints.txt || \
+		{ $(INTERPRETER) tests/serving/environment.py $(VLLM) && touch $(VLLM)/.ponder-hf-installed; } || test $$? = 3
+	@test ! -f $(VLLM)/.ponder-hf-installed || \
+		OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -n $(WORKERS) --dist load tests/test_vllm*.py $(VLLM_ARGS)
+
 gpu: setup ## Check and measure pondering on this machine's GPU (five minutes; GPU_ARGS=--quick: three)
 	PYTHONPATH=tests $(VENV_PYTHON) -m gpu $(GPU_ARGS)
 
 bench: setup ## Run the benchmark named by BENCH=NAME, or all of them (hours); `python -m benchmarks` lists them
 	$(VENV_PYTHON) -m benchmarks $(BENCH)
 
-clean: ## Remove build outputs, caches and .compat; keep .venv and ponder-demo
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .compat
+clean: ## Remove build outputs, caches, .compat and .vllm; keep .venv and ponder-demo
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .compat .vllm
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt

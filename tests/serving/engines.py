@@ -1,0 +1,55 @@
+"""vLLM's engines in the process of a test, one after another."""
+
+import gc
+import os
+from contextlib import contextmanager
+
+
+# Read by vLLM when it is imported. In one process an engine starts in seconds; that the plug-in reaches vLLM's other
+# processes is tested apart, with `multiprocessing`.
+os.environ.update(
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_CPU_KVCACHE_SPACE="1",
+    VLLM_CPU_OMP_THREADS_BIND="nobind",
+    VLLM_LOGGING_LEVEL="WARNING",
+    VLLM_NO_USAGE_STATS="1",
+    VLLM_DO_NOT_TRACK="1",
+)
+
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+
+
+@contextmanager
+def engine(folder, **options):
+    """An engine for a checkpoint: in float32, without compilation and without a tokenizer, if not said otherwise."""
+    options = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 256,
+        "seed": 0,
+        "skip_tokenizer_init": True,
+        **options,
+    }
+    llm = LLM(str(folder), **options)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+
+def continued(llm, prompts, num_new_tokens, **arguments):
+    """What an engine continues prompts with: tokens, a list for each, and their log-probabilities, likewise."""
+    parameters = SamplingParams(
+        **{"temperature": 0, "max_tokens": num_new_tokens, "logprobs": 0, "detokenize": False, **arguments}
+    )
+    requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+    outputs = [request.outputs[0] for request in llm.generate(requests, parameters, use_tqdm=False)]
+    tokens = [list(output.token_ids) for output in outputs]
+    return tokens, [
+        [found[token].logprob for token, found in zip(output.token_ids, output.logprobs, strict=True)]
+        for output in outputs
+    ]
