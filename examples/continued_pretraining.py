@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, Trainer, TrainingArguments, default_data_collator
 
-from ponder_hf import PonderingForCausalLM, separate_gate
+from ponder_hf import PonderingForCausalLM
 from ponder_hf.callbacks import PonderingCallback
 
 
@@ -26,7 +26,7 @@ def main():
     arguments = parser.parse_args()
 
     # The gate starts at zero, so the model starts exactly as its base and learns to use pondering.
-    model = PonderingForCausalLM.from_base(arguments.base, pondering_steps=3, pondering_gate="zero_init")
+    model = PonderingForCausalLM.from_base(arguments.base, pondering_steps=3, pondering_gate="zero_init_matrix")
     tokenizer = AutoTokenizer.from_pretrained(arguments.base)
 
     ids = torch.tensor(tokenizer(arguments.text.read_text(encoding="utf-8"))["input_ids"])
@@ -53,7 +53,6 @@ def main():
         processing_class=tokenizer,
         data_collator=default_data_collator,  # blocks are equally long: nothing to pad
     )
-    separate_gate(trainer.create_optimizer(), model)  # a learning rate of its own, or it would hardly open
     few = {"input_ids": torch.stack([row["input_ids"] for row in held_out[:4]])}
     PonderingCallback(few, every=settings.logging_steps).attach(trainer)  # logs the loss of each pass, and more
     print("held-out loss before:", trainer.evaluate()["eval_loss"])

@@ -5,7 +5,7 @@ With token embeddings E, the backbone's decoder f and head W (arXiv 2505.20674, 
     x^0     = input_scale * embedding_scale * e^0
     p^i     = softmax(W f(x^i) / temperature)                 i = 0 .. S-1
     t^i     = p^i (embedding_scale * E)
-    x^(i+1) = x^i + t^i                                       or x^i + g * t^i with a gate
+    x^(i+1) = x^i + t^i                                       or x^i + g * t^i or x^i + G t^i with a gate
     logits  = W f(x^S)
 
 This file holds only that. The backbone is transformers' own model, unchanged; what is particular to it is in
@@ -50,7 +50,7 @@ from .pondering_generate import PonderingGenerationMixin, current_call, keep_set
 from .pondering_generate_drafts import DraftHeads
 from .pondering_generate_exits import PassesWithExits, PonderingExit
 from .pondering_vocabulary import scaled
-from .pondering_vocabulary_embedding import PonderingEmbedding, PonderingGate
+from .pondering_vocabulary_embedding import PonderingEmbedding, PonderingGate, make_gate
 from .pondering_vocabulary_loss import (
     PonderingCausalLMOutput,
     causal_lm_loss,
@@ -112,7 +112,7 @@ class PonderingPreTrainedModel(PreTrainedModel):
         for name in _SAID_BY_CLASSES:
             if hasattr(self.backbone, name):
                 setattr(self, name, getattr(self.backbone, name))
-        self.pondering_gate = PonderingGate(self.embedding_size) if config.pondering_gate == "zero_init" else None
+        self.pondering_gate = make_gate(config.pondering_gate, self.embedding_size)
         self.draft_heads = DraftHeads(config.draft_heads, self.state_size) if config.draft_heads else None
         if self.draft_heads is not None:
             self.draft_heads.requires_grad_(False)  # trained by themselves, from a frozen model
@@ -257,7 +257,8 @@ class PonderingPreTrainedModel(PreTrainedModel):
         model.backbone = backbone
         if model.pondering_gate is not None:
             table = backbone.get_input_embeddings().weight
-            model.pondering_gate = PonderingGate(model.embedding_size).to(table.device, backbone.dtype)
+            model.pondering_gate = make_gate(config.pondering_gate, model.embedding_size)
+            model.pondering_gate.to(table.device, backbone.dtype)
         if model.draft_heads is not None:
             model.add_draft_heads(config.draft_heads)
         model._verify_once()

@@ -412,12 +412,23 @@ class PonderingEmbedding:
 
 
 class PonderingGate(nn.Module):
-    """g * t, with a learned factor g that starts at 0: before training, pondering changes nothing."""
+    """g * t or G t, with a learned factor for each dimension or a learned matrix that starts at 0.
 
-    def __init__(self, hidden_size: int) -> None:
+    Before training, pondering changes nothing. The matrix learns at the model's own learning rate; the factors need a
+    far higher one.
+    """
+
+    def __init__(self, hidden_size: int, is_matrix: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(hidden_size))
+        self.weight = nn.Parameter(torch.zeros((hidden_size,) * (2 if is_matrix else 1)))
 
     def forward(self, embedding: torch.Tensor) -> torch.Tensor:
         """embedding: (..., d). Returns the same shape."""
-        return embedding * self.weight
+        if self.weight.ndim == 1:
+            return embedding * self.weight
+        return functional.linear(embedding, self.weight)
+
+
+def make_gate(kind: str, hidden_size: int) -> PonderingGate | None:
+    """The gate that `pondering_gate` of a configuration names; None for "none"."""
+    return None if kind == "none" else PonderingGate(hidden_size, kind == "zero_init_matrix")

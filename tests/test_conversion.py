@@ -63,7 +63,7 @@ def test_pondering_without_a_gate_predicts_something_else(tmp_path):
     assert not torch.equal(logits_of(pondering), logits_of(AutoModelForCausalLM.from_pretrained(base)))
 
 
-@pytest.mark.parametrize("gate", ["none", "zero_init"])
+@pytest.mark.parametrize("gate", ["none", "zero_init", "zero_init_matrix"])
 def test_export_gives_back_the_plain_checkpoint(base, tmp_path, gate):
     convert(base, tmp_path / "pondering", pondering_gate=gate)
     assert run("export", tmp_path / "pondering", tmp_path / "plain") == 0
@@ -288,12 +288,22 @@ def opened_gate(model):
         ({"pondering_steps": 0}, None, []),
         ({"pondering_gate": "zero_init"}, closed_gate, []),
         ({"pondering_gate": "zero_init"}, opened_gate, ["pondering is lost"]),
+        ({"pondering_gate": "zero_init_matrix"}, opened_gate, ["pondering is lost"]),
         ({"pondering_steps": 2}, None, ["pondering is lost"]),
         ({"pondering_steps": 2, "embedding_scale": 8.0}, None, ["pondering is lost", "never trained"]),
         ({"pondering_steps": 0, "input_scale": 3.0}, None, ["never trained"]),
         ({"pondering_steps": 0, "input_scale": 0.5, "embedding_scale": 2.0}, None, []),
     ],
-    ids=["S = 0", "closed gate", "opened gate", "S = 2", "S = 2 scaled", "S = 0 scaled", "S = 0, scales cancel"],
+    ids=[
+        "S = 0",
+        "closed gate",
+        "opened gate",
+        "opened matrix",
+        "S = 2",
+        "S = 2 scaled",
+        "S = 0 scaled",
+        "S = 0, scales cancel",
+    ],
 )
 def test_export_warns_of_what_is_lost(tmp_path, capsys, fields, change, expected):
     model = tiny.pondering_model(**fields)

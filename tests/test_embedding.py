@@ -61,6 +61,14 @@ def test_the_gate_starts_at_nothing_and_can_learn():
     torch.testing.assert_close(gate.weight.grad, embedding.sum((0, 1)))
 
 
+def test_a_gate_that_is_a_matrix_starts_at_nothing_and_multiplies():
+    gate = PonderingGate(8, is_matrix=True)
+    embedding = torch.randn(2, 3, 8)
+    assert torch.equal(gate(embedding), torch.zeros(2, 3, 8))
+    torch.nn.init.normal_(gate.weight)
+    torch.testing.assert_close(gate(embedding), torch.einsum("ij,btj->bti", gate.weight, embedding))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_the_embedding_of_half_precision_logits_is_computed_in_float32(dtype):
     model = tiny.pondering_model("llama", dtype, pondering_temperature=0.7)

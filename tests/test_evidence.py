@@ -15,7 +15,7 @@ import torch
 EVIDENCE = Path(__file__).resolve().parents[1] / "examples" / "evidence"
 sys.path.insert(0, str(EVIDENCE))  # its files import each other by their bare names, as scripts do
 
-decoding, report, run, runs, training = map(__import__, "decoding report run runs training".split())
+decoding, page, report, run, runs, training = map(__import__, "decoding page report run runs training".split())
 
 BASE = runs.Run("base", "tiny", steps=3, layers=1, width=32, batch=2, evaluate_every=2, constant_rate=True)
 PLAIN = replace(BASE, label="plain", steps=6, base=BASE, constant_rate=False)
@@ -217,8 +217,11 @@ def test_the_report_says_what_the_results_say(results, folder, capsys, tmp_path)
     assert rows["plain"]["tokens"] == f"{9 * 2 * runs.BLOCK:,}"  # with its base
     by_steps = re.sub(r"\*", "", rows["drawn"]["S = 0, 1, ..."]).split()
     assert by_steps == [f"{loss:.3f}" for loss in results["tiny-drawn-seed0"]["losses_by_steps"]]
-    curves = [[point["losses"][-1] for point in results[f"tiny-{name}-seed0"]["curve"]] for name in ("drawn", "plain")]
-    assert rows["drawn"]["most behind"] == f"{max(a - b for a, b in list(zip(*curves, strict=True))[1:]):+.3f}"
+    curves = [
+        [point["losses"][-1] for point in results[f"tiny-{name}-seed0"]["curve"]] for name in ("fed-back", "plain")
+    ]
+    assert rows["fed-back"]["most behind"] == f"{max(a - b for a, b in list(zip(*curves, strict=True))[1:]):+.3f}"
+    assert not rows["drawn"]["gain"]  # it has no base, so nothing here is its control
     assert (tmp_path / "plots" / "tiny.svg").stat().st_size > 1000
 
 
@@ -265,3 +268,36 @@ def test_worth_in_layers_finds_the_law_that_made_the_losses(monkeypatch):
     assert [each["exponent"] for each in found] == pytest.approx([0.46] * 4, abs=1e-6)
     assert "(S + 1)^0.46, standard error 0.00" in report.worth("tiny", results)
     assert report.worth_in_layers(2.0, {1: 3.0, 2: 2.5}) is None
+
+
+def test_the_page_and_the_readme_say_what_the_results_say():
+    page.main(["--check"])
+
+
+def test_a_page_out_of_date_is_noticed(monkeypatch):
+    results = report.read_results(EVIDENCE / "results")
+    for name, result in results.items():
+        if name.startswith("shakespeare-2layers-S3-"):
+            result["curve"][-1]["losses"][-1] += 0.01
+    monkeypatch.setattr(page, "read_results", lambda folder: results)
+    with pytest.raises(SystemExit, match=r"evidence.md, README.md, evidence.svg: not what the results say"):
+        page.main(["--check"])
+
+
+def test_figures_of_a_page(results):
+    figures = page.Figures(results)
+    last = {name: result["curve"][-1]["losses"][-1] for name, result in results.items()}
+    pair = [last["tiny-gated-seed0"], last["tiny-gated-seed1"]]
+    gains = [last[f"tiny-plain-seed{seed}"] - last[f"tiny-gated-seed{seed}"] for seed in (0, 1)]
+    assert page.filled("a {loss tiny/gated} b", figures) == f"a {sum(pair) / 2:.3f} b"
+    assert figures.gain("tiny/gated", "tiny/plain") == f"{sum(gains) / 2:+.3f}"
+    assert figures.spread("tiny/gated", "tiny/plain") == f"{abs(gains[0] - gains[1]) / 2:.3f}"
+    assert figures.gain0("tiny/gated", "tiny/plain") == f"{gains[0]:+.3f}"
+    assert figures.share("tiny/gated", "tiny/plain", "tiny/gated") == "100 %"
+    middle = (
+        results["tiny-gated-seed0"]["curve"][1]["losses"][-1],
+        results["tiny-gated-seed1"]["curve"][1]["losses"][-1],
+    )
+    assert figures.loss("tiny/gated", "2") == f"{sum(middle) / 2:.3f}"
+    with pytest.raises(KeyError, match="tiny/none has not been measured"):
+        page.filled("{loss tiny/none}", figures)

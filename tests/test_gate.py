@@ -1,5 +1,6 @@
 """The gate's own group of parameters: a learning rate of its own, no weight decay, in every kind of training."""
 
+import copy
 import json
 import re
 import shutil
@@ -74,7 +75,19 @@ def gradients_of(model):
     return found
 
 
-@pytest.mark.parametrize("factor", [None, 0.25, 30.0])
+def test_a_gate_that_is_a_matrix_learns_as_the_rest_unless_a_factor_is_asked_for(tmp_path):
+    torch.manual_seed(0)
+    model = tiny.pondering_model("llama", pondering_steps=2, pondering_gate="zero_init_matrix").train()
+    expected = gradients_of(model)[NAME] * -RATE
+    for factor, times in ((None, 1), (3.0, 3)):
+        again = copy.deepcopy(model)
+        trainer = trainer_of(again, tmp_path / str(factor), gate_learning_rate_factor=factor)
+        trainer.train()
+        assert len(trainer.optimizer.param_groups) == (2 if factor is None else 3)
+        torch.testing.assert_close(again.pondering_gate.weight.detach(), times * expected, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("factor", [None, 0.25, 7.0])
 def test_one_step_moves_the_gate_so_many_times_as_far_and_it_does_not_decay(tmp_path, factor):
     model = gated()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -355,4 +368,4 @@ def test_the_help_and_the_page_name_the_default(capsys):
     help_text = " ".join(capsys.readouterr().out.split())
     assert f"of the gate to the model. Default: {GATE_LEARNING_RATE_FACTOR:g}." in help_text
     page = (Path(__file__).parents[1] / "docs/training.md").read_text(encoding="utf-8")
-    assert re.findall(r"gate_learning_rate_factor` \| (\S+) \|", page) == [f"{GATE_LEARNING_RATE_FACTOR:g}"]
+    assert re.findall(r"gate_learning_rate_factor` \| (\S+);", page) == [f"{GATE_LEARNING_RATE_FACTOR:g}"]

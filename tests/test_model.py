@@ -37,6 +37,8 @@ def written_out(model, input_ids):
         embedding = weights @ (config.embedding_scale * table)
         if config.pondering_gate == "zero_init":
             embedding = model.pondering_gate.weight * embedding
+        if config.pondering_gate == "zero_init_matrix":
+            embedding = embedding @ model.pondering_gate.weight.T
         hidden_inputs = hidden_inputs + embedding
     return all_logits
 
@@ -64,8 +66,9 @@ def test_each_field_changes_the_output_as_the_equations_say(field, input_ids):
         assert (logits - plain(input_ids).logits).abs().max() > 1e-3
 
 
-def test_all_fields_together(input_ids):
-    model = tiny.pondering_model("gpt2", torch.float64, **FIELDS)
+@pytest.mark.parametrize("gate", ["zero_init", "zero_init_matrix"])
+def test_all_fields_together(input_ids, gate):
+    model = tiny.pondering_model("gpt2", torch.float64, **{**FIELDS, "pondering_gate": gate})
     torch.nn.init.normal_(model.pondering_gate.weight)
     with torch.no_grad():
         output = model(input_ids, output_pondering=True)
@@ -267,11 +270,12 @@ def test_every_pass_has_the_same_positions_and_mask():
 
 @pytest.mark.parametrize("model_type", tiny.SPINE)
 @pytest.mark.parametrize("steps", [1, 3])
-def test_a_closed_gate_is_the_base_bit_for_bit_and_learns(model_type, steps):
+@pytest.mark.parametrize("gate", ["zero_init", "zero_init_matrix"])
+def test_a_closed_gate_is_the_base_bit_for_bit_and_learns(model_type, steps, gate):
     base = tiny.base_model(model_type)
     input_ids = tiny.token_ids(2, 9)
     expected = base(input_ids).logits
-    model = PonderingForCausalLM.from_base(base, pondering_steps=steps, pondering_gate="zero_init")
+    model = PonderingForCausalLM.from_base(base, pondering_steps=steps, pondering_gate=gate)
     output = model(input_ids, labels=input_ids)
     assert torch.equal(output.logits, expected)
     output.loss.backward()
@@ -304,8 +308,9 @@ def test_from_base_refuses_what_it_cannot_use(tmp_path):
 
 
 @pytest.mark.parametrize("auto_class", [AutoModelForCausalLM, PonderingForCausalLM], ids=lambda c: c.__name__)
-def test_auto_classes_know_it(tmp_path, auto_class, input_ids):
-    model = tiny.pondering_model("gpt2", pondering_gate="zero_init", pondering_steps=2)
+@pytest.mark.parametrize("gate", ["zero_init", "zero_init_matrix"])
+def test_auto_classes_know_it(tmp_path, auto_class, gate, input_ids):
+    model = tiny.pondering_model("gpt2", pondering_gate=gate, pondering_steps=2)
     torch.nn.init.normal_(model.pondering_gate.weight)
     model.save_pretrained(tmp_path)
     loaded = auto_class.from_pretrained(tmp_path)

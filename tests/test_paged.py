@@ -40,7 +40,11 @@ def test_requests_get_what_they_get_alone(model_type):
     assert together(model) == alone(model)
 
 
-@pytest.mark.parametrize("fields", [{"pondering_top_k": 5}, {"pondering_gate": "zero_init"}], ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    [{"pondering_top_k": 5}, {"pondering_gate": "zero_init"}, {"pondering_gate": "zero_init_matrix"}],
+    ids=str,
+)
 def test_with_top_k_or_a_gate_and_eager_attention(fields):
     model = tiny.pondering_model("llama", base_changes={"attn_implementation": "eager"}, **fields)
     if model.pondering_gate is not None:

@@ -94,6 +94,7 @@ def test_hundreds_of_random_calls_give_what_plain_pondering_gives(model_type):
 OTHER_KINDS = {
     "top-K": ("gpt_neox", {}, {"pondering_top_k": 5}),
     "gate": ("llama", {}, {"pondering_gate": "zero_init"}),
+    "matrix": ("llama", {}, {"pondering_gate": "zero_init_matrix"}),
     "scales": ("llama", {}, {"embedding_scale": 2.0, "input_scale": 3.0, "pondering_temperature": 0.5}),
     "alibi": ("falcon", {"alibi": True}, {}),
     "mixture": ("mixtral", {}, {}),

@@ -24,8 +24,8 @@ HEADINGS = {
     "TFLOP": "of training by formula (training.py), those of a base included",
     "loss": "of the last pass at the end",
     "lowest": "of all evaluations on the way, and its step: where early stopping would have stopped",
-    "gain": "over the table's first run with this seed and text, at the end",
-    "most behind": "the largest loss over that of the table's first run at any step, where both have the same steps",
+    "gain": "over its control at the end: the table's first run with this seed, text and base",
+    "most behind": "the largest loss over that of its control at any step, where both have the same steps",
     "S = 0, 1, ...": "the loss when the trained model is run with so many steps, the S it was trained for in bold",
     "ticks": "of drafts for each new byte, sampled; S + 1 without drafts (decoding.py)",
     "exits": "passes of a byte, and the share of bytes that all passes would have chosen, too, for rising thresholds",
@@ -83,8 +83,7 @@ def row(group: list[dict], first: dict[tuple, dict], results: dict[str, dict]) -
     lowest = [min(zip(last_losses(each), each["curve"], strict=True), key=lambda pair: pair[0]) for each in group]
     steps = sorted({point["step"] for _, point in lowest})
     cells["lowest"] = f"{mean_and_spread([loss for loss, _ in lowest])} at {', '.join(map(str, steps))}"
-    pairs = [(each, first[seed_and_text(each)]) for each in group if seed_and_text(each) in first]
-    pairs = [(each, other) for each, other in pairs if each is not other]
+    pairs = [(each, first[comparable(each)]) for each in group if first[comparable(each)] is not each]
     if pairs:
         gains = [last_losses(other)[-1] - last_losses(each)[-1] for each, other in pairs]
         cells["gain"] = mean_and_spread(gains, sign="+")
@@ -102,8 +101,11 @@ def row(group: list[dict], first: dict[tuple, dict], results: dict[str, dict]) -
     return cells
 
 
-def seed_and_text(result: dict) -> tuple:
-    return result["run"]["seed"], result["run"]["text"]
+def comparable(result: dict) -> tuple:
+    """What two results must share, so that one can be the other's control."""
+    run = result["run"]
+    base = run["base"] and run["base"]["label"]
+    return run["seed"], run["text"], base, run["text_bytes"], run.get("vocabulary")
 
 
 def most_behind(result: dict, other: dict) -> float | None:
@@ -122,7 +124,9 @@ def table(name: str, results: dict[str, dict]) -> str:
     parts = []
     for text in texts:
         chosen = [group for (of_text, _), group in groups.items() if of_text == text]
-        first = {seed_and_text(each): each for each in chosen[0]}
+        first = {}
+        for each in (result for group in chosen for result in group):
+            first.setdefault(comparable(each), each)
         rows = [row(group, first, results) for group in chosen]
         columns = [heading for heading in HEADINGS if any(heading in cells for cells in rows)]
         lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
@@ -165,7 +169,8 @@ def exponents(results: dict[str, dict], name: str) -> list[dict]:
 
 def same_but_layers(result: dict, other: dict) -> bool:
     one, two = result["run"], other["run"]
-    return all(one[field] == two[field] for field in ("text", "width", "steps", "batch", "seed", "family", "dropout"))
+    fields = ("text", "width", "steps", "batch", "seed", "family", "dropout", "text_bytes", "vocabulary", "base")
+    return all(one.get(field) == two.get(field) for field in fields)
 
 
 def worth(name: str, results: dict[str, dict]) -> str:

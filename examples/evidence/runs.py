@@ -203,6 +203,28 @@ def scratch() -> list[Run]:
     ]
 
 
+def signs() -> list[Run]:
+    """From scratch: a gate that starts at random signs, the best of `scratch`, on more texts, seeds and families."""
+    runs = []
+    for seed in range(2):
+        for plain in (
+            Run("500-plain", "shakespeare", 500, batch=8),
+            Run("500-llama-plain", "novels", 500, batch=8, family="llama"),
+        ):
+            prefix = plain.label.removesuffix("plain")
+            ponders = replace(plain, label=f"{prefix}S3-ungated", pondering_steps=3)
+            runs += [
+                replace(run, seed=seed)
+                for run in (
+                    plain,
+                    ponders,
+                    replace(ponders, label=f"{prefix}S3-signs1x10", **gated(start=1.0), gate_signs=True),
+                    replace(ponders, label=f"{prefix}S3-signs1x1", **gated(start=1.0, rate=1), gate_signs=True),
+                )
+            ]
+    return runs
+
+
 EVEN = (0.25, 0.25, 0.25, 0.25)
 MOSTLY_3 = (0.05, 0.05, 0.1, 0.8)
 ALWAYS_0, ALWAYS_1, ALWAYS_2, ALWAYS_3 = (1.0,), (0.0, 1.0), (0.0, 0.0, 1.0), (0.0, 0.0, 0.0, 1.0)
@@ -263,7 +285,7 @@ def elastic_on() -> list[Run]:
 
 def limited() -> list[Run]:
     """205 KB of text over and over (15 epochs): tokens are what is scarce. Stopped at the best of the curve."""
-    return [run for seed in range(3) for run in _limited(205_000, seed)] + _limited(205_000, dropout=0.0)
+    return [run for dropout in (0.1, 0.0) for seed in range(3) for run in _limited(205_000, seed, dropout)]
 
 
 def limited_sizes() -> list[Run]:
@@ -367,6 +389,7 @@ TABLES = {
     "finalists": finalists(),
     "settings": settings(),
     "scratch": scratch(),
+    "signs": signs(),
     "elastic": elastic(),
     "elastic-on": elastic_on(),
     "limited": limited(),

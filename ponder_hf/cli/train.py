@@ -32,7 +32,10 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     _add_data_flags(parser)
     add_common_flags(parser)
     add_field_flags(parser).add_argument(
-        "--gate-learning-rate-factor", type=float, metavar="X", help="of the gate to the model. Default: 10."
+        "--gate-learning-rate-factor",
+        type=float,
+        metavar="X",
+        help="of the gate to the model. Default: 30; a matrix: 1.",
     )
     _add_adapter_flags(parser)
     _add_scratch_flags(parser)

@@ -1,6 +1,7 @@
 """The gate's own group of parameters in an optimiser: a learning rate of its own, and no weight decay.
 
-A gate starts at 0. At the model's learning rate it hardly opens in a short training, and weight decay pulls it back.
+A gate of factors starts at 0. At the model's learning rate it hardly opens in a short training, and weight decay pulls
+it back. A gate that is a matrix needs none of this.
 """
 
 import math
@@ -15,8 +16,8 @@ from transformers.training_args import OptimizerNames
 from ponder_hf.modeling import PonderingError
 
 
-# Times the model's learning rate, wherever a gate is trained by this package. Measured: docs/log.md.
-GATE_LEARNING_RATE_FACTOR = 10.0
+# Times the model's learning rate, wherever a gate of factors is trained by this package. Measured: docs/evidence.md.
+GATE_LEARNING_RATE_FACTOR = 30.0
 
 _FACTOR = "gate_learning_rate_factor"  # marks the group in the optimiser, and so in its stored state
 _OPTIMIZERS = ("optimizer.pt", "optimizer.bin")  # Trainer's names for the stored state; the second under FSDP
@@ -33,6 +34,11 @@ def trained_gate(model: nn.Module) -> dict[str, nn.Parameter]:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and "pondering_gate" in name.split(".")
     }
+
+
+def default_factor(pondering_gate: str) -> float | None:
+    """What the learning rate of this kind of gate is multiplied by; None: it is trained as any other parameter."""
+    return GATE_LEARNING_RATE_FACTOR if pondering_gate == "zero_init" else None
 
 
 def check_factor(factor: float) -> None:

@@ -43,7 +43,7 @@ class TrainOptions:
         lora_r, lora_alpha, lora_dropout, lora_target_modules: of the adapter; see peft's LoraConfig.
         draft_heads: train draft heads (modeling/pondering_generate_drafts.py) for a pondering model that stays as is.
         gate_learning_rate_factor: times the learning rate of the model is that of its gate. None: as
-            GATE_LEARNING_RATE_FACTOR in gate.py says, where there is a gate.
+            GATE_LEARNING_RATE_FACTOR in gate.py says for a gate of factors, and 1 for a matrix.
         merge: at the end, save the model with the adapter merged into it.
         resume: continue the run in `output`: "last", or the folder of one of its checkpoints.
         overwrite: replace `output` where it is not empty.

@@ -20,7 +20,7 @@ from ponder_hf.modeling import PonderingError
 from . import lora
 from .arguments import complete_arguments, keep_token_apart, make_arguments, wrong_arguments
 from .checkpoints import check_fields, checkpoint_to_resume, last_checkpoint, resumed_options
-from .gate import GATE_LEARNING_RATE_FACTOR, check_gate_in_checkpoint, check_optimizer_name
+from .gate import check_gate_in_checkpoint, check_optimizer_name, default_factor
 from .options import TrainOptions
 from .start import Start, find_start, pondering_start
 from .trainer import check_smoothing
@@ -129,7 +129,7 @@ def _check_output(options):
 
 
 def _with_gate_factor(options, start):
-    """The options with the factor that this run has, and keeps when it is resumed; it is None without a gate."""
+    """The options with the factor that this run has and keeps when resumed; None: its gate learns as the rest."""
     factor = options.gate_learning_rate_factor
     if start.config.pondering_gate == "none":
         if factor is not None:
@@ -139,7 +139,7 @@ def _with_gate_factor(options, start):
             )
         return options
     if factor is None and not options.draft_heads:
-        return replace(options, gate_learning_rate_factor=GATE_LEARNING_RATE_FACTOR)
+        return replace(options, gate_learning_rate_factor=default_factor(start.config.pondering_gate))
     return options
 
 

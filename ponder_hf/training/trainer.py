@@ -31,9 +31,9 @@ from ponder_hf.modeling import PonderingConfig, PonderingError, PonderingForCaus
 
 from .checkpoints import PARTIAL, RECORD, final_model, last_checkpoint, publish, remove_oldest
 from .gate import (
-    GATE_LEARNING_RATE_FACTOR,
     check_factor,
     check_gate_in_checkpoint,
+    default_factor,
     gate_group,
     separate_gate,
     trained_gate,
@@ -87,8 +87,9 @@ class PonderingTrainer(Trainer):
     - Evaluation gives the loss of each pass: `eval_pass_0_loss` .. `eval_pass_{S}_loss`, in nats per token, and its
       next-token accuracy and its agreement with the last pass: `eval_pass_0_accuracy`, `eval_pass_0_agreement` ...
       `eval_loss` is the last one, whatever `intermediate_loss_weight` is.
-    - A gate has a learning rate of its own and no weight decay (see `separate_gate`), unless `optimizers` gives an
-      optimiser, which stays as it is. Trainer logs the model's as `learning_rate`, and this as `gate_learning_rate`.
+    - A gate of factors has a learning rate of its own and no weight decay (see `separate_gate`), unless `optimizers`
+      gives an optimiser, which stays as it is. Trainer logs the model's as `learning_rate`, and this as
+      `gate_learning_rate`.
     - A loss that is no finite number ends the training, and weights that are none are never saved.
     - A checkpoint appears whole or not at all, with the code of the model in it; so does the model at the end.
     - Resuming goes on with the loss that was summed since the last log, so that it logs what an unbroken run does.
@@ -99,7 +100,7 @@ class PonderingTrainer(Trainer):
         model_is_loaded: the model has the weights of the checkpoint to resume from already. Trainer itself would copy
             names on disk to names in memory, which are not always the same.
         gate_learning_rate_factor: times the learning rate of the model is that of its gate; > 0. None:
-            GATE_LEARNING_RATE_FACTOR, where the model has a gate that learns.
+            GATE_LEARNING_RATE_FACTOR, where the model has a gate of factors that learns; a matrix learns as the rest.
     """
 
     def __init__(
@@ -118,16 +119,16 @@ class PonderingTrainer(Trainer):
         with cache_setting_kept(model.config):
             super().__init__(*args, **kwargs)
         check_smoothing(self.args, model.config)
-        self._separates_gate = self.optimizer is None and bool(trained_gate(model))
-        self._gate_factor = GATE_LEARNING_RATE_FACTOR
+        can_separate = self.optimizer is None and bool(trained_gate(model))
+        factor = gate_learning_rate_factor or default_factor(getattr(model.config, "pondering_gate", "none"))
+        self._separates_gate, self._gate_factor = can_separate and factor is not None, factor
         if gate_learning_rate_factor is not None:
             check_factor(gate_learning_rate_factor)
-            if not self._separates_gate:
+            if not can_separate:
                 raise PonderingError(
                     "`gate_learning_rate_factor` is for a model with a gate that learns, and for an optimizer that "
                     "Trainer makes: leave it out"
                 )
-            self._gate_factor = gate_learning_rate_factor
 
     @property
     def pondering_model(self) -> PonderingForCausalLM:
