@@ -128,9 +128,9 @@ def test_the_schedule_scales_it_and_both_rates_are_logged(tmp_path):
     trainer.train()
     logs = [row for row in trainer.state.log_history if "learning_rate" in row]
     assert [row["learning_rate"] for row in logs] == pytest.approx([0.1, 0.075, 0.05, 0.025])
-    assert [row["gate_learning_rate"] for row in logs] == pytest.approx([1.0, 0.75, 0.5, 0.25])
+    assert [row["gate_learning_rate"] for row in logs] == pytest.approx([3.0, 2.25, 1.5, 0.75])
     assert trainer.lr_scheduler.get_last_lr() == [0, 0, 0]
-    assert trainer.lr_scheduler.base_lrs == pytest.approx([0.1, 0.1, 1.0])
+    assert trainer.lr_scheduler.base_lrs == pytest.approx([0.1, 0.1, 3.0])
 
 
 def test_any_trainer_with_the_function_trains_as_ours_does(tmp_path):
@@ -366,6 +366,6 @@ def test_a_checkpoint_in_which_the_gate_has_no_group_is_refused(folder, capsys, 
 def test_the_help_and_the_page_name_the_default(capsys):
     assert run("train", "--help") == 0
     help_text = " ".join(capsys.readouterr().out.split())
-    assert f"of the gate to the model. Default: {GATE_LEARNING_RATE_FACTOR:g}." in help_text
+    assert f"of the gate to the model. Default: {GATE_LEARNING_RATE_FACTOR:g};" in help_text
     page = (Path(__file__).parents[1] / "docs/training.md").read_text(encoding="utf-8")
     assert re.findall(r"gate_learning_rate_factor` \| (\S+);", page) == [f"{GATE_LEARNING_RATE_FACTOR:g}"]
