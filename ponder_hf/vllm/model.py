@@ -16,7 +16,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, init_vllm_regist
 from vllm.sequence import IntermediateTensors
 
 from ponder_hf.modeling.pondering_vocabulary import scaled
-from ponder_hf.modeling.pondering_vocabulary_embedding import PonderingGate
+from ponder_hf.modeling.pondering_vocabulary_embedding import make_gate
 
 from .attention import CurrentPass, give_caches_to_passes
 from .checks import check_engine
@@ -65,9 +65,8 @@ class PonderingForCausalLM(nn.Module):
             maybe_prefix(prefix, "pondering_embedding"),
             layers_by_name,
         )
-        self.pondering_gate = None
-        if config.pondering_gate == "zero_init":
-            self.pondering_gate = PonderingGate(self.embedding.table.embedding_dim)
+        self.pondering_gate = make_gate(config.pondering_gate, self.embedding.table.embedding_dim)
+        if self.pondering_gate is not None:
             self.pondering_gate.requires_grad_(False)
 
     def embed_input_ids(self, input_ids: torch.Tensor | None) -> torch.Tensor:
