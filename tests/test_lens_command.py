@@ -94,8 +94,11 @@ def test_files_are_written_and_not_replaced_unasked(made_once, tmp_path, capsys)
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "give the text with --prompt or in a --file (see"),
-        (["--prompt", "a", "--file", "b"], "--prompt or in a --file, not both"),
+        ([], "give one of --prompt, --file and --data, the text to look at (see"),
+        (["--prompt", "a", "--file", "b"], "the text to look at; here are --prompt and --file (see"),
+        (["--data", "b", "--continue", "3"], "--continue goes with --prompt or --file"),
+        (["--prompt", "b", "--max-blocks", "3"], "--max-blocks goes with --data"),
+        (["--data", "missing.txt"], "missing.txt"),
         (["--prompt", " "], "the text is empty"),
         (["--file", "missing.txt"], "cannot read missing.txt: No such file"),
         (["--file", "latin.txt"], "latin.txt is not UTF-8 text: convert it"),

@@ -37,12 +37,14 @@ class PassStatistics:
     predictions: (S + 1, B, T), the most probable next token.
     targets: (B, T), the token that comes next, IGNORED where nothing is predicted.
     entropies: (S + 1, B, T), nats, of every token that is no padding; None where they were not asked for.
+    confidences: (S + 1, B, T), the probability of the most probable next token, where one is predicted.
     """
 
     losses: torch.Tensor
     predictions: torch.Tensor
     targets: torch.Tensor
     entropies: torch.Tensor | None = None
+    confidences: torch.Tensor | None = None
 
     @property
     def is_predicted(self) -> torch.Tensor:
@@ -102,9 +104,9 @@ class PassSums:
         return [self._figures_of(index, tokens_per_byte) for index in range(len(self.losses))]
 
     def _figures_of(self, index: int, tokens_per_byte: float | None) -> dict[str, float | None]:
-        loss, loss_error = self._ratio(self.losses[index])
-        accuracy, accuracy_error = self._ratio(self.hits[index])
-        agreement, agreement_error = self._ratio(self.agreements[index])
+        loss, loss_error = ratio(self.losses[index], self.tokens)
+        accuracy, accuracy_error = ratio(self.hits[index], self.tokens)
+        agreement, agreement_error = ratio(self.agreements[index], self.tokens)
         perplexity = perplexity_of(loss)
         bits = None if tokens_per_byte is None else tokens_per_byte / math.log(2)
         return {
@@ -120,14 +122,20 @@ class PassSums:
             "agreement_stderr": agreement_error,
         }
 
-    def _ratio(self, sums: torch.Tensor) -> tuple[float, float | None]:
-        """The mean over all tokens, and its standard error. sums: (N,)."""
-        total, rows = self.tokens.sum(), len(sums)
-        mean = sums.sum() / total
-        if rows < 2 or not torch.isfinite(mean):
-            return mean.item(), None
-        spread = (sums - mean * self.tokens).square().sum() * rows / (rows - 1)
-        return mean.item(), (spread.sqrt() / total).item()
+
+def ratio(sums: torch.Tensor, counts: torch.Tensor) -> tuple[float, float | None]:
+    """The mean over all tokens of N rows, and its standard error over the rows; see `PassSums.figures`.
+
+    Args:
+        sums: (N,), over the tokens of each row.
+        counts: (N,), how many these were.
+    """
+    total, rows = counts.sum(), len(sums)
+    mean = sums.sum() / total
+    if rows < 2 or not torch.isfinite(mean):
+        return mean.item(), None
+    spread = (sums - mean * counts).square().sum() * rows / (rows - 1)
+    return mean.item(), (spread.sqrt() / total).item()
 
 
 def perplexity_of(loss: float) -> float:
@@ -169,8 +177,8 @@ def reading_passes(
         yield found
     finally:
         hook.remove()
-    losses, predictions, entropies = (torch.stack(each) for each in zip(*read, strict=True))
-    found.append(PassStatistics(losses, predictions, targets, None if entropy_at is None else entropies))
+    losses, predictions, entropies, confidences = (torch.stack(each) for each in zip(*read, strict=True))
+    found.append(PassStatistics(losses, predictions, targets, None if entropy_at is None else entropies, confidences))
 
 
 @torch.no_grad()
@@ -212,8 +220,9 @@ def measure_passes(
             else:
                 logits = model(**inputs).logits.flatten(0, 1)
                 logits_of, vocab_size = logits.__getitem__, logits.shape[-1]
-            losses, predictions, found = _predictions(logits_of, vocab_size, targets, entropy_at)
-            return PassStatistics(losses[None], predictions[None], targets, found[None] if entropies else None)
+            losses, predictions, found, confidences = _predictions(logits_of, vocab_size, targets, entropy_at)
+            found_entropies = found[None] if entropies else None
+            return PassStatistics(losses[None], predictions[None], targets, found_entropies, confidences[None])
         read = stack.enter_context(reading_passes(model, targets, entropy_at))
         # One position's logits, for they are made from the states of each pass.
         model(**inputs, logits_to_keep=1, pondering_steps=pondering_steps)
@@ -240,8 +249,8 @@ def _predictions(
     vocab_size: int,
     targets: torch.Tensor,
     entropy_at: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Losses, most probable tokens and entropies of one pass, each (B, T).
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Losses, most probable tokens, entropies and the probabilities of these tokens of one pass, each (B, T).
 
     logits_of: from indices of tokens (n,) within the flattened batch to their logits (n, V).
     """
@@ -251,17 +260,19 @@ def _predictions(
     flat_targets = targets.flatten()
     places = wanted.flatten().nonzero().squeeze(-1)
     losses = torch.zeros(flat_targets.shape, dtype=torch.float64, device=targets.device)
-    entropies, predictions = torch.zeros_like(losses), torch.zeros_like(flat_targets)
+    entropies, confidences, predictions = *(torch.zeros_like(losses) for _ in range(2)), torch.zeros_like(flat_targets)
     for part in places.split(max(1, min(chunk_elements(targets.device), _LARGEST_CHUNK) // vocab_size)):
         logits = wide(logits_of(part)).to(targets.device)
         normaliser = logits.logsumexp(-1)
         counts = flat_targets[part] != IGNORED
         of_target = logits.gather(-1, flat_targets[part].where(counts, 0).unsqueeze(-1)).squeeze(-1)
         losses[part] = (normaliser - of_target).where(counts, 0).double()
-        predictions[part] = logits.argmax(-1)
+        largest, predictions[part] = logits.max(-1)
+        confidences[part] = (largest - normaliser).exp().double()
         if entropy_at is not None:
             entropies[part] = (normaliser - (logits.softmax(-1) * logits).sum(-1)).double()
-    return losses.view_as(targets), predictions.view_as(targets), entropies.view_as(targets)
+    found = (losses, predictions, entropies, confidences)
+    return tuple(each.view_as(targets) for each in found)  # type: ignore[return-value]
 
 
 def _from_states(backbone: Any, states: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:

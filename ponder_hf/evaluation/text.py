@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from ponder_hf.modeling.configuration_pondering import check_steps
 from ponder_hf.progress import progress_bar
 
 from .load import Loaded, load_for_evaluation, warn_of_untrained
-from .passes import IGNORED, PassSums, is_read_apart, measure_passes, ponders
+from .passes import IGNORED, PassStatistics, PassSums, is_read_apart, measure_passes, ponders
 
 
 _TOKENS_AT_ONCE = {"cpu": 2048, "other": 16384}  # in the rows that go through the model together
@@ -127,7 +127,6 @@ def evaluate_passes(
     return (sums.losses.sum(-1) / sums.tokens.sum()).tolist()
 
 
-@torch.no_grad()
 def measure_blocks(
     model: PreTrainedModel,
     blocks: Blocks,
@@ -144,6 +143,24 @@ def measure_blocks(
     Returns:
         The sums of each block or window.
     """
+    batches = measure_batches(model, blocks, pondering_steps, stride, progress=progress)
+    return PassSums.of_all([batch.sums() for batch in batches])
+
+
+def measure_batches(
+    model: PreTrainedModel,
+    blocks: Blocks,
+    pondering_steps: int | None = None,
+    stride: int | None = None,
+    entropies: bool = False,
+    progress: bool = False,
+) -> Iterator[PassStatistics]:
+    """What each pass predicts of each token of these blocks or windows, a few rows at a time, in order.
+
+    Args:
+        model, blocks, pondering_steps, stride, progress: as in `measure_blocks`.
+        entropies: whether they are wanted as well.
+    """
     rows, labels = (
         (blocks.rows, blocks.rows) if stride is None else windows(blocks.rows.flatten(), blocks.rows.shape[1], stride)
     )
@@ -151,14 +168,12 @@ def measure_blocks(
     size = max(1, _TOKENS_AT_ONCE[kind] // rows.shape[1])
     if not (ponders(model) or is_read_apart(model)):  # all logits of its batch live at once
         size = max(1, min(size, _LARGEST_OUTPUT // (rows.shape[1] * model.config.vocab_size)))
-    parts = []
     unit = " blocks" if stride is None else " windows"
     with progress_bar("evaluating", unit, len(rows), shown=progress) as bar:
         for ids, targets in zip(rows.split(size), labels.split(size), strict=True):
             ids, targets = ids.long().to(model.device), targets.long().to(model.device)
-            parts.append(measure_passes(model, ids, labels=targets, pondering_steps=pondering_steps).sums())
+            yield measure_passes(model, ids, labels=targets, pondering_steps=pondering_steps, entropies=entropies)
             bar.update(len(ids))
-    return PassSums.of_all(parts)
 
 
 def windows(tokens: torch.Tensor, size: int, stride: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,6 +6,7 @@ The package cannot be called `lens`, or importing it would hide the function `po
 from .lens import EXIT_THRESHOLDS, Lens, lens
 from .measures import MEASURES
 from .readings import Readings, read_passes
+from .whole_text import TextLens, lens_text
 
 
-__all__ = ["EXIT_THRESHOLDS", "MEASURES", "Lens", "Readings", "lens", "read_passes"]
+__all__ = ["EXIT_THRESHOLDS", "MEASURES", "Lens", "Readings", "TextLens", "lens", "lens_text", "read_passes"]

@@ -1,6 +1,5 @@
 """`ponder_hf.lens`: what a model ponders over one text, as numbers, a frame, a figure and a page."""
 
-import html
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -160,9 +159,9 @@ class Lens:
         return heat_maps(self, measures)
 
     def _repr_html_(self) -> str:
-        # A frame of its own, so that the notebook's styles and the page's do not meet.
-        page = html.escape(self.to_html(), quote=True)
-        return f'<iframe srcdoc="{page}" title="ponder_hf lens" style="width:100%;height:46rem;border:0"></iframe>'
+        from .page import frame
+
+        return frame(self.to_html())
 
     def __repr__(self) -> str:
         changed = f", {self.intervention}" if self.intervention else ""

@@ -48,6 +48,14 @@ def page(looks: Sequence["Lens"], title: str | None = None) -> str:
     return found
 
 
+def frame(page: str) -> str:
+    """A page as a notebook shows it: in a frame of its own, so that the styles of both do not meet."""
+    return (
+        f'<iframe srcdoc="{html.escape(page, quote=True)}" title="ponder_hf lens" '
+        'style="width:100%;height:46rem;border:0"></iframe>'
+    )
+
+
 def _content(look: "Lens") -> dict[str, Any]:
     """What the page's script reads of one look; tokens are indices of `strings`."""
     readings = look.readings

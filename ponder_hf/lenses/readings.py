@@ -23,7 +23,10 @@ from ponder_hf.modeling.pondering_vocabulary import chunk_elements, wide
 from .interventions import Intervention, intervening
 
 
-_LARGEST_CHUNK = 1 << 23  # elements of the logits of one pass that live at a time; about ten tensors of that size
+# Elements of the logits of one pass that live at a time, with those of two other passes; and of the tensors that are
+# computed of them, about eight. On a CPU these are so small that they stay in its caches.
+_LARGEST_CHUNK = 1 << 23
+_LARGEST_PART = {"cpu": 1 << 20, "other": 1 << 23}
 
 
 @dataclass
@@ -155,7 +158,17 @@ class _Reader:
         found["drafts"] = self._drafts(places, found["top_ids"])
         return found
 
-    def _measured(self, logits, previous, last, targets):
+    def _measured(self, *tensors):
+        """`_measured_part` of a few tokens after another."""
+        elements = _LARGEST_PART.get(tensors[0].device.type, _LARGEST_PART["other"])
+        rows = max(1, elements // tensors[0].shape[-1])
+        parts = []
+        for first in range(0, len(tensors[0]), rows):
+            part = slice(first, first + rows)
+            parts.append(self._measured_part(*(each if each is None else each[part] for each in tensors)))
+        return {name: torch.cat([each[name] for each in parts]) for name in parts[0]}
+
+    def _measured_part(self, logits, previous, last, targets):
         """One pass over some tokens. logits, previous, last: (n, V), targets: (n,)."""
         targets = targets.to(logits.device)
         counts = targets != IGNORED

@@ -1,4 +1,4 @@
-"""A look as a coloured table for the terminal: tokens by passes, as wide as the terminal is."""
+"""Looks as tables for the terminal, as wide as it is: tokens by passes in colours, and what a whole text shows."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,8 @@ from rich.text import Text
 
 from .measures import MEASURES, Measure
 from .strings import visible
+from .text_page import with_interval
+from .whole_text import GROUPS, OVER_ALL
 
 
 if TYPE_CHECKING:
@@ -58,6 +60,56 @@ def print_table(look: "Lens", measure: str = "probability", console: Console | N
             words[0].stylize(style)
             table.add_row(words[0], *cells, words[1])
         console.print(table)
+
+
+def print_text_tables(content: dict[str, Any], console: Console | None = None) -> None:
+    """Print what pondering does over a whole text.
+
+    Args:
+        content: as `ponder_hf.lenses.lens_text` gives it.
+        console: where; None: standard output.
+    """
+    console = console or Console()
+    plus = "±" if console.encoding.lower().startswith("utf") else "+-"
+
+    def show(title: str, header: list[str], rows: list[list[str]]) -> None:
+        table = Table(*header, box=SIMPLE_HEAD, padding=(0, 1), title=title, title_justify="left", title_style="bold")
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for row in rows:
+            table.add_row(*(Text(_written(cell.replace("±", plus), console)) for cell in row))
+        console.print(table)
+
+    intro = (
+        f"{content['source']}: {content['tokens']:,} tokens in {content['blocks']:,} blocks; behind {plus} half an "
+    )
+    console.print(_written(intro + "interval of 95 %", console), markup=False, highlight=False)
+    passes = [
+        [
+            str(index),
+            with_interval(each, "loss"),
+            with_interval(each, "accuracy", 1, 100),
+            with_interval(each, "agreement", 1, 100),
+            with_interval(each, "calibration_error", 1, 100),
+        ]
+        for index, each in enumerate(content["passes"])
+    ]
+    show("Each pass", ["pass", "loss, nats", "right, %", "agrees, %", "calibration error, %"], passes)
+    for name, rows in content["groups"].items():
+        cells = [
+            [
+                row["label"],
+                f"{100 * row['share']:.1f}",
+                with_interval(row, "gain", sign=True),
+                with_interval(row, "accuracy_before", 1, 100),
+                with_interval(row, "accuracy_after", 1, 100),
+            ]
+            for row in rows
+        ]
+        show(GROUPS[name], ["", "tokens, %", "gain, nats", "right in pass 0, %", "in the last, %"], cells)
+    over_all = content["changes"]["over_all"]
+    cells = [[title, with_interval(over_all, name, 2, 100)] for name, title in OVER_ALL.items()]
+    show("Right thought wrong, and back", ["", "tokens, %"], cells)
 
 
 def _cell(
