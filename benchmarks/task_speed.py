@@ -3,8 +3,8 @@
     python -m benchmarks task_speed
 
 One row goes through the model as the harness sends it: all logits of the last pass are asked for. Plain and pondering
-model take turns, and the least processor time of several turns counts, for a machine may be busy with other work. The shape is that
-of SmolLM2-135M, with random weights, and the row as long as a question of HellaSwag with five examples.
+model take turns, and the least processor time of several turns counts, for a machine may be busy with other work. The
+shape is that of SmolLM2-135M, with random weights, and the row as long as a question of HellaSwag with five examples.
 """
 
 import argparse
