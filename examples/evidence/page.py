@@ -1,4 +1,4 @@
-"""Write docs/evidence.md, README's part on evidence and docs/evidence.svg from page.md, readme.md and the results.
+"""Write docs/evidence.md, README's part on evidence and their pictures from page.md, readme.md and the results.
 
     python examples/evidence/page.py
 
@@ -15,9 +15,10 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from report import exponents, last_losses, read_results, with_base
-from runs import BLOCK
+from runs import BLOCK, TABLES
 
 
 HERE = Path(__file__).resolve().parent
@@ -30,6 +31,7 @@ DRAWN = {
     "8layers": "plain, 8 layers",
     "2layers-x4": "plain, 2 layers, 4 times the tokens",
 }
+ORANGE, YELLOW = "#d55e00", "#e69f00"
 MARKS = "<!-- figures by examples/evidence/page.py -->\n", "<!-- end of figures -->"
 FIGURE = re.compile(r"\{(\w+)((?: [^ {}]+)*)\}")
 
@@ -185,13 +187,25 @@ def drawn_curves(figures: Figures) -> dict[str, list[tuple[int, float, float]]]:
     return curves
 
 
-def digest(curves: dict) -> str:
+def drawn_sizes(figures: Figures) -> dict[int, list[tuple[int, int, float, float]]]:
+    """For each S of the table of sizes: layers, parameters, operations and loss, the mean over seeds, by size."""
+    sizes = {}
+    for label in dict.fromkeys(run.label for run in TABLES["scaling"]):
+        seeds = list(figures.seeds_of(f"novels/{label}").values())
+        run = seeds[0]["run"]
+        loss = statistics.mean(last_losses(result)[-1] for result in seeds)
+        point = run["layers"], seeds[0]["parameters"], seeds[0]["training_flops"], round(loss, 4)
+        sizes.setdefault(run["pondering_steps"], []).append(point)
+    return {steps: sorted(points) for steps, points in sorted(sizes.items())}
+
+
+def digest(drawn: dict) -> str:
     """A mark of what is drawn, kept in the picture."""
-    return hashlib.sha256(json.dumps(curves).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(drawn).encode()).hexdigest()[:16]
 
 
-def draw(curves: dict[str, list[tuple[int, float, float]]], path: Path) -> None:
-    """Draw the loss against tokens and against arithmetic."""
+def new_figure(width: float, panels: int) -> tuple:
+    """A figure of matplotlib whose panels share the loss as their y-axis, and its axes."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -199,8 +213,25 @@ def draw(curves: dict[str, list[tuple[int, float, float]]], path: Path) -> None:
 
     matplotlib.rcParams.update({"svg.hashsalt": "evidence", "font.size": 9, "axes.spines.top": False})
     matplotlib.rcParams.update({"axes.spines.right": False, "figure.facecolor": "white"})
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
-    styles = {"2layers-S3": ("#d55e00", 2.6, "-"), "2layers-S1": ("#e69f00", 1.8, "-")}
+    figure, axes = pyplot.subplots(1, panels, figsize=(width, 3.4), sharey=True, layout="constrained")
+    axes[0].set_ylabel("held-out loss, nats per byte")
+    return figure, axes
+
+
+def finish(figure: Any, axes: list, names: list[str], all_ticks: list[tuple], path: Path, drawn: dict) -> None:
+    """Name the axes, write the legend, and save the picture with the mark of what is drawn."""
+    for axis, name, ticks in zip(axes, names, all_ticks, strict=True):
+        axis.set(xlabel=name, xscale="log")
+        axis.set_xticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+        axis.minorticks_off()
+    figure.legend(loc="outside right upper", frameon=False)
+    figure.savefig(path, metadata={"Date": None, "Description": digest(drawn)})
+
+
+def draw_curves(curves: dict[str, list[tuple[int, float, float]]], path: Path) -> None:
+    """Draw the loss against tokens and against arithmetic."""
+    figure, axes = new_figure(9, 2)
+    styles = {"2layers-S3": (ORANGE, 2.6, "-"), "2layers-S1": (YELLOW, 1.8, "-")}
     greys = iter(["#000000", "#555555", "#888888", "#000000"])
     for label, points in curves.items():
         color, width, dashes = styles.get(label) or (next(greys), 1.3, ":" if label.endswith("x4") else "-")
@@ -208,14 +239,22 @@ def draw(curves: dict[str, list[tuple[int, float, float]]], path: Path) -> None:
         style = {"color": color, "linewidth": width, "linestyle": dashes, "marker": "o", "markersize": 3}
         axes[0].plot([each / 1e6 for each in tokens], losses, label=DRAWN[label], **style)
         axes[1].plot([each / 1e12 for each in operations], losses, **style)
-    axes[0].set(xlabel="millions of bytes trained on", ylabel="held-out loss, nats per byte", xscale="log")
-    axes[1].set(xlabel="arithmetic of training, TFLOP", xscale="log")
-    for axis, ticks in zip(axes, ((0.5, 1, 2, 4), (1, 2, 5, 10, 20)), strict=True):
-        axis.set_xticks(ticks, labels=[f"{tick:g}" for tick in ticks])
-        axis.minorticks_off()
-    figure.legend(loc="outside right upper", frameon=False)
-    figure.savefig(path, metadata={"Date": None, "Description": digest(curves)})
-    pyplot.close(figure)
+    names = ["millions of bytes trained on", "arithmetic of training, TFLOP"]
+    finish(figure, axes, names, [(0.5, 1, 2, 4), (1, 2, 5, 10, 20)], path, curves)
+
+
+def draw_sizes(sizes: dict[int, list[tuple[int, int, float, float]]], path: Path) -> None:
+    """Draw the loss against layers, parameters and arithmetic."""
+    figure, axes = new_figure(9, 3)
+    for steps, points in sizes.items():
+        color = {0: "#000000", 1: YELLOW, 3: ORANGE}[steps]
+        layers, parameters, operations, losses = zip(*points, strict=True)
+        style = {"color": color, "linewidth": 1.3 if not steps else 2.2, "marker": "o", "markersize": 4}
+        axes[0].plot(layers, losses, label=f"S = {steps}" if steps else "plain", **style)
+        axes[1].plot([each / 1e6 for each in parameters], losses, **style)
+        axes[2].plot([each / 1e12 for each in operations], losses, **style)
+    names = ["layers", "millions of parameters", "arithmetic of training, TFLOP"]
+    finish(figure, axes, names, [(1, 2, 4, 8, 16), (0.25, 0.5, 1, 2, 3), (3, 10, 30)], path, sizes)
 
 
 def pages(figures: Figures) -> dict[Path, str]:
@@ -233,14 +272,21 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if something is out of date")
     arguments = parser.parse_args(argv)
     figures = Figures(read_results(HERE / "results"))
-    texts, curves, picture = pages(figures), drawn_curves(figures), ROOT / "docs" / "evidence.svg"
+    texts, docs = pages(figures), ROOT / "docs"
+    pictures = {
+        docs / "evidence.svg": (draw_curves, drawn_curves(figures)),
+        docs / "evidence-sizes.svg": (draw_sizes, drawn_sizes(figures)),
+    }
     if not arguments.check:
         for path, text in texts.items():
             path.write_text(text, encoding="utf-8")
-        draw(curves, picture)
+        for path, (draw, drawn) in pictures.items():
+            draw(drawn, path)
         return
     old = [path.name for path, text in texts.items() if path.read_text(encoding="utf-8") != text]
-    old += [picture.name] * (digest(curves) not in picture.read_text(encoding="utf-8"))
+    old += [
+        path.name for path, (_, drawn) in pictures.items() if digest(drawn) not in path.read_text(encoding="utf-8")
+    ]
     if old:
         sys.exit(f"{', '.join(old)}: not what the results say; run {Path(__file__).name}")
 
