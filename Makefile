@@ -18,6 +18,8 @@ VERSIONS ?=
 # Where `make vllm` keeps its environment (4 GB), and further options: make vllm VLLM_ARGS="-m 'not slow'".
 VLLM ?= .vllm
 VLLM_ARGS ?=
+# Where `make docs` builds the documentation.
+SITE ?= site
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH ?= all
@@ -35,7 +37,7 @@ INSTALLED = $(VENV)/installed
 INTERPRETER = $(if $(wildcard $(VENV_PYTHON)),$(VENV_PYTHON),$(PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test style compat vllm gpu bench clean
+.PHONY: help setup demo test style compat vllm gpu bench docs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -71,8 +73,13 @@ gpu: setup ## Check and measure pondering on this machine's GPU (five minutes; G
 bench: setup ## Run the benchmark named by BENCH=NAME, or all of them (hours); `python -m benchmarks` lists them
 	$(VENV_PYTHON) -m benchmarks $(BENCH)
 
-clean: ## Remove build outputs, caches, .compat and .vllm; keep .venv and ponder-demo
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .compat .vllm
+docs: setup ## Build the documentation site into site/, links and anchors checked (a minute)
+	@$(VENV_PYTHON) -c 'import material, mkdocstrings_handlers.python' 2>/dev/null || \
+		$(VENV_PYTHON) -m pip install -c constraints.txt --no-build-isolation -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(VENV_PYTHON) -m mkdocs build --strict --clean --site-dir $(abspath $(SITE))
+
+clean: ## Remove build outputs, caches, site, .compat and .vllm; keep .venv and ponder-demo
+	rm -rf build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .compat .vllm
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt
