@@ -24,6 +24,7 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH ?= all
 GPU_ARGS ?=
+MUTANTS ?=
 
 VENV_PYTHON = $(VENV)/bin/python
 STAMP = $(VENV)/.ponder-hf-installed
@@ -37,7 +38,7 @@ INSTALLED = $(VENV)/installed
 INTERPRETER = $(if $(wildcard $(VENV_PYTHON)),$(VENV_PYTHON),$(PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test style compat vllm gpu bench docs clean
+.PHONY: help setup demo test style compat vllm gpu bench docs mutants clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -77,6 +78,10 @@ docs: setup ## Build the documentation site into site/, links and anchors checke
 	@$(VENV_PYTHON) -c 'import material, mkdocstrings_handlers.python' 2>/dev/null || \
 		$(VENV_PYTHON) -m pip install -c constraints.txt --no-build-isolation -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(VENV_PYTHON) -m mkdocs build --strict --clean --site-dir $(abspath $(SITE))
+
+mutants: setup ## Break the code in small ways, one at a time: the tests must notice each (an hour; MUTANTS=PART: only some)
+	PYTHONPATH=tests $(VENV_PYTHON) -m mutation --workers $(WORKERS) \
+		$(if $(wildcard $(VLLM)/bin/python),--vllm $(abspath $(VLLM)/bin/python)) $(MUTANTS)
 
 clean: ## Remove build outputs, caches, site, .compat and .vllm; keep .venv and ponder-demo
 	rm -rf build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .compat .vllm

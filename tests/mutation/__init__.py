@@ -1,0 +1,1 @@
+"""`make mutants`: the code is broken in many small ways, one at a time, and the tests must notice each."""
