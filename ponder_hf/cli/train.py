@@ -31,11 +31,18 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     _add_run_flags(parser)
     _add_data_flags(parser)
     add_common_flags(parser)
-    add_field_flags(parser).add_argument(
+    fields = add_field_flags(parser)
+    fields.add_argument(
         "--gate-learning-rate-factor",
         type=float,
         metavar="X",
         help="of the gate to the model. Default: 30; a matrix: 1.",
+    )
+    fields.add_argument(
+        "--sampled-steps",
+        nargs="+",
+        metavar="RULE",
+        help="S of each training step: growing, or weights of 0, 1, ...",
     )
     _add_adapter_flags(parser)
     _add_scratch_flags(parser)
@@ -122,8 +129,11 @@ def make_options(given: Mapping[str, Any]) -> "TrainOptions":
     """TrainOptions from a dict of what was said: options, pondering fields and training arguments."""
     from ponder_hf.training.arguments import argument_names
     from ponder_hf.training.options import OPTION_NAMES, TrainOptions
+    from ponder_hf.training.sampled_steps import read_rule
 
     names = [name for name in OPTION_NAMES if name in given]
+    if given.get("sampled_steps") is not None:
+        given = {**given, "sampled_steps": read_rule(given["sampled_steps"])}
     return TrainOptions(
         **{name: given[name] for name in names},
         fields=given_fields(argparse.Namespace(**given)),

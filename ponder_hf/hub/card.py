@@ -219,6 +219,8 @@ def with_training(facts: Facts, trainer: "Trainer") -> Facts:
             "epochs": f"{state.epoch:.2f}" if state.epoch else None,
             "rows in a step": rows,
             "peak learning rate": f"{settings.learning_rate:g}",
+            # Of PonderingTrainer, where S is not the same in every step.
+            "pondering steps in training": _in_words(getattr(trainer, "sampled_steps", None)),
             "schedule": getattr(settings.lr_scheduler_type, "value", settings.lr_scheduler_type),
             "optimiser": getattr(settings.optim, "value", settings.optim),
             "weight decay": f"{settings.weight_decay:g}",
@@ -234,6 +236,13 @@ def with_training(facts: Facts, trainer: "Trainer") -> Facts:
         pass_accuracies=tuple(passes["accuracy"]),
         pass_agreements=tuple(passes["agreement"]),
     )
+
+
+def _in_words(rule):
+    """How S was chosen for each training step, or None where it was always the model's."""
+    if rule is None or isinstance(rule, str):
+        return rule
+    return "drawn from 0, 1, ... with the weights " + ", ".join(f"{weight:g}" for weight in rule)
 
 
 def render(facts: Facts) -> str:

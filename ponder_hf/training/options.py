@@ -9,6 +9,7 @@ from ponder_hf.modeling import PonderingError
 from ponder_hf.modeling.configuration_pondering import PONDERING_FIELDS
 
 from .gate import check_factor
+from .sampled_steps import check_rule
 
 
 DTYPES = ("float32", "bfloat16", "auto")
@@ -44,6 +45,8 @@ class TrainOptions:
         draft_heads: train draft heads (modeling/pondering_generate_drafts.py) for a pondering model that stays as is.
         gate_learning_rate_factor: times the learning rate of the model is that of its gate. None: as
             GATE_LEARNING_RATE_FACTOR in gate.py says for a gate of factors, and 1 for a matrix.
+        sampled_steps: S of each training step: "growing", 1, 2, ... up to the model's S, each for an equal
+            part of the run; or weights of S = 0, 1, ... to draw it by. None: always the model's S.
         merge: at the end, save the model with the adapter merged into it.
         resume: continue the run in `output`: "last", or the folder of one of its checkpoints.
         overwrite: replace `output` where it is not empty.
@@ -76,6 +79,7 @@ class TrainOptions:
     lora_target_modules: list = field(default_factory=list)
     draft_heads: bool = False
     gate_learning_rate_factor: float | None = None
+    sampled_steps: str | list[float] | None = None
     merge: bool = False
     resume: str | None = None
     overwrite: bool = False
@@ -95,6 +99,8 @@ class TrainOptions:
             raise PonderingError(f"`lora_dropout` must be at least 0 and less than 1, got {self.lora_dropout}")
         if self.gate_learning_rate_factor is not None:
             check_factor(self.gate_learning_rate_factor)
+        if self.sampled_steps is not None:
+            check_rule(self.sampled_steps)
         if self.shuffle_buffer and not self.streaming:
             raise PonderingError("`shuffle_buffer` is for streaming; otherwise all blocks are shuffled: leave it out")
         for name, choices in (("dtype", DTYPES), ("initialisation", INITIALISATIONS)):
@@ -126,8 +132,9 @@ class TrainOptions:
             raise PonderingError(
                 f"`draft_heads` trains nothing else: leave out `{other}`, and train draft heads for the model later"
             )
-        if self.draft_heads and self.gate_learning_rate_factor is not None:
-            raise PonderingError("`draft_heads` trains nothing else: leave out `gate_learning_rate_factor`")
+        for name in ("gate_learning_rate_factor", "sampled_steps"):
+            if self.draft_heads and getattr(self, name) is not None:
+                raise PonderingError(f"`draft_heads` trains nothing else: leave out `{name}`")
         if self.merge and not self.lora:
             raise PonderingError("`merge` merges an adapter, but there is none: add `lora`, or leave it out")
 

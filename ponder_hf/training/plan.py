@@ -22,6 +22,7 @@ from .arguments import complete_arguments, keep_token_apart, make_arguments, wro
 from .checkpoints import check_fields, checkpoint_to_resume, last_checkpoint, resumed_options
 from .gate import check_gate_in_checkpoint, check_optimizer_name, default_factor
 from .options import TrainOptions
+from .sampled_steps import check_rule_of_model
 from .start import Start, find_start, pondering_start
 from .trainer import check_smoothing
 
@@ -98,6 +99,8 @@ def make_plan(options: TrainOptions) -> TrainingPlan:
         start = _resumed_start(options, checkpoint)
         check_fields(fields, start.config, checkpoint)
     options = _with_gate_factor(options, start)
+    if options.sampled_steps is not None:
+        check_rule_of_model(options.sampled_steps, start.config)
     if checkpoint is not None and options.gate_learning_rate_factor is not None:
         check_gate_in_checkpoint(checkpoint)
     if options.lora:

@@ -113,6 +113,7 @@ def _make_trainer(plan: TrainingPlan, model: PreTrainedModel) -> tuple[Pondering
             record=record,
             model_is_loaded=plan.checkpoint is not None,
             gate_learning_rate_factor=options.gate_learning_rate_factor,
+            sampled_steps=options.sampled_steps,
         )
     # Both print on standard output; that is for results.
     trainer.remove_callback(ProgressCallback)
@@ -181,6 +182,7 @@ def _result(trainer: PonderingTrainer, plan: TrainingPlan, progress: TrainingPro
         "model_type": config.base_config.model_type,
         "parameters": plan.start.num_parameters,
         "pondering": {name: getattr(config, name) for name in PONDERING_FIELDS},
+        "sampled_steps": plan.options.sampled_steps,
         "steps": trainer.state.global_step,
         "tokens": tokens,
         "tokens_per_second": round(progress.tokens_per_second, 1),

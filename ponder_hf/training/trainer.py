@@ -38,6 +38,7 @@ from .gate import (
     separate_gate,
     trained_gate,
 )
+from .sampled_steps import Rule, check_rule_of_model, steps_at
 
 
 _PROGRESS = "loss_since_log"
@@ -101,6 +102,9 @@ class PonderingTrainer(Trainer):
             names on disk to names in memory, which are not always the same.
         gate_learning_rate_factor: times the learning rate of the model is that of its gate; > 0. None:
             GATE_LEARNING_RATE_FACTOR, where the model has a gate of factors that learns; a matrix learns as the rest.
+        sampled_steps: S of each training step: "growing", 1, 2, ... up to the model's S, each for an equal
+            part of the run; or weights of S = 0, 1, ... to draw it by, from the seed and the number of the step. None:
+            always the model's S. Evaluation always has the model's.
     """
 
     def __init__(
@@ -109,6 +113,7 @@ class PonderingTrainer(Trainer):
         record: dict[str, Any] | None = None,
         model_is_loaded: bool = False,
         gate_learning_rate_factor: float | None = None,
+        sampled_steps: Rule | None = None,
         **kwargs: Any,
     ) -> None:
         self.record, self.model_is_loaded = record or {}, model_is_loaded
@@ -119,9 +124,12 @@ class PonderingTrainer(Trainer):
         with cache_setting_kept(model.config):
             super().__init__(*args, **kwargs)
         check_smoothing(self.args, model.config)
+        if sampled_steps is not None:
+            check_rule_of_model(sampled_steps, model.config)
+        self.sampled_steps = sampled_steps
         can_separate = self.optimizer is None and bool(trained_gate(model))
         factor = gate_learning_rate_factor or default_factor(getattr(model.config, "pondering_gate", "none"))
-        self._separates_gate, self._gate_factor = can_separate and factor is not None, factor
+        self._separates_gate, self._gate_factor = can_separate and factor is not None, factor or 1.0
         if gate_learning_rate_factor is not None:
             check_factor(gate_learning_rate_factor)
             if not can_separate:
@@ -151,12 +159,21 @@ class PonderingTrainer(Trainer):
         is_scaled = isinstance(self.lr_scheduler, torch.optim.lr_scheduler.LambdaLR)  # all groups by one factor
         if "learning_rate" in logs and is_scaled and gate_group(self.optimizer):
             logs = {**logs, "gate_learning_rate": logs["learning_rate"] * self._gate_factor}
+        if "loss" in logs and self.sampled_steps is not None:
+            logs = {**logs, "training_pondering_steps": self._steps_at(self.state.global_step - 1)}
         super().log(logs, *args, **kwargs)
 
     # Losses
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
+    def _steps_at(self, step):
+        """S of a training step. The number of the step stands still while gradients of several batches are summed."""
+        most, seed = self.pondering_model.config.pondering_steps, self.args.seed
+        return steps_at(self.sampled_steps, most, seed, step, self.state.max_steps)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.sampled_steps is not None:
+            inputs = {**inputs, "pondering_steps": self._steps_at(self.state.global_step)}
+        loss = super().training_step(model, inputs, *args, **kwargs)
         if not torch.isfinite(loss):
             self._stop(f"the loss of step {self.state.global_step + 1} is {loss.item()}")
         return loss
