@@ -10,12 +10,12 @@ import tracemalloc
 from types import SimpleNamespace
 
 import pytest
+from small_tokenizer import train_tokenizer
 from torch.utils.data import DataLoader
 
 from ponder_hf import PonderingError
 from ponder_hf.conversion import check_tokenizer
 from ponder_hf.data import load_blocks, text
-from ponder_hf.demo.corpus import Document, train_tokenizer
 
 
 pa = pytest.importorskip("pyarrow", reason="needs ponder-hf[train]")
@@ -39,7 +39,7 @@ configs:
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer([Document("story", STORY * 3)], vocab_size=280, positions=64)
+    return train_tokenizer(STORY * 3, vocab_size=280, positions=64)
 
 
 @pytest.fixture

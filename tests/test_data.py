@@ -14,12 +14,12 @@ import tiny
 import torch
 from accelerate.data_loader import prepare_data_loader
 from patience import PATIENCE
+from small_tokenizer import train_tokenizer
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 from ponder_hf import PonderingError
 from ponder_hf.data import StreamedBlocks, check_apart, load_blocks, split_held_out, text
-from ponder_hf.demo.corpus import Document, train_tokenizer
 
 
 pa = pytest.importorskip("pyarrow", reason="needs ponder-hf[train]")
@@ -33,7 +33,7 @@ SOURCES += ["configurations", "split folder"]
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer([Document("stories", "".join(STORIES))], vocab_size=300, positions=64)
+    return train_tokenizer("".join(STORIES), vocab_size=300, positions=64)
 
 
 def json_lines(stories):

@@ -6,6 +6,7 @@ import dataclasses
 import html
 import io
 import json
+import math
 import re
 import subprocess
 import sys
@@ -14,15 +15,16 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from small_tokenizer import train_tokenizer
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ponder_hf import PonderingForCausalLM, evaluation
 from ponder_hf.cli import main
 from ponder_hf.data.blocks import Blocks
-from ponder_hf.demo import Options, corpus, experiment, load_and_run, prepare, report, run, separate_process
-from ponder_hf.demo.figure import draw_curves
-from ponder_hf.demo.simple_training import train
+from ponder_hf.demo import Options, corpus, experiment, load_and_run, prepare, report, run, separate_process, words
+from ponder_hf.demo.figure import draw_png
+from ponder_hf.demo.simple_training import Run, train
 from ponder_hf.evaluation import evaluate_passes
 
 
@@ -173,59 +175,127 @@ def small_setup(tmp_path, **options):
     path.write_text(STORY, encoding="utf-8")
     options = Options(output=str(tmp_path / "out"), text=(str(path),), quick=True, **options)
     setup = prepare.prepare(options)
-    return dataclasses.replace(setup, size=dataclasses.replace(setup.size, base_steps=6, steps=4, batch_size=4))
+    return dataclasses.replace(
+        setup, size=dataclasses.replace(setup.size, base_steps=6, steps=4, batch_size=4, evaluations=1)
+    )
 
 
-def test_plan_is_halved_until_it_fits(tmp_path, monkeypatch):
+@pytest.mark.parametrize("content", ["", "a<s> <|endoftext|>\r\n\t  é 漢字 🎉 don't", "".join(map(chr, range(300)))])
+def test_every_byte_is_a_token_and_every_text_comes_back(tmp_path, content):
+    corpus.byte_tokenizer(64).save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(tokenizer) == tokenizer.vocab_size == 256
+    assert tokenizer(content)["input_ids"] == list(content.encode())
+    assert tokenizer.decode(list(content.encode())) == content
+    assert tokenizer.decode(list(content.encode()), skip_special_tokens=True) == content
+    assert tokenizer.eos_token_id is None
+    assert tokenizer.model_max_length == 64
+
+
+def test_operations_are_those_of_the_weights_that_a_token_meets():
+    plain, tied = tiny.base_model("gpt_neox"), tiny.base_model("gpt2")
+    head = plain.get_output_embeddings().weight.numel()
+    layers = plain.num_parameters() - 2 * head
+    assert experiment.operations_per_token(plain) == 6 * (layers + head)
+    pondering = PonderingForCausalLM.from_base(plain, pondering_steps=3, pondering_gate="zero_init")
+    assert experiment.operations_per_token(pondering) == 6 * (4 * (layers + head) + 3 * head)
+    assert experiment.operations_per_token(tied) == 6 * tied.num_parameters()
+
+
+def test_schedule_is_cut_until_it_fits(tmp_path, monkeypatch):
     setup = small_setup(tmp_path)
-    setup = dataclasses.replace(setup, size=dataclasses.replace(setup.size, base_steps=400, steps=100))
-    seconds = {"plain": 0.1, "pondering": 0.5}
+    setup = dataclasses.replace(setup, text_blocks=40, size=dataclasses.replace(setup.size, base_steps=160, steps=96))
+    seconds = {"plain": 0.01, "pondering": 0.05}
     monkeypatch.setattr(
         experiment,
         "_step_seconds",
         lambda model, size, repeats: seconds["pondering" if isinstance(model, PonderingForCausalLM) else "plain"],
     )
-    schedule = experiment.make_schedule(setup)  # 400 * 0.1 + 100 * 0.6 = 100 seconds of 200
-    assert (schedule.base_steps, schedule.steps, schedule.share) == (400, 100, 1)
-    seconds.update(plain=0.3, pondering=1.7)  # 320 seconds
-    schedule = experiment.make_schedule(setup)
-    assert (schedule.base_steps, schedule.steps, schedule.share) == (200, 50, 0.5)
+    full = experiment.make_schedule(setup)
+    assert (full.base_steps, full.steps, full.text_blocks, full.share) == (160, 96, 40, 1)
+    pondering = PonderingForCausalLM.from_base(copy.deepcopy(setup.base), pondering_steps=3)
+    ratio = experiment.operations_per_token(pondering) / experiment.operations_per_token(setup.base)
+    assert full.longer_steps == round(96 * ratio)
+    slower = setup.size.budget_seconds / full.seconds
+    seconds.update(plain=0.01 * slower, pondering=0.05 * slower)
+    assert experiment.make_schedule(setup).share == 1
+    seconds.update(plain=0.012 * slower, pondering=0.06 * slower)
+    cut = experiment.make_schedule(setup)
+    assert (cut.base_steps, cut.steps, cut.text_blocks, cut.share) == (120, 72, 40, 0.75)
+    assert cut.seconds <= setup.size.budget_seconds
     seconds.update(plain=1e6, pondering=1e6)
     assert experiment.make_schedule(setup).steps >= 8
     chosen = dataclasses.replace(setup, options=dataclasses.replace(setup.options, steps=77))
     schedule = experiment.make_schedule(chosen)
-    assert (schedule.base_steps, schedule.steps, schedule.share) == (400, 77, 1)
+    assert (schedule.base_steps, schedule.steps, schedule.text_blocks, schedule.share) == (160, 77, 40, 1)
+
+
+def small_schedule(**changes):
+    plan = {"base_steps": 6, "steps": 4, "longer_steps": 9, "text_blocks": 12, "evaluations": 1, "threads": 1}
+    return experiment.Schedule(**{**plan, "share": 1.0, "seconds": 1.0, **changes})
+
+
+def bytes_of(row):
+    return row.numpy().tobytes()
 
 
 def test_experiment_is_fair_and_repeats_itself(tmp_path, monkeypatch):
     calls = []
 
-    def recording(model, blocks, label, **arguments):
-        calls.append((label.strip(), blocks.rows.clone(), {**arguments, "held_out": None}))
-        return train(model, blocks, label, **arguments)
+    def recording(model, blocks, label, held_out, every, **arguments):
+        calls.append((label.strip(), model, blocks.rows.clone(), arguments))
+        return train(model, blocks, label, held_out, every, **arguments)
 
     monkeypatch.setattr(experiment, "train", recording)
     outcomes = []
     for seed in (3, 3, 4):
-        setup = small_setup(tmp_path, seed=seed)
-        schedule = experiment.Schedule(base_steps=6, steps=4, threads=1, share=1.0, step_seconds=(1, 1))
-        outcomes.append(experiment.run_experiment(setup, schedule))
+        setup = small_setup(tmp_path, seed=seed, text_blocks=12)
+        outcomes.append(experiment.run_experiment(setup, small_schedule()))
     first, second, other = outcomes
-    (_, base_rows, _), (_, control_rows, control_arguments), (_, pondering_rows, pondering_arguments) = calls[:3]
-    assert [label for label, _, _ in calls[:3]] == ["base", "control", "pondering"]
-    assert torch.equal(control_rows, pondering_rows)
-    assert control_arguments == pondering_arguments
-    setup = small_setup(tmp_path, seed=3)
-    assert torch.equal(torch.cat([base_rows, control_rows]), experiment.take(setup.training, 0, 40).rows)
-    assert not torch.equal(setup.training.rows, small_setup(tmp_path, seed=4).training.rows)
-    assert control_arguments["seed"] == 3
-    assert first.converted_losses[0] == pytest.approx(first.base_loss, abs=1e-6)
-    assert first.control_loss < first.base_loss
-    assert first.pondering_losses == second.pondering_losses
-    assert first.control_loss == second.control_loss
-    assert first.control_loss != other.control_loss
+    names, _, rows, arguments = (dict(enumerate(column)) for column in zip(*calls[:7], strict=True))
+    assert list(names.values()) == ["base", "control", "pondering", "longer", "deeper", "deeper", "more text"]
+    assert torch.equal(rows[1], rows[2])
+    assert arguments[1] == arguments[2] == arguments[5]
+    assert torch.equal(rows[3][: len(rows[1])], rows[1])
+    assert torch.equal(torch.cat([rows[4], rows[5]]), torch.cat([rows[0], rows[1]]))
+    first_blocks, later_blocks = (
+        {*map(bytes_of, each)} for each in setup.blocks.rows.split([12, len(setup.blocks) - 12])
+    )
+    assert {bytes_of(row) for row in torch.cat([rows[0], rows[1], rows[3]])} == first_blocks
+    assert {bytes_of(row) for row in rows[6]} <= later_blocks
+    assert arguments[1]["seed"] == 3
+    models = first.models
+    base, control, pondering, deeper = (models[name] for name in ("base", "control", "pondering", "deeper"))
+    assert pondering.runs[0].passes[0][1] == pytest.approx([base.losses[0]] * 4, abs=1e-6)
+    assert control.losses[0] < base.losses[0]
+    assert control.tokens == pondering.tokens == deeper.tokens == 10 * control.runs[0].tokens_per_step
+    assert models["more_text"].tokens == control.tokens
+    assert models["longer"].tokens == 15 * control.runs[0].tokens_per_step
+    assert base.operations < control.operations < pondering.operations
+    assert deeper.parameters > 1.3 * control.parameters
+    assert control.points()[0][:2] == base.points()[-1][:2]
+    assert pondering.losses == second.models["pondering"].losses
+    assert control.losses == second.models["control"].losses
+    assert control.losses != other.models["control"].losses
     weights = dict(first.pondering.named_parameters())
     assert all(torch.equal(weights[name], tensor) for name, tensor in second.pondering.named_parameters())
+    assert first.pondering.pondering_gate.weight.abs().max() > 0
+
+
+def test_what_would_end_too_late_is_left_out(tmp_path, monkeypatch):
+    setup = small_setup(tmp_path, text_blocks=12)
+    late = dataclasses.replace(setup, size=dataclasses.replace(setup.size, budget_seconds=0.0))
+    outcome = experiment.run_experiment(late, small_schedule())
+    assert set(outcome.models) == {"base", "control", "pondering"}
+    assert outcome.left_out == ["longer", "deeper", "more_text"]
+    chosen = dataclasses.replace(late, options=dataclasses.replace(setup.options, steps=4))
+    assert experiment.run_experiment(chosen, small_schedule()).left_out == []
+
+
+def test_lowest_loss_is_of_its_last_run_and_never_nan():
+    trained = experiment.Trained(1, 1)
+    trained.runs = [Run(passes=[(0, [0.5])]), Run(passes=[(0, [3.0]), (1, [9.0, 2.0]), (2, [2.5]), (3, [math.nan])])]
+    assert trained.lowest_loss == 2.0
 
 
 # The whole demo
@@ -236,26 +306,53 @@ def test_results_are_whole_and_say_what_was_done(demo):
     assert sorted(path.name for path in folder.iterdir()) == [
         "checkpoint",
         "curves.png",
+        "lens.html",
         "report.html",
         "results.json",
     ]
     assert json.loads((folder / "results.json").read_text(encoding="utf-8")) == results
-    losses = results["held_out_loss"]
+    losses, lowest = results["held_out_loss"], results["lowest_loss"]
     assert 0 < losses["control"] < losses["base"] < 7
-    assert 0 < losses["pondering"] < losses["converted"]
-    assert results["loss_of_each_pass"]["converted"][0] == pytest.approx(losses["base"], abs=1e-5)
+    assert losses["converted"] == pytest.approx(losses["base"], abs=1e-6)
+    assert results["unit"] == "nats per byte"
+    assert set(lowest) == set(words.NAMES) == set(results["arithmetic"])
+    assert all(0 < lowest[name] <= losses[name] for name in lowest)
+    assert results["loss_of_each_pass"]["converted"] == pytest.approx([losses["base"]] * 4, abs=1e-5)
     assert len(results["loss_of_each_pass"]["pondering"]) == 4
     assert results["loss_of_each_pass"]["pondering"][-1] == losses["pondering"]
     assert results["loss_difference"] == pytest.approx(losses["pondering"] - losses["control"])
     rates = results["tokens_per_second"]
     assert rates["ratio"] == pytest.approx(rates["control"] / rates["pondering"])
     assert rates["ratio"] > 1.5
-    bits = losses["control"] / 0.6931 / results["text"]["bytes_per_token"]
-    assert results["bits_per_byte"]["control"] == pytest.approx(bits, rel=1e-3)
+    assert results["bits_per_byte"]["control"] == pytest.approx(losses["control"] / 0.6931, rel=1e-3)
     assert results["checkpoint"]["loss"] == pytest.approx(results["checkpoint"]["expected_loss"], abs=1e-5)
     assert results["checkpoint"]["class"].startswith("transformers_modules.")
     assert all(sample["control"] and sample["pondering"] for sample in results["samples"])
-    assert results["settings"]["tokens"] == results["settings"]["steps"] * 8 * 64
+    settings = results["settings"]
+    assert settings["tokens"] == settings["steps"] * 8 * 64
+    assert results["text"]["tokens"] == settings["text_blocks"] * 64
+    arithmetic = results["arithmetic"]
+    assert arithmetic["control"] == 1
+    assert arithmetic["more_text"] == 1
+    assert arithmetic["longer"] == pytest.approx(arithmetic["pondering"], rel=0.02)
+    assert 1.4 < arithmetic["deeper"] < 2
+    drafts = results["drafts"]
+    assert drafts["num_draft_tokens"] == 3
+    assert drafts["same_text"] is True
+    assert min(drafts["plain_seconds"], drafts["drafted_seconds"], drafts["speed"]) > 0
+
+
+def test_passage_is_what_each_pass_finds_probable(demo):
+    results, folder, _ = demo
+    model = PonderingForCausalLM.from_pretrained(folder / "checkpoint")
+    passage = results["passage"]
+    ids = torch.tensor([list("".join(passage["tokens"]).encode())])
+    for steps, found in enumerate(passage["probabilities"]):
+        with torch.no_grad():
+            loss = model(input_ids=ids, labels=ids, pondering_steps=steps).loss
+        assert len(found) == ids.shape[1] - 1
+        assert -sum(map(math.log, found)) / len(found) == pytest.approx(loss.item(), abs=1e-4)
+    assert len(passage["probabilities"]) == 4
 
 
 def test_folder_is_small_and_leaves_nothing_beside_it(demo):
@@ -263,6 +360,7 @@ def test_folder_is_small_and_leaves_nothing_beside_it(demo):
     sizes = {path.name: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     assert sizes["curves.png"] < 500_000
     assert sizes["report.html"] < 1_000_000
+    assert sizes["lens.html"] < 1_000_000
     assert sum(sizes.values()) < 3_000_000
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -272,22 +370,23 @@ def test_report_holds_the_numbers_and_needs_no_other_file(demo):
     results, folder, _ = demo
     page = (folder / "report.html").read_text(encoding="utf-8")
     text = html.unescape(page)
-    for losses in (results["held_out_loss"].values(), *results["loss_of_each_pass"].values()):
+    for losses in (results["lowest_loss"].values(), *results["loss_of_each_pass"].values()):
         for loss in losses:
             assert f"{loss:.3f}" in text
-    for rate in ("control", "pondering"):
-        assert f"{results['tokens_per_second'][rate]:,.0f}" in text
-    for value in results["bits_per_byte"].values():
-        assert f"{value:.3f}" in text
-    assert report.verdict(results) in text
-    assert report.on_the_way(results) in text
-    assert report.on_the_way(results).endswith(f"{results['loss_difference']:+.3f}.")
+    for name in results["lowest_loss"]:
+        for part in ("bits_per_byte", "held_out_loss"):
+            assert f"{results[part][name]:.3f}" in text
+    assert text.index(words.headline(results)) < text.index(words.findings(results)[0]) < text.index("<table>")
+    assert all(sentence in text for sentence in words.findings(results))
+    assert f"{results['drafts']['speed']:.1f} times" in text
     assert results["repeat"] in text
     assert results["versions"]["transformers"] in text
     assert all(sample["pondering"] in text for sample in results["samples"])
     assert "$" not in re.sub(r"<pre>.*?</pre>", "", page, flags=re.DOTALL)
-    assert not re.search(r"""(src|srcset|href)=["'](?!data:)""", page)
-    assert page.count("data:image/png;base64,") == 2
+    assert not re.search(r"""(src|srcset)=["']""", page)
+    assert set(re.findall(r"""href=["'](?!#)(.*?)["']""", page)) == {"lens.html"}  # a link, not a part of the page
+    assert page.count("<svg") == 2
+    assert len(re.findall(r' id="([^"]*)"', page)) == len(set(re.findall(r' id="([^"]*)"', page)))
     assert str(folder.parent) not in json.dumps({**results, "output": ""})
 
 
@@ -295,9 +394,10 @@ def test_summary_and_progress_go_to_standard_error(demo):
     results, folder, errors = demo
     assert f"Report: {folder / 'report.html'}" in errors
     assert f'ponder-hf generate {folder / "checkpoint"} --prompt "def "' in errors
-    assert report.verdict(results) in errors
+    assert words.headline(results) in errors
+    assert all(sentence in errors for sentence in words.findings(results))
     assert "base     : 100%" in errors
-    assert "pondering: 100%" in errors
+    assert "more text: 100%" in errors
 
 
 def test_checkpoint_loads_and_gives_the_held_out_loss(demo):
@@ -315,7 +415,7 @@ def test_checkpoint_loads_and_gives_the_held_out_loss(demo):
 
 def test_repeat_command_is_one_that_the_parser_takes(demo):
     results, _, _ = demo
-    assert results["repeat"] == "ponder-hf demo --quick --steps 24 --base-steps 60"
+    assert results["repeat"] == "ponder-hf demo --quick --steps 24 --base-steps 40 --text-blocks 80"
 
 
 def test_diverged_training_ends_with_a_report(tmp_path, monkeypatch):
@@ -339,30 +439,37 @@ def test_own_base_and_text(tmp_path, monkeypatch):
     )
     rows = "".join(json.dumps({"content": line}) + "\n" for line in SENTENCES * 12)
     (tmp_path / "a.jsonl").write_text(rows, encoding="utf-8")
-    tokenizer = corpus.train_tokenizer([corpus.Document("story", STORY)], tiny.VOCAB_SIZE + 141, 64)
+    tokenizer = train_tokenizer(STORY, tiny.VOCAB_SIZE + 141, 64)
     base = tiny.base_model("llama", dtype=torch.bfloat16, vocab_size=len(tokenizer))
     base.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     code, output, errors = call(
         *("demo", "--quick", "--json", "--output", tmp_path / "out", "--base", tmp_path / "base"),
-        *("--text", tmp_path / "a.jsonl", "--text-field", "content", "--steps", 5, "--pondering-gate", "zero_init"),
+        *("--text", tmp_path / "a.jsonl", "--text-field", "content", "--steps", 5, "--text-blocks", 2),
         *("--pondering-steps", 2, "--seed", 7),
     )
     assert code == 0, errors
     results = json.loads(output)
     assert results["base"]["model_type"] == "llama"
-    assert results["curves"]["base"] is None
+    assert set(results["curves"]) == {"control", "pondering", "longer", "more_text"}
+    assert results["unit"] == "nats per token"
     assert results["settings"]["base_steps"] == 0
     assert results["loss_of_each_pass"]["converted"] == pytest.approx([results["held_out_loss"]["base"]] * 3, abs=1e-6)
     assert results["held_out_loss"]["control"] < results["held_out_loss"]["base"]
-    assert "--pondering-gate zero_init" in results["repeat"]
+    assert "--text-blocks 2" in results["repeat"]
     assert "&lt;/pre&gt;" in (tmp_path / "out/report.html").read_text(encoding="utf-8")
     model = PonderingForCausalLM.from_pretrained(tmp_path / "out/checkpoint")
     assert model.dtype == torch.float32
     assert model.pondering_gate.weight.abs().max() > 0
 
 
-FOUND = {"class": "transformers_modules.x.PonderingForCausalLM", "loss": 1.0, "expected_loss": 1.0, "same_bits": True}
+FOUND = {
+    "class": "transformers_modules.x.PonderingForCausalLM",
+    "loss": 1.0,
+    "expected_loss": 1.0,
+    "same_bits": True,
+    "drafts": None,
+}
 
 
 # The other process
@@ -391,7 +498,7 @@ def test_other_process_cannot_import_ponder_hf():
     ],
 )
 def test_another_model_in_the_checkpoint_is_noticed(monkeypatch, answer, message):
-    good = {"class": "c", "saw_ponder_hf": False, "loss": 2.0, "checksum": "same", "texts": []}
+    good = {"class": "c", "saw_ponder_hf": False, "loss": 2.0, "checksum": "same", "texts": [], "drafts": None}
     monkeypatch.setattr(separate_process, "fingerprint", lambda model, ids: (2.0, "same"))
     monkeypatch.setattr(separate_process, "_run", lambda job: {**good, **answer})
     with pytest.raises(RuntimeError, match=message):
@@ -404,29 +511,81 @@ def test_another_model_in_the_checkpoint_is_noticed(monkeypatch, answer, message
 # Words
 
 
+def outcome(demo, **lowest):
+    """The results of the demo with other lowest losses."""
+    return {**demo[0], "lowest_loss": {**demo[0]["lowest_loss"], **lowest}}
+
+
 @pytest.mark.parametrize(
-    ("difference", "words"),
-    [(-0.02, "lowered"), (0.02, "did not lower"), (0.0001, "made no difference"), (None, "diverged")],
+    ("pondering", "expected"),
+    [
+        (1.5, "Pondering lowered the loss from 2.000 to 1.500, for 4.4 times the arithmetic"),
+        (2.25, "Pondering did not lower the loss: 2.250 against 2.000, for 4.4 times the arithmetic"),
+        (2.0001, "Pondering made no difference, for 4.4 times the arithmetic"),
+    ],
 )
-def test_headline_says_what_came_out(demo, difference, words):
-    results = {**demo[0], "loss_difference": difference}
-    assert words in report.headline(results)
-    if difference is not None:
-        assert f"{abs(difference):.3f} {'less' if difference < 0 else 'more'} with pondering" in report.verdict(
-            results
-        )
+def test_headline_says_what_came_out_and_its_price(demo, pondering, expected):
+    results = outcome(demo, control=2.0, pondering=pondering)
+    results["arithmetic"] = {**results["arithmetic"], "pondering": 4.43}
+    assert words.headline(results) == expected
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [
+        ({"pondering": 1.5}, "0.500 less with pondering, whose training took"),
+        ({"pondering": 2.25}, "0.250 more with pondering, whose training took"),
+        ({"pondering": 2.0}, "no difference with pondering"),
+        ({"pondering": 1.5, "longer": 1.75}, "1.750 at best, 0.250 more than pondering: pondering was the better"),
+        ({"pondering": 1.5, "longer": 1.25}, "1.250 at best, 0.250 less than pondering: that was the better use"),
+        ({"pondering": 1.5, "longer": 1.5}, "1.500 at best, as pondering did."),
+        ({"pondering": 1.75, "deeper": 1.5}, "1.500 on the same text: pondering was worth 50% of that gain."),
+        ({"pondering": 1.5, "deeper": 1.75}, "1.750 on the same text: pondering was worth 200% of that gain."),
+        ({"pondering": 2.25, "deeper": 1.75}, "1.750 on the same text, 0.500 less than pondering."),
+        ({"pondering": 1.75, "deeper": 2.25}, "2.250 on the same text, 0.500 more than pondering."),
+        ({"pondering": 2.25, "deeper": 2.25}, "2.250 on the same text, as pondering did."),
+        (
+            {"pondering": 1.5, "more_text": 1.0},
+            "1.000, 0.500 less than pondering: where there is more text, train on that",
+        ),
+        ({"pondering": 1.5, "more_text": 1.75}, "1.750, not better than pondering."),
+    ],
+)
+def test_findings_say_who_won(demo, losses, expected):
+    sentences = words.findings(outcome(demo, control=2.0, **losses))
+    assert len(sentences) == 4
+    assert sum(expected in sentence for sentence in sentences) == 1, sentences
+
+
+def test_findings_leave_out_what_was_not_compared(demo):
+    results = outcome(demo)
+    for name in ("longer", "deeper", "more_text"):
+        del results["lowest_loss"][name]
+    assert len(words.findings(results)) == 1
+    results["left_out"] = ["more_text"]
+    assert "too busy: plain, fresh text." in report.write_report(results)
+
+
+@pytest.mark.parametrize(
+    ("speed", "same", "expected"),
+    [(2.5, True, "wrote 2.5 times as fast"), (0.8, True, "wrote slower, at 0.8 times"), (2.0, False, "it should not")],
+)
+def test_drafts_are_told_as_they_came_out(demo, speed, same, expected):
+    drafts = {**demo[0]["drafts"], "speed": speed, "same_text": same}
+    assert expected in report.write_report({**demo[0], "drafts": drafts})
 
 
 def test_diverged_training_is_reported(demo):
     results = json.loads(json.dumps(demo[0]))
     results["loss_difference"] = results["held_out_loss"]["pondering"] = results["bits_per_byte"]["pondering"] = None
     results["loss_of_each_pass"]["pondering"] = [5.0, None, None, None]
-    curve = results["curves"]["pondering"]
-    curve["training"][1:] = [[step, None] for step, _ in curve["training"][1:]]
-    curve["held_out"] = [[step, [None] * 4] for step, _ in curve["held_out"]]
+    results["lowest_loss"]["pondering"] = None
+    results["curves"]["pondering"] = [[*costs, None] for *costs, _ in results["curves"]["pondering"]]
+    results["passage"] = None
+    results["drafts"] = None
     assert "diverged" in report.write_report(results)
     assert "not a number" in report.summary(results)
-    assert draw_curves(results).startswith(b"\x89PNG")
+    assert draw_png(results).startswith(b"\x89PNG")
 
 
 # Bad input
@@ -460,6 +619,7 @@ BAD_INPUT = {
     "negative S": (["--pondering-steps", "-1"], "--pondering-steps must be an integer >= 0"),
     "unknown gate": (["--pondering-gate", "open"], "--pondering-gate must be one of"),
     "no steps": (["--steps", "0"], "--steps must be at least 1"),
+    "no text": (["--text-blocks", "0"], "--text-blocks must be at least 1"),
     "negative seed": (["--seed", "-1"], "--seed must be at least 0"),
     "learning rate": (["--learning-rate", "nan"], "--learning-rate must be a finite number > 0"),
 }

@@ -152,10 +152,11 @@ def test_the_demos_training(monkeypatch):
     )
     arguments = {"max_steps": 1, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "use_cpu": True}
     blocks = Blocks(tiny.token_ids(4, 12).int())
-    for model in (gated(), tiny.base_model()):
+    matrix = tiny.pondering_model("llama", pondering_steps=2, pondering_gate="zero_init_matrix")
+    for model in (gated(), tiny.base_model(), matrix):
         simple_training.train(model, blocks, **arguments)
     rates = [trainer.lr_scheduler.base_lrs for trainer in made]
-    assert rates == [[1e-3, 1e-3, pytest.approx(1e-3 * GATE_LEARNING_RATE_FACTOR)], [1e-3, 1e-3]]
+    assert rates == [[1e-3, 1e-3, pytest.approx(1e-3 * GATE_LEARNING_RATE_FACTOR)], [1e-3, 1e-3], [1e-3, 1e-3]]
 
 
 def test_without_a_gate_nothing_changes(tmp_path):

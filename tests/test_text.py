@@ -7,13 +7,14 @@ import tracemalloc
 
 import pytest
 import torch
+from small_tokenizer import train_tokenizer
 
 from ponder_hf import PonderingError
 from ponder_hf.data import packing, text
 from ponder_hf.data.blocks import pack_all
 from ponder_hf.data.packing import pack
 from ponder_hf.data.text import Piece, read_text
-from ponder_hf.demo.corpus import Document, pieces, train_tokenizer
+from ponder_hf.demo.corpus import Document, pieces
 
 
 STORY = "The cat sat.\n\n  It saw a bird: “wäh”.\nThe end.\n"
@@ -185,7 +186,7 @@ def test_overlong_json_line(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer([Document("story", STORY * 3)], vocab_size=280, positions=64)
+    return train_tokenizer(STORY * 3, vocab_size=280, positions=64)
 
 
 def test_tokenizer_gives_every_text_back(tokenizer):

@@ -14,8 +14,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "demo",
         "",
         summary="train a small model, make it ponder, compare, and write a report",
-        description="Train a small model on real text, make it ponder, train on beside a plain control, and write a "
-        "report and a checkpoint. About four minutes on two cores; nothing is downloaded.",
+        description="Train a small model on the bytes of a short text, make it ponder, train on beside plain models, "
+        "and write a report and a checkpoint. Within five minutes on two cores; nothing is downloaded.",
         example="demo --output my-demo",
     )
     parser.add_argument(
@@ -36,6 +36,12 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     what.add_argument("--text-field", default="text", metavar="NAME", help="the .jsonl field to read. Default: text.")
     what.add_argument(
+        "--text-blocks",
+        type=int,
+        metavar="N",
+        help="blocks of text that the models see again and again; one gets the others. Default: 320.",
+    )
+    what.add_argument(
         "--base",
         metavar="SOURCE",
         help="a plain checkpoint with a tokenizer, a folder or a Hub id. Default: a GPT-NeoX trained here.",
@@ -45,11 +51,12 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     how.add_argument("--pondering-steps", type=int, default=3, metavar="S", help="Default: 3.")
     how.add_argument(
         "--pondering-gate",
-        default="none",
+        default="zero_init_matrix",
         metavar="GATE",
-        help="none: as in the paper. zero_init: the converted model starts exactly as its base. Default: none.",
+        help="none: as in the paper. zero_init, zero_init_matrix: the converted model starts exactly as its base. "
+        "Default: zero_init_matrix.",
     )
-    how.add_argument("--steps", type=int, metavar="N", help="optimiser steps of the control and the pondering model")
+    how.add_argument("--steps", type=int, metavar="N", help="optimiser steps of the models on the same tokens")
     how.add_argument("--base-steps", type=int, metavar="N", help="optimiser steps of the demo's own base")
     how.add_argument("--learning-rate", type=float, metavar="RATE", help="of the control and the pondering model")
     return parser

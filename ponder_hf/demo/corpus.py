@@ -1,4 +1,4 @@
-"""What the demo trains on: Python's own source files or the user's text, split in two, and a tokenizer for it."""
+"""What the demo trains on: Python's own source files or the user's text, split in two, and a tokenizer of bytes."""
 
 import contextlib
 import hashlib
@@ -8,14 +8,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GPTNeoXTokenizerFast
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ponder_hf.data.text import Piece, cut, read_text
 from ponder_hf.modeling import PonderingError
 
 
-END_OF_TEXT = "<|endoftext|>"
 HELD_OUT_SHARE = 0.05
 FEW_DOCUMENTS = 40  # below this number, every document gives its end to the held-out text
 # Tests, other people's packages, and tables of data in the form of code.
@@ -110,30 +110,20 @@ def pieces(documents: Sequence[Document]) -> Iterator[Piece]:
             yield Piece(part, document.name, 1, index == 0)
 
 
-def train_tokenizer(documents: Sequence[Document], vocab_size: int, positions: int) -> GPTNeoXTokenizerFast:
-    """A byte-level BPE tokenizer, trained on these documents, with one special token.
+def byte_tokenizer(positions: int) -> PreTrainedTokenizerFast:
+    """A tokenizer whose 256 tokens are the bytes of UTF-8: id 97 is "a". Every text comes back as it was.
+
+    It is a byte-level BPE without merges, so AutoTokenizer loads it as any other. It has no special tokens.
 
     Args:
-        vocab_size: at most so many entries; a short text gives fewer.
         positions: the longest sequence, in tokens, that its model is meant for.
     """
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    vocabulary = {character: byte for byte, character in bytes_to_unicode().items()}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator((piece.text for piece in pieces(documents)), trainer)
-    return GPTNeoXTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        pad_token=END_OF_TEXT,
-        unk_token=END_OF_TEXT,
-        model_max_length=positions,
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=positions, clean_up_tokenization_spaces=False
     )
 
 

@@ -1,111 +1,103 @@
-"""The training curves as a picture."""
+"""The training curves as pictures: held-out loss against tokens and against arithmetic."""
 
 import io
+import re
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-
-# Colours that readers who do not see red and green apart can tell apart, on both backgrounds.
-_BASE, _CONTROL, _PONDERING = "#8a8a8a", "#0f8bce", "#e07b00"
-_LIGHT = {"background": "#ffffff", "ink": "#24292f", "grid": "#d8dee4"}
-_DARK = {"background": "#161b22", "ink": "#e6edf3", "grid": "#30363d"}
+from .words import NAMES
 
 
-def draw_curves(results: dict[str, Any], dark: bool = False) -> bytes:
-    """The PNG of the curves in `results`, as bytes.
+# Colours that readers who do not see red and green apart can tell apart, on both backgrounds; dashes tell them apart
+# on paper.
+_STYLES = {
+    "base": ("#8a8a8a", "-"),
+    "control": ("#0f8bce", "-"),
+    "pondering": ("#e07b00", "-"),
+    "longer": ("#0f8bce", "--"),
+    "deeper": ("#8e5bbf", "-"),
+    "more_text": ("#0f8bce", ":"),
+}
+_INK, _GRID = "#24292f", "#d8dee4"
+# What an SVG within the report takes from its page, so that one picture is right for light, dark and paper.
+_FROM_PAGE = {_INK: "var(--ink)", _GRID: "var(--line)"}
+_AXES = {
+    "tokens": (0, 1e3, "Against tokens", "thousand tokens of training, the base's included"),
+    "operations": (1, 1e12, "Against arithmetic", "10¹² operations of training, the base's included"),
+}
 
-    Left: training losses from the first token on. Right: held-out losses after the base was continued. A base that
-    was given has no left part.
-    """
-    theme = _DARK if dark else _LIGHT
-    curves = results["curves"]
-    panels = 1 if curves["base"] is None else 2
-    figure = Figure(figsize=(5.4 * panels, 3.9), dpi=150, facecolor=theme["background"], layout="constrained")
+
+def draw_png(results: dict[str, Any]) -> bytes:
+    """Both pictures beside each other, as a PNG."""
+    figure = Figure(figsize=(11, 4.4), dpi=130, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, panels, squeeze=False)[0]
-    if curves["base"] is not None:
-        _draw_training(axes[0], curves, results)
-    _draw_held_out(axes[-1], curves, results)
-    for axis in axes:
-        _style(axis, theme)
+    for axis, against in zip(figure.subplots(1, 2), _AXES, strict=True):
+        _draw(axis, results, against)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", facecolor=theme["background"])
+    figure.savefig(buffer, format="png")
     return buffer.getvalue()
 
 
-def _draw_training(axis, curves, results):
-    tokens_per_step = results["settings"]["batch_size"] * results["settings"]["block_size"] / 1000
-    first = results["settings"]["base_steps"]
-    for name, label, colour, start in (
-        ("base", "base", _BASE, 0),
-        ("control", "control: plain", _CONTROL, first),
-        ("pondering", "pondering", _PONDERING, first),
-    ):
-        points = [(step, loss) for step, loss in curves[name]["training"] if loss is not None]
-        axis.plot(
-            [(start + step) * tokens_per_step for step, _ in points],
-            [loss for _, loss in points],
-            color=colour,
-            label=label,
-            linewidth=1.4,
-        )
-    axis.set_title("Training loss")
-    axis.set_xlabel("thousand tokens of training")
-    axis.set_ylabel("nats per token")
+def draw_svg(results: dict[str, Any], against: str) -> str:
+    """One picture as an SVG element for the report, in the colours of its page.
 
-
-def _draw_held_out(axis, curves, results):
-    tokens_per_step = results["settings"]["batch_size"] * results["settings"]["block_size"] / 1000
-    losses = results["held_out_loss"]
-    lowest, highest = _limits(curves, losses)
-    if losses["base"] is not None:
-        axis.axhline(losses["base"], color=_BASE, linestyle="--", linewidth=1.2, label="base, before")
-    for name, label, colour in (("control", "control: plain", _CONTROL), ("pondering", "pondering", _PONDERING)):
-        points = [(step, passes[-1]) for step, passes in curves[name]["held_out"] if passes[-1] is not None]
-        if points and points[0][1] > highest:
-            label += f" (starts at {points[0][1]:.2f})"
-        axis.plot(
-            [step * tokens_per_step for step, _ in points],
-            [loss for _, loss in points],
-            color=colour,
-            label=label,
-            marker="o",
-            markersize=4,
-            linewidth=1.8,
-        )
-    axis.set_ylim(lowest, highest)
-    axis.set_title("Held-out loss of the continued models")
-    axis.set_xlabel("thousand tokens after the base")
-    axis.set_ylabel("nats per token")
-
-
-def _limits(curves, losses):
-    """The lowest and highest loss to show, with room for the legend above.
-
-    Just after the conversion the loss can be so high that all others would be one line: it may lie outside.
+    Args:
+        against: "tokens" or "operations".
     """
-    later = [passes[-1] for name in ("control", "pondering") for step, passes in curves[name]["held_out"] if step > 0]
-    shown = [loss for loss in (*later, losses["base"]) if loss is not None] or [0.0]
-    bottom, top = min(shown), max(shown)
-    span = (top - bottom) or 0.1
-    if losses["converted"] is not None and losses["converted"] < bottom + 2 * span:
-        top = max(top, losses["converted"])
-    return bottom - 0.08 * span, top + 0.35 * (top - bottom or span)
+    figure = Figure(figsize=(5.2, 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    _draw(figure.subplots(), results, against)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    drawing = buffer.getvalue()
+    drawing = drawing[drawing.index("<svg") :]
+    for colour, variable in _FROM_PAGE.items():
+        drawing = drawing.replace(colour, variable)
+    # An id must occur once in a page, and the page decides on the size.
+    drawing = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{against}-", drawing)
+    drawing = re.sub(r'<svg ([^>]*?)width="[^"]*"', r"<svg \1", drawing, count=1)
+    return re.sub(r'<svg ([^>]*?)height="[^"]*"', r"<svg \1", drawing, count=1)
 
 
-def _style(axis, theme):
-    axis.set_facecolor(theme["background"])
-    axis.grid(color=theme["grid"], linewidth=0.7)
+def _draw(axis, results, against):
+    index, unit, title, label = _AXES[against]
+    curves = {name: [p for p in points if p[2] is not None] for name, points in results["curves"].items()}
+    for name in (name for name in _STYLES if curves.get(name)):
+        colour, dashes = _STYLES[name]
+        axis.plot(
+            [point[index] / unit for point in curves[name]],
+            [point[2] for point in curves[name]],
+            color=colour,
+            linestyle=dashes,
+            label=NAMES.get(name, "base"),
+            linewidth=2.2 if name == "pondering" else 1.6,
+            marker="o",
+            markersize=3,
+            zorder=3 if name == "pondering" else 2,
+        )
+    axis.set_ylim(*_limits(results))
+    axis.set_title(title, color=_INK, fontsize=11, loc="left")
+    axis.set_xlabel(label, color=_INK, fontsize=9.5)
+    axis.set_ylabel(f"held-out loss, {results['unit']}", color=_INK, fontsize=9.5)
+    axis.set_facecolor("none")
+    axis.grid(color=_GRID, linewidth=0.7)
     axis.set_axisbelow(True)
     axis.xaxis.set_major_locator(MaxNLocator(6))
-    axis.tick_params(colors=theme["ink"], labelsize=9, length=0)
-    for text in (axis.title, axis.xaxis.label, axis.yaxis.label):
-        text.set_color(theme["ink"])
-        text.set_fontsize(10.5)
+    axis.tick_params(colors=_INK, labelsize=9, length=0)
     for name, spine in axis.spines.items():
         spine.set_visible(name in ("left", "bottom"))
-        spine.set_color(theme["grid"])
-    axis.legend(frameon=False, labelcolor=theme["ink"], fontsize=9, loc="upper right")
+        spine.set_color(_GRID)
+    axis.legend(
+        frameon=False, labelcolor=_INK, fontsize=8.5, loc="upper center", bbox_to_anchor=(0.45, -0.16), ncols=2
+    )
+
+
+def _limits(results):
+    """The lowest and highest loss to show: a little above the base's own, whose training began far above that."""
+    shown = [loss for loss in (*results["lowest_loss"].values(), results["held_out_loss"]["base"]) if loss is not None]
+    bottom, top = min(shown, default=0.0), max(shown, default=1.0)
+    span = (top - bottom) or 0.1
+    return bottom - 0.06 * span, top + 0.35 * span

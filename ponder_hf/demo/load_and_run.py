@@ -8,9 +8,14 @@ import contextlib
 import hashlib
 import importlib.abc
 import json
+import statistics
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
+
+
+_ROUNDS = 3
 
 
 class NoPonderHf(importlib.abc.MetaPathFinder):
@@ -32,15 +37,61 @@ def fingerprint(model: Any, ids: Any) -> tuple[float, str]:
 
 def continuations(model: Any, tokenizer: Any, prompts: Sequence[str], seed: int, **generation: Any) -> list[str]:
     """How the model continues each prompt; the same every time for the same seed."""
-    from transformers import set_seed
-
     texts = []
     for prompt in prompts:
-        set_seed(seed)
-        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
-        ids = model.generate(**inputs, **generation)[0, inputs["input_ids"].shape[1] :]
-        texts.append(tokenizer.decode(ids, skip_special_tokens=True))
+        ids, new = _generate(model, tokenizer, prompt, seed, **generation)
+        texts.append(tokenizer.decode(ids[new:], skip_special_tokens=True))
     return texts
+
+
+def _generate(model, tokenizer, prompt, seed, **generation):
+    """(token ids of prompt and continuation, where the continuation begins)."""
+    from transformers import set_seed
+
+    set_seed(seed)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    return model.generate(**inputs, **generation)[0].tolist(), inputs["input_ids"].shape[1]
+
+
+def compare_drafts(
+    model: Any, tokenizer: Any, prompts: Sequence[str], seed: int, **generation: Any
+) -> dict[str, Any] | None:
+    """Generate from the same prompts plainly and with drafts, turn by turn.
+
+    Returns:
+        `plain_seconds` and `drafted_seconds` for a token, the median of the rounds' ratio as `speed`, the number of
+        `num_draft_tokens`, and whether greedy generation gave the `same_text`. None without prompts or with S = 0.
+    """
+    steps = model.config.pondering_steps
+    if not prompts or not steps:
+        return None
+    drafts = {"num_draft_tokens": steps}
+    greedy = {**generation, "do_sample": False, "temperature": None, "top_k": None}
+    same = [
+        _generate(model, tokenizer, prompt, seed, **greedy)[0]
+        == _generate(model, tokenizer, prompt, seed, **greedy, **drafts)[0]
+        for prompt in prompts
+    ]
+    rounds = [
+        [_seconds_per_token(model, tokenizer, prompts, seed + turn, **generation, **way) for way in ({}, drafts)]
+        for turn in range(_ROUNDS)
+    ]
+    plain, drafted = zip(*rounds, strict=True)
+    return {
+        "plain_seconds": statistics.median(plain),
+        "drafted_seconds": statistics.median(drafted),
+        "speed": statistics.median(slow / fast for slow, fast in rounds),
+        "same_text": all(same),
+        **drafts,
+    }
+
+
+def _seconds_per_token(model, tokenizer, prompts, seed, **generation):
+    tokens, start = 0, time.perf_counter()
+    for prompt in prompts:
+        ids, new = _generate(model, tokenizer, prompt, seed, **generation)
+        tokens += len(ids) - new
+    return (time.perf_counter() - start) / max(1, tokens)
 
 
 def load(folder: str) -> tuple[Any, Any]:
@@ -64,6 +115,7 @@ def do(job: dict[str, Any]) -> dict[str, Any]:
         "loss": loss,
         "checksum": checksum,
         "texts": continuations(model, tokenizer, job["prompts"], **job["writing"]),
+        "drafts": compare_drafts(model, tokenizer, job["prompts"], **job["writing"]),
     }
 
 

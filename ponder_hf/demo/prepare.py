@@ -18,13 +18,14 @@ from ponder_hf.errors import fitting, reading, understanding
 from ponder_hf.modeling.configuration_pondering import PONDERING_FIELDS
 from ponder_hf.modeling.pondering_backbone_checkpoint import is_authors_config
 
-from .corpus import Corpus, own_text, pieces, standard_library, train_tokenizer
+from .corpus import Corpus, byte_tokenizer, own_text, pieces, standard_library
 from .experiment import FULL, QUICK, Size, make_base, spread
 
 
 _PACKAGES = ("accelerate", "matplotlib")
 _PROMPTS = ("def ", "import ")  # for a model of Python's source files
 _PROMPT_TOKENS = 16  # for any other: the beginnings of held-out blocks
+_MORE_TEXT = 2  # times the text that is trained on must be left for a model that gets fresh text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Options:
     text_field: str = "text"
     base: str | None = None
     pondering_steps: int = 3
-    pondering_gate: str = "none"
+    pondering_gate: str = "zero_init_matrix"
+    text_blocks: int | None = None
     seed: int = 0
     steps: int | None = None
     base_steps: int | None = None
@@ -56,6 +58,9 @@ class Setup:
 
     Args:
         base: a plain model, with random weights where none was given.
+        blocks: all text that there is to train on.
+        text_blocks: how many of these the models see, again and again.
+        more_text: the others, in an order by the seed; None where they are not many more.
         watched: the held-out blocks that losses are measured on.
         bytes_per_token: of the held-out text.
     """
@@ -66,7 +71,9 @@ class Setup:
     corpus: Corpus
     tokenizer: PreTrainedTokenizerBase
     base: PreTrainedModel
-    training: Blocks
+    blocks: Blocks
+    text_blocks: int
+    more_text: Blocks | None
     watched: Blocks
     bytes_per_token: float
     prompts: tuple[str, ...]
@@ -74,6 +81,10 @@ class Setup:
     @property
     def base_is_given(self) -> bool:
         return self.options.base is not None
+
+    def text(self, number: int) -> Blocks:
+        """The first so many blocks, in an order by the seed."""
+        return Blocks(self.blocks.rows[:number]).shuffled(self.options.seed)
 
 
 def prepare(options: Options) -> Setup:
@@ -90,17 +101,19 @@ def prepare(options: Options) -> Setup:
         corpus = standard_library(size.characters)
     if options.base is None:
         learning_rate = size.learning_rate
-        tokenizer = train_tokenizer(corpus.training, size.vocab_size, size.positions)
+        tokenizer = byte_tokenizer(size.positions)
         base = make_base(size, len(tokenizer), options.seed)
     else:
         learning_rate = size.given_learning_rate
         tokenizer, base = _load_base(options)
         positions = getattr(base.config, "max_position_embeddings", None) or size.block_size
         size = dataclasses.replace(size, block_size=min(size.block_size, positions))
-    training = pack_all(pieces(corpus.training), tokenizer, size.block_size, "the text").shuffled(options.seed)
+    blocks = pack_all(pieces(corpus.training), tokenizer, size.block_size, "the text")
+    text_blocks = min(options.text_blocks or size.text_blocks, len(blocks))
     held_out = pack_all(pieces(corpus.held_out), tokenizer, size.block_size, "the held-out part of the text")
+    more_rows = blocks.rows[text_blocks:]
     watched = spread(held_out, size.held_out_blocks)
-    held_out_bytes = sum(len(document.text.encode("utf-8")) for document in corpus.held_out)
+    held_out_text = tokenizer.decode(held_out.rows.flatten().tolist(), skip_special_tokens=True)
     return Setup(
         options=options,
         size=size,
@@ -108,9 +121,11 @@ def prepare(options: Options) -> Setup:
         corpus=corpus,
         tokenizer=tokenizer,
         base=base,
-        training=training,
+        blocks=blocks,
+        text_blocks=text_blocks,
+        more_text=Blocks(more_rows).shuffled(options.seed) if len(more_rows) >= _MORE_TEXT * text_blocks else None,
         watched=watched,
-        bytes_per_token=held_out_bytes / held_out.rows.numel(),
+        bytes_per_token=len(held_out_text.encode("utf-8")) / held_out.rows.numel(),
         prompts=_choose_prompts(options, tokenizer, watched),
     )
 
@@ -118,7 +133,7 @@ def prepare(options: Options) -> Setup:
 def _check_options(options):
     for name in ("pondering_steps", "pondering_gate"):
         PONDERING_FIELDS[name][1](name, getattr(options, name))
-    for name in ("steps", "base_steps"):
+    for name in ("steps", "base_steps", "text_blocks"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise PonderingError(f"`{name}` must be at least 1, got {value}")

@@ -1,7 +1,7 @@
 """What the demo tells people: the report in HTML and the summary for the terminal, both from the results alone."""
 
-import base64
 import html
+import math
 import os
 import shlex
 import shutil
@@ -10,70 +10,31 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from .figure import draw_curves
+from .figure import draw_svg
+from .words import NAMES, findings, headline
 
 
 _TEMPLATE = Path(__file__).with_name("report.html")
-_NAMES = {
-    "base": "base, before",
-    "control": "control: the base, trained on",
-    "converted": "base made to ponder, untrained",
-    "pondering": "pondering model",
-}
-
-
-def headline(results: dict[str, Any]) -> str:
-    """The outcome in a few words."""
-    difference = results["loss_difference"]
-    if difference is None:
-        return "Training diverged"
-    if abs(difference) < 0.0005:
-        return "Pondering made no difference"
-    return "Pondering lowered the loss" if difference < 0 else "Pondering did not lower the loss"
-
-
-def verdict(results: dict[str, Any]) -> str:
-    """The outcome in one sentence."""
-    difference, losses = results["loss_difference"], results["held_out_loss"]
-    if difference is None:
-        return "A loss is not a number any more: training diverged. A lower --learning-rate may help."
-    return (
-        f"On the same {results['settings']['tokens']:,} tokens the pondering model came to a held-out loss of "
-        f"{losses['pondering']:.3f} nats per token and the plain control to {losses['control']:.3f}: "
-        f"{abs(difference):.3f} {'less' if difference < 0 else 'more'} with pondering, at "
-        f"{results['tokens_per_second']['ratio']:.1f} times the training time per token."
-    )
-
-
-def on_the_way(results: dict[str, Any]) -> str:
-    """How the difference between the two models changed while they trained, in one sentence."""
-    held_out = [results["curves"][name]["held_out"] for name in ("pondering", "control")]
-    differences = [
-        f"{pondering[-1] - control[-1]:+.3f}"
-        for (_, pondering), (_, control) in zip(*held_out, strict=True)
-        if None not in (pondering[-1], control[-1])
-    ]
-    return f"Pondering model minus control, from the start of their training to its end: {', '.join(differences)}."
 
 
 def summary(results: dict[str, Any]) -> str:
     """The results for a terminal, without colours."""
-    rates = results["tokens_per_second"]
-    rows: list[tuple[str, ...]] = [("", "held-out loss", "bits per byte", "tokens/s")]
-    for key in ("base", "control", "converted", "pondering"):
-        rate = f"{rates[key]:,.0f}" if key in rates else ""
-        rows.append((_NAMES[key], *(number(results[part][key]) for part in ("held_out_loss", "bits_per_byte")), rate))
-    lines = [f"{name:<32}{loss:>13}{bits:>15}{rate:>10}" for name, loss, bits, rate in rows]
+    rows = [("", "lowest loss", "at the end", "arithmetic", "tokens/s")]
+    for key, name in _trained(results):
+        losses = (results["lowest_loss"][key], results["held_out_loss"][key])
+        price = f"x {results['arithmetic'][key]:.1f}"
+        rows.append((name, *map(number, losses), price, f"{results['tokens_per_second'][key]:,.0f}"))
     passes = "  ".join(number(loss) for loss in results["loss_of_each_pass"]["pondering"])
     output = results["output"]
     return "\n".join(
         [
             "",
-            *lines,
+            *(f"{name:<38}{lowest:>13}{end:>13}{price:>12}{rate:>10}" for name, lowest, end, price, rate in rows),
             "",
             f"Loss of each pass of the pondering model: {passes}",
-            on_the_way(results),
-            verdict(results),
+            "",
+            f"{headline(results)}.",
+            *findings(results),
             "",
             f"Report: {Path(output, 'report.html')}",
             f"Next:   {_generate_command(output, program())}",
@@ -84,31 +45,32 @@ def summary(results: dict[str, Any]) -> str:
 def write_report(results: dict[str, Any]) -> str:
     """The report as one HTML page that needs no other file."""
     fields = {
-        "headline": html.escape(headline(results)),
-        "verdict": html.escape(verdict(results)),
-        "explanation": html.escape(_explanation(results)),
+        "headline": headline(results),
+        "caveat": _caveat(results),
+        "table_explanation": _table_explanation(results),
+        "passes_explanation": _passes_explanation(results),
+        "passage_explanation": _passage_explanation(results),
+        "drafts": _drafts(results),
+        "samples_explanation": _samples_explanation(results),
+        "checkpoint_explanation": _checkpoint_explanation(results),
+        "method": _method(results),
+        "commands": _commands(results),
+    }
+    fields = {name: html.escape(text) for name, text in fields.items()}
+    parts = {
+        "findings": "\n".join(f"<li>{html.escape(sentence)}</li>" for sentence in findings(results)),
         "result_rows": _result_rows(results),
-        "curves": _inline(draw_curves(results)),
-        "dark_curves": _inline(draw_curves(results, dark=True)),
-        "on_the_way": html.escape(on_the_way(results)),
-        "passes_explanation": html.escape(_passes_explanation(results)),
+        "against_tokens": draw_svg(results, "tokens"),
+        "against_operations": draw_svg(results, "operations"),
         "pass_rows": _pass_rows(results),
-        "samples_explanation": html.escape(
-            "Both models continue the same prompts, sampled at temperature 0.8 with the same seed. Models as small as "
-            "the demo's own write text that only looks right."
-            if results["samples"]
-            else "None: training diverged."
-        ),
+        "passages": _passages(results),
         "samples": "\n".join(_sample(sample) for sample in results["samples"]),
-        "checkpoint_explanation": html.escape(_checkpoint_explanation(results)),
-        "method": html.escape(_method(results)),
         "setting_rows": "\n".join(
             f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>"
             for name, value in _settings(results)
         ),
-        "commands": html.escape(_commands(results)),
     }
-    return Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(fields)
+    return Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(fields, **parts)
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -116,38 +78,54 @@ def number(value: float | None, digits: int = 3) -> str:
     return "not a number" if value is None else f"{value:.{digits}f}"
 
 
-def _explanation(results):
-    base = results["base"]
-    start = f"The base is a {base['model_type']} model with {base['parameters']:,} parameters, {base['name']}" + (
-        f" on {base['tokens']:,} tokens of {results['text']['source']}" if base["tokens"] else ""
-    )
-    settings = results["settings"]
+def _trained(results):
+    return [(key, name) for key, name in NAMES.items() if key in results["lowest_loss"]]
+
+
+def _caveat(results):
+    base, settings = results["base"], results["settings"]
+    made = f", trained on {base['tokens']:,} tokens" if base["tokens"] else ""
     gate = "" if settings["pondering_gate"] == "none" else f" and the gate {settings['pondering_gate']}"
+    left_out = [NAMES[name] for name in results["left_out"]]
+    late = f" Left out, as the machine became too busy: {'; '.join(left_out)}." if left_out else ""
     return (
-        f"{start}. The control is that base trained on as it is. The pondering model is the same base converted with "
-        f"S = {settings['pondering_steps']} pondering steps{gate}, trained on the same blocks in the same order with "
-        "the same settings. This is one seed of a very small model: another seed, size or length of training can come "
-        "out differently. The comparison is at equal tokens, not at equal time."
+        f"The base is a {base['model_type']} model with {base['parameters']:,} parameters, {base['name']}{made}; the "
+        f"pondering model is that base converted with S = {settings['pondering_steps']} pondering steps{gate}. One "
+        f"seed of one small model: another seed, size, text or length of training can come out differently.{late}"
     )
 
 
 def _result_rows(results):
-    losses, rates = results["held_out_loss"], results["tokens_per_second"]
+    losses = results["lowest_loss"]
     rows = []
-    for key, name in _NAMES.items():
+    for key, name in _trained(results):
         against = ""
-        if key != "control" and losses[key] is not None and losses["control"] is not None:
+        if key != "control" and None not in (losses[key], losses["control"]):
             against = f"{losses[key] - losses['control']:+.3f}"
-        cells = (
-            number(losses[key]),
-            number(results["bits_per_byte"][key]),
-            against,
-            f"{rates[key]:,.0f}" if key in rates else "",
-        )
-        kind = key if key in ("control", "pondering") else "other"
-        numbers = "".join(f'<td class="number">{cell}</td>' for cell in cells)
-        rows.append(f'<tr class="{kind}"><td>{html.escape(name)}</td>{numbers}</tr>')
+        cells = [
+            ("number", f"&times; {results['arithmetic'][key]:.1f}"),
+            ("number", number(losses[key])),
+            ("number wide", against),
+            ("number wide", number(results["held_out_loss"][key])),
+            ("number wide", number(results["bits_per_byte"][key])),
+        ]
+        size = f"{results['parameters'][key]:,} parameters, {results['tokens'][key]:,} tokens"
+        first = f'<td class="{key}">{html.escape(name)}<small>{size}</small></td>'
+        numbers = "".join(f'<td class="{kind}">{cell}</td>' for kind, cell in cells)
+        rows.append(f'<tr class="{key}">{first}{numbers}</tr>')
     return "\n".join(rows)
+
+
+def _table_explanation(results):
+    base, text = number(results["held_out_loss"]["base"]), results["text"]
+    more = "" if text["more_tokens"] is None else f" Fresh text is other {text['more_tokens']:,} tokens of it."
+    return (
+        f"Losses are on held-out text, in {results['unit']}, the lowest of all evaluations on the way: where one "
+        f"would have stopped. The base had {base} before it was trained on. All begin with that base, but for the one "
+        "of twice the layers, which had a base of its own on the same tokens. The text is "
+        f"{text['tokens']:,} tokens of {text['source']}.{more} Arithmetic is that of training on, by the weights that "
+        "a token is multiplied with; bits per byte are those at the end."
+    )
 
 
 def _passes_explanation(results):
@@ -155,24 +133,70 @@ def _passes_explanation(results):
     if not steps:
         return "With S = 0 there is one pass, and the pondering model is its backbone."
     return (
-        f"The model runs {steps + 1} times before each token; the loss of pass {steps} is the model's loss. Pass 0 "
-        "reads nothing but token embeddings, so before training it predicts exactly as the base does. Training looks "
-        "at the last pass alone; the earlier ones are free to say something that helps it rather than the next token."
+        f"The model runs {steps + 1} times before each token; the loss of pass {steps} is the model's loss. Training "
+        "looks at the last pass alone; the earlier ones are free to say something that helps it rather than the next "
+        "token."
     )
 
 
 def _pass_rows(results):
     by_model = [results["loss_of_each_pass"][key] for key in ("converted", "pondering")]
-    largest = max((loss for losses in by_model for loss in losses if loss is not None), default=1.0)
-    rows = []
-    for index, losses in enumerate(zip(*by_model, strict=True)):
-        cells = "".join(
-            f'<td class="number">{number(loss)}</td>'
-            f'<td class="bar {kind}"><span style="width: {100 * (loss or 0) / largest:.1f}%"></span></td>'
-            for kind, loss in zip(("converted", "trained"), losses, strict=True)
+    largest = max((loss for loss in by_model[1] if loss is not None), default=1.0)
+    return "\n".join(
+        f'<tr><td>{index}</td><td class="number">{number(converted)}</td><td class="number">{number(trained)}</td>'
+        f'<td class="bar"><span style="width: {100 * (trained or 0) / largest:.1f}%"></span></td></tr>'
+        for index, (converted, trained) in enumerate(zip(*by_model, strict=True))
+    )
+
+
+def _passage_explanation(results):
+    if results["passage"] is None:
+        return "Nothing to be seen: training diverged."
+    return (
+        "A piece of held-out text: the stronger the colour behind a token, the more probable did this pass find it "
+        "after what stands before it; the number is its loss on this piece. lens.html beside this page shows more of "
+        "it, and what the control makes of it."
+    )
+
+
+def _passages(results):
+    if results["passage"] is None:
+        return ""
+    tokens, by_pass = results["passage"]["tokens"], results["passage"]["probabilities"]
+    parts = []
+    for index, probabilities in enumerate(by_pass):
+        spans = "".join(
+            f'<span style="background: rgba(var(--pondering-rgb), {0.8 * probability:.2f})">'
+            f"{html.escape(token)}</span>"
+            for token, probability in zip(tokens[1:], probabilities, strict=True)
         )
-        rows.append(f"<tr><td>{index}</td>{cells}</tr>")
-    return "\n".join(rows)
+        loss = -sum(math.log(max(each, 1e-30)) for each in probabilities) / len(probabilities)
+        title = f"<h3>pass {index}, {number(loss)} here</h3>"
+        parts.append(f'{title}<div class="passage">{html.escape(tokens[0])}{spans}</div>')
+    return "\n".join([*parts, '<p><a href="lens.html">A closer look</a></p>'])
+
+
+def _drafts(results):
+    drafts = results["drafts"]
+    if drafts is None:
+        return "Nothing was drafted."
+    speed = drafts["speed"]
+    pace = f"{speed:.1f} times as fast" if speed >= 1 else f"slower, at {speed:.1f} times the speed"
+    same = "the same text" if drafts["same_text"] else "another text, which it should not,"
+    return (
+        f"Generated with num_draft_tokens={drafts['num_draft_tokens']} the pondering model wrote {pace} as without "
+        f"drafts ({1000 * drafts['drafted_seconds']:.1f} ms for a token in place of "
+        f"{1000 * drafts['plain_seconds']:.1f} ms, in turns in one process), and greedily gave {same} in both ways."
+    )
+
+
+def _samples_explanation(results):
+    if not results["samples"]:
+        return "No samples: training diverged."
+    return (
+        "Both models continue the same prompts, sampled at temperature 0.8 with the same seed. Models as small as the "
+        "demo's own write text that only looks right from afar."
+    )
 
 
 def _sample(sample):
@@ -199,8 +223,8 @@ def _method(results):
     if share == 1:
         return "The same command with the same seed gives the same numbers on the same machine."
     return (
-        f"This machine was too slow, or too busy, for the full schedule: it was cut to 1/{round(1 / share)} to stay "
-        "within five minutes. The command below repeats it exactly."
+        f"This machine was too slow, or too busy, for the full schedule: {share:.0%} of its steps were taken, to stay "
+        " within five minutes. The command below repeats it exactly."
     )
 
 
@@ -210,12 +234,15 @@ def _settings(results):
     versions, machine = results["versions"], results["machine"]
     rates = f"warm-up over 5 % of the steps to {settings['learning_rate']:g}, then cosine to 10 % of that"
     if base["learning_rate"]:
-        rates = f"base: warm-up to {base['learning_rate']:g}, then constant; continued: {rates}"
+        rates = f"base: warm-up to {base['learning_rate']:g}, then constant; after that: {rates}"
     return [
-        ("text", text["source"]),
-        ("training text", f"{text['training_documents']:,} documents, {text['training_tokens']:,} tokens"),
+        ("text", f"{text['tokens']:,} tokens of {text['source']}"),
         ("held-out text", f"{text['held_out']}; {text['held_out_tokens']:,} tokens of it, the same every time"),
-        ("steps", f"base {settings['base_steps']:,}, then {settings['steps']:,} each"),
+        (
+            "steps",
+            f"base {settings['base_steps']:,}, then {settings['steps']:,} each, or {settings['longer_steps']:,} for "
+            "the same arithmetic",
+        ),
         ("batch", f"{settings['batch_size']} blocks of {settings['block_size']} tokens"),
         ("learning rate", rates),
         ("optimiser", "AdamW, betas 0.9 and 0.95, weight decay 0.01, gradients clipped to norm 1, float32"),
@@ -237,8 +264,8 @@ def _commands(results):
         [
             _generate_command(results["output"]),
             f"ponder-hf export {folder} plain-model      # the backbone without pondering",
-            "ponder-hf demo --pondering-gate zero_init   # starts exactly as its base",
             "ponder-hf demo --text YOUR_TEXT.txt         # on text of yours",
+            "ponder-hf demo --text-blocks 10000          # where text is not scarce",
         ]
     )
 
@@ -253,7 +280,3 @@ def program() -> str:
 
 def _generate_command(output, program="ponder-hf"):
     return f'{program} generate {shlex.quote(str(Path(output, "checkpoint")))} --prompt "def "'
-
-
-def _inline(png):
-    return base64.b64encode(png).decode("ascii")

@@ -10,20 +10,21 @@ import torch
 
 from ponder_hf.conversion.whole_folder import whole_folder
 from ponder_hf.devices import training_device
+from ponder_hf.lenses import Lens, lens
 
-from .experiment import make_schedule, on_device, run_experiment, torch_threads
-from .figure import draw_curves
+from .experiment import Outcome, make_schedule, on_device, run_experiment, torch_threads
+from .figure import draw_png
 from .load_and_run import continuations
-from .prepare import Options, prepare
+from .prepare import Options, Setup, prepare
 from .report import write_report
 from .results import gather, write_json
 from .separate_process import check_checkpoint
 
 
-CHECKPOINT, CURVES, REPORT, RESULTS = "checkpoint", "curves.png", "report.html", "results.json"
+CHECKPOINT, CURVES, LENS, REPORT, RESULTS = "checkpoint", "curves.png", "lens.html", "report.html", "results.json"
 _SMALL_THREADS = 2  # more do not make the demo's own small model faster
 _CHECKED_ROWS = 4
-_NEW_TOKENS = 80
+_NEW_TOKENS = 100
 _SAMPLING = {"do_sample": True, "temperature": 0.8, "top_k": 50}
 
 
@@ -84,24 +85,33 @@ def _run(setup, folder, clock):
         {"prompt": prompt, "control": control, "pondering": pondering}
         for prompt, control, pondering in zip(prompts, control_texts, checked.pop("texts"), strict=True)
     ]
-    results = gather(setup, schedule, outcome, checked, samples, clock.seconds)
+    looks = [] if outcome.diverged else _look(setup, outcome)
+    results = gather(setup, schedule, outcome, checked, samples, looks[0] if looks else None, clock.seconds)
     print("Writing the report.", file=sys.stderr, flush=True)
-    (folder / CURVES).write_bytes(draw_curves(results))
+    if looks:
+        (folder / LENS).write_text(looks[0].to_html(*looks[1:]), encoding="utf-8")
+    (folder / CURVES).write_bytes(draw_png(results))
     (folder / REPORT).write_text(write_report(results), encoding="utf-8")
     write_json(results, folder / RESULTS)
     return results
 
 
+def _look(setup: Setup, outcome: Outcome) -> list[Lens]:
+    """What the pondering model and the control make of the same piece of held-out text."""
+    text = setup.tokenizer.decode(setup.watched.rows[0].tolist())
+    models = {"pondering": outcome.pondering, "control": outcome.control}
+    length = setup.size.block_size
+    return [lens(model, setup.tokenizer, text, max_tokens=length, name=name) for name, model in models.items()]
+
+
 def _describe(setup, schedule):
     """One line about what comes, before it comes."""
     size = setup.size
-    plain, pondering = schedule.step_seconds
-    seconds = schedule.base_steps * plain + schedule.steps * (plain + pondering)
     parts = [f"{size.tokens(schedule.base_steps):,} tokens for the base, then " if schedule.base_steps else ""]
-    parts.append(f"{size.tokens(schedule.steps):,} for the control and the same for the pondering model")
+    parts.append(f"{size.tokens(schedule.steps):,} for each model on the same tokens")
     if schedule.share < 1:
-        parts.append(f"; the full schedule, cut to 1/{round(1 / schedule.share)} because this machine is slow or busy")
-    return f"Training on {''.join(parts)}: about {seconds / 60:.1f} minutes on {schedule.threads} threads."
+        parts.append(f"; {schedule.share:.0%} of the full schedule, because this machine is slow or busy")
+    return f"Training on {''.join(parts)}: about {schedule.seconds / 60:.1f} minutes on {schedule.threads} threads."
 
 
 def _new_tokens(setup):

@@ -30,7 +30,7 @@ def check_checkpoint(
 
     Returns:
         A dict: `loss` there and `expected_loss` here, whether the logits have the `same_bits`, the `class` that was
-        loaded and the `texts` that it wrote.
+        loaded, the `texts` that it wrote, and what `compare_drafts` found, as `drafts`.
 
     Raises:
         RuntimeError: the checkpoint does not load or is another model than the one saved.
@@ -50,6 +50,7 @@ def check_checkpoint(
         "same_bits": answer["checksum"] == checksum,
         "class": answer["class"],
         "texts": answer["texts"],
+        "drafts": answer["drafts"],
     }
 
 

@@ -12,7 +12,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from ponder_hf.callbacks import TrainingProgress
 from ponder_hf.data import Blocks
 from ponder_hf.evaluation import evaluate_passes
-from ponder_hf.training.gate import separate_gate, trained_gate
+from ponder_hf.training.gate import default_factor, separate_gate, trained_gate
 from ponder_hf.training.trainer import cache_setting_kept
 
 
@@ -94,7 +94,7 @@ def train(
 ) -> Run:
     """Train a model on blocks with transformers' Trainer, in their order. It is in evaluation mode afterwards.
 
-    A gate has a learning rate of its own; see `separate_gate`.
+    A gate of factors has a learning rate of its own; see `separate_gate`.
 
     Args:
         model: any causal language model.
@@ -119,8 +119,9 @@ def train(
         # Both print on standard output; that is for results.
         trainer.remove_callback(ProgressCallback)
         trainer.remove_callback(PrinterCallback)
-        if trained_gate(model):
-            separate_gate(trainer.create_optimizer(), model)
+        factor = default_factor(getattr(model.config, "pondering_gate", "none"))
+        if factor is not None and trained_gate(model):
+            separate_gate(trainer.create_optimizer(), model, factor)
         try:
             trainer.train()
         finally:
