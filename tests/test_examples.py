@@ -148,3 +148,28 @@ def test_train_small(tmp_path, monkeypatch, capsys):
         assert output.out == ""
     (tmp_path / "short.txt").unlink()
     assert checkpoints.listing(tmp_path) == before
+
+
+def test_interventions(checkpoint, stories, tmp_path):
+    (tmp_path / "text.txt").write_text(stories, encoding="utf-8")
+    arguments = (checkpoint, tmp_path / "text.txt", "--block-size", 64, "--max-blocks", 6)
+    done = start("interventions.py", *arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["tokens"] == 5 * 63, "one block lends its thoughts"
+    names = [row["change"] for row in result["rows"]]
+    assert names[:4] == ["none", "stopped at pass 0", "stopped at pass 1", "mean embedding"]
+    assert names[5:] == ["noise of the same norm", "another text's", "scaled by 0.5", "scaled by 2"]
+    assert names[4].startswith("token ")
+    # The gate is 0 yet: what is pondered is worth nothing, and nothing that is scaled by it either.
+    assert [row["more"] for row in result["rows"][1:]] == pytest.approx([0] * 8, abs=1e-5)
+
+
+def test_hooks(checkpoint):
+    done = start("hooks.py", checkpoint, "Once upon a", "She saw a")
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert [row[:2] for row in rows[1:]] == [["pass", str(index)] for index in range(3)]
+    # All that the prediction is made of is the last layer in the last pass; with a gate of 0 no earlier pass matters.
+    assert float(rows[-1][-1]) == pytest.approx(1, abs=0.01)
+    assert [float(value) for row in rows[1:3] for value in row[2:]] == pytest.approx([0] * 10, abs=0.01)
