@@ -24,7 +24,7 @@ from transformers import (
     TextStreamer,
 )
 
-from ponder_hf import PonderingError
+from ponder_hf import PonderingError, PonderingExit
 
 
 COUNT = 8
@@ -62,17 +62,88 @@ def is_greedy(**settings):
     return check
 
 
-def is_uncached(**settings):
-    """A check that generation with a cache gives what the same generation without one gives."""
+def next_logits(model, rows, **settings):
+    """Of whole forward passes without a cache over rows (B, T): the logits (B, V) of what comes next, in float32."""
+    return model(rows, use_cache=False, **settings).logits[:, -1].float()
+
+
+def is_sampled(num_rows=1, **settings):
+    """A check that sampling takes the tokens that the plain reference draws with the same random numbers."""
 
     def check(model):
-        results = []
-        for use_cache in (True, False):
-            torch.manual_seed(0)
-            results.append(generate(model, use_cache=use_cache, **settings).tolist())
-        assert results[0] == results[1]
+        torch.manual_seed(0)
+        found = generate(model, do_sample=True, top_k=9, **settings)
+        torch.manual_seed(0)
+        rows = prompt().repeat(num_rows, 1)
+        for _ in range(COUNT):
+            best, token_ids = next_logits(model, rows).topk(9)
+            everywhere = torch.full((num_rows, model.config.vocab_size), -torch.inf)
+            probabilities = everywhere.scatter(1, token_ids, best).softmax(-1)
+            rows = torch.cat([rows, torch.multinomial(probabilities, 1)], dim=1)
+        assert found.tolist() == rows.tolist()
 
     return check
+
+
+def best_of_beams(model, num_beams, allowed=None, draw=None):
+    """The plain reference of beam search: the best row (1, T) of so many beams, by whole forward passes.
+
+    allowed: token ids; None: all. draw: from the scores (beams * V,) of all continuations to the indices of those that
+    are looked at, the best of which go on; None: all are.
+    """
+    rows, totals = prompt(), torch.zeros(1)
+    for _ in range(COUNT):
+        log_probabilities = next_logits(model, rows).log_softmax(-1)
+        if allowed is not None:
+            allowed_only = torch.full_like(log_probabilities, -torch.inf)
+            allowed_only[:, allowed] = log_probabilities[:, allowed]
+            log_probabilities = allowed_only
+        scores = (totals[:, None] + log_probabilities).flatten()
+        looked_at = torch.arange(len(scores)) if draw is None else draw(scores)
+        totals, best = scores[looked_at].topk(num_beams)
+        beams, tokens = looked_at[best] // log_probabilities.shape[1], looked_at[best] % log_probabilities.shape[1]
+        rows = torch.cat([rows[beams], tokens[:, None]], dim=1)
+    return rows[:1]
+
+
+def beam_search(model):
+    assert generate(model, num_beams=3).tolist() == best_of_beams(model, 3).tolist()
+
+
+def beam_sampling(model):
+    size = 3 * model.config.vocab_size
+
+    def draw(scores):  # twice as many continuations as beams; at first all beams but one are empty
+        scores = torch.cat([scores, scores.new_full((size - len(scores),), -1e9)])
+        return torch.multinomial(scores.softmax(-1), 6)
+
+    torch.manual_seed(0)
+    found = generate(model, num_beams=3, do_sample=True, top_k=0)
+    torch.manual_seed(0)
+    assert found.tolist() == best_of_beams(model, 3, draw=draw).tolist()
+
+
+def guidance(model):
+    found = generate(model, guidance_scale=1.5)[0]
+    row, unconditional = prompt(), prompt()[:, -1:]  # which starts from the prompt's last token
+    for _ in range(COUNT):
+        guided, others = (next_logits(model, each).log_softmax(-1) for each in (row, unconditional))
+        token = (others + 1.5 * (guided - others)).argmax(-1, keepdim=True)
+        row, unconditional = torch.cat([row, token], dim=1), torch.cat([unconditional, token], dim=1)
+    assert found.tolist() == row[0].tolist()
+    assert found.tolist() != recomputed(model, prompt()[0]).tolist()
+
+
+def early_exits(model):
+    settings = {"pondering_exit_threshold": 1e-3, "pondering_exit_criterion": "kl"}
+    found, steps = generate(model, **settings)[0], []
+    pondering_exit = PonderingExit.read("kl", 1e-3)
+    pondering_exit.record = steps.append
+    row = prompt()
+    for _ in range(COUNT):
+        row = torch.cat([row, next_logits(model, row, pondering_exit=pondering_exit).argmax(-1, keepdim=True)], dim=1)
+    assert found.tolist() == row[0].tolist()
+    assert len(set(torch.cat([each[0] for each in steps]).tolist())) > 1  # some tokens stopped before others
 
 
 def runs(**settings):
@@ -113,20 +184,21 @@ def iterator_streamer(model):
 
 def stopping_criteria(model):
     criteria = StoppingCriteriaList([MaxLengthCriteria(prompt().shape[1] + 3)])
-    assert generate(model, stopping_criteria=criteria).shape[1] == prompt().shape[1] + 3
+    assert generate(model, stopping_criteria=criteria)[0].tolist() == recomputed(model, prompt()[0], count=3).tolist()
 
 
 def logits_processor(model):
     class Only(LogitsProcessor):
         def __call__(self, input_ids, scores):
-            return scores.masked_fill(torch.arange(scores.shape[-1]) != 7, -torch.inf)
+            return scores.masked_fill(torch.arange(scores.shape[-1]) % 7 != 0, -torch.inf)
 
-    assert generate(model, logits_processor=LogitsProcessorList([Only()]))[0, -COUNT:].tolist() == [7] * COUNT
+    found = generate(model, logits_processor=LogitsProcessorList([Only()]))
+    assert found.tolist() == best_of_beams(model, 1, range(0, model.config.vocab_size, 7)).tolist()
 
 
 def constrained_prefix(model):
-    tokens = generate(model, num_beams=3, prefix_allowed_tokens_fn=lambda batch_index, ids: [5, 6])
-    assert set(tokens[0, -COUNT:].tolist()) <= {5, 6}
+    tokens = generate(model, num_beams=3, prefix_allowed_tokens_fn=lambda batch_index, ids: [5, 6, 9])
+    assert tokens.tolist() == best_of_beams(model, 3, [5, 6, 9]).tolist()
 
 
 def ragged_batch(model):
@@ -161,9 +233,18 @@ def outputs(model):
     names = ("scores", "logits", "hidden_states", "attentions")
     model.set_attn_implementation("eager")
     output = generate(model, return_dict_in_generate=True, **{f"output_{name}": True for name in names})
-    assert all(len(output[name]) == COUNT for name in names)
-    num_layers = model.config.num_hidden_layers
-    assert [len(output.hidden_states[1]), len(output.attentions[1])] == [num_layers + 1, num_layers]
+    sequences, length = output.sequences, prompt().shape[1]
+    assert sequences[0].tolist() == recomputed(model, prompt()[0]).tolist()
+    whole = model(sequences[:, :-1], use_cache=False, output_hidden_states=True, output_attentions=True)
+    close = {"rtol": 1e-5, "atol": 1e-6}  # LLaMA's norms compute in float32
+    for step in range(COUNT):
+        last = length - 1 + step
+        for name in ("scores", "logits"):
+            torch.testing.assert_close(output[name][step], whole.logits[:, last].float(), **close)
+        for found, expected in zip(output.hidden_states[step], whole.hidden_states, strict=True):
+            torch.testing.assert_close(found[:, -1], expected[:, last], **close)
+        for found, expected in zip(output.attentions[step], whole.attentions, strict=True):
+            torch.testing.assert_close(found[:, :, -1, : last + 1], expected[:, :, last, : last + 1], **close)
 
 
 def static_cache_of_the_user(model):
@@ -197,14 +278,15 @@ def quantised(kind, tolerance, **cache_config):
 
 
 def assisted(model):
-    assert generate(model, assistant_model=model.to_base()).tolist() == generate(model).tolist()
+    found = generate(model, assistant_model=model.to_base())
+    assert found[0].tolist() == recomputed(model, prompt()[0]).tolist()
 
 
 def custom_loop(model):
     def loop(model, input_ids, **kwargs):
         return type(model)._sample(model, input_ids, **kwargs)
 
-    assert generate(model, custom_generate=loop).tolist() == generate(model).tolist()
+    assert generate(model, custom_generate=loop)[0].tolist() == recomputed(model, prompt()[0]).tolist()
 
 
 def continuous_batching(model):
@@ -229,11 +311,11 @@ STRATEGIES = {
     "greedy search": ("`do_sample=False`", is_greedy()),
     "sampling": (
         "`do_sample=True`, `temperature`, `top_k`, `top_p`, `min_p`, ...",
-        is_uncached(do_sample=True, top_k=9),
+        is_sampled(),
     ),
-    "beam search": ("`num_beams=3`", is_uncached(num_beams=3)),
-    "beam sampling": ("`num_beams=3, do_sample=True`", is_uncached(num_beams=3, do_sample=True)),
-    "several sequences": ("`num_return_sequences=3`", is_uncached(num_return_sequences=3, do_sample=True)),
+    "beam search": ("`num_beams=3`", beam_search),
+    "beam sampling": ("`num_beams=3, do_sample=True`", beam_sampling),
+    "several sequences": ("`num_return_sequences=3`", is_sampled(3, num_return_sequences=3)),
     "assisted decoding": ("`assistant_model=...`", assisted),
     "prompt lookup": ("`prompt_lookup_num_tokens=3`", is_greedy(prompt_lookup_num_tokens=3)),
     "streaming text": ("`streamer=TextStreamer(...)`", text_streamer),
@@ -241,7 +323,7 @@ STRATEGIES = {
     "stopping criteria": ("`stopping_criteria=...`, `stop_strings`, `max_time`", stopping_criteria),
     "logits processors": ("`logits_processor=...`, `repetition_penalty`, ...", logits_processor),
     "constrained prefixes": ("`prefix_allowed_tokens_fn=...`", constrained_prefix),
-    "classifier-free guidance": ("`guidance_scale=1.5`", runs(guidance_scale=1.5)),
+    "classifier-free guidance": ("`guidance_scale=1.5`", guidance),
     "ragged batches": ("left padding and `attention_mask`", ragged_batch),
     "embeddings as prompt": ("`inputs_embeds=...`", embeddings),
     "the prompt in chunks": ("`prefill_chunk_size=5`", is_greedy(prefill_chunk_size=5)),
@@ -278,8 +360,8 @@ STRATEGIES = {
         runs(num_draft_tokens=2, pondering_exit_threshold=0.1, pondering_exit_criterion="kl"),
     ),
     "early exits": (
-        '`pondering_exit_threshold=0.1, pondering_exit_criterion="kl"`',
-        is_uncached(pondering_exit_threshold=0.1, pondering_exit_criterion="kl"),
+        '`pondering_exit_threshold=1e-3, pondering_exit_criterion="kl"`',
+        early_exits,
     ),
     "early exits, hidden states asked for": (
         "`output_hidden_states=True` beside them",
