@@ -56,6 +56,7 @@ def changed_model(model_type, fields, dtype=torch.float64):
     [
         ("llama", {}),
         ("gpt_neox", {"pondering_gate": "zero_init"}),
+        ("qwen2", {"pondering_gate": "zero_init_matrix"}),
         ("gemma2", {"pondering_temperature": 0.7}),  # caps, scaled embeddings
         ("granite", {"pondering_top_k": 5}),
         ("cohere", {"embedding_scale": 3.0, "input_scale": 2.0}),
