@@ -126,6 +126,15 @@ def test_bad_input_is_one_line_and_writes_nothing(made_once, tmp_path, capsys, m
     assert checkpoints.listing(tmp_path) == before
 
 
+def test_a_text_that_no_figure_can_show(tmp_path, capsys):
+    """Nothing is written then, also not what could be."""
+    checkpoints.save_base(tmp_path / "base", "llama", tokenizer=True, max_position_embeddings=512)
+    flags = ["--html", tmp_path / "page.html", "--png", tmp_path / "maps.png"]
+    assert run("lens", tmp_path / "base", "--prompt", "cat " * 401, *flags) == 2
+    assert "at most 400 tokens, and here are 401: give --max-tokens" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"base"}
+
+
 def test_a_third_model_and_two_in_one_figure_are_refused(made_once, capsys):
     model = made_once / "model"
     assert run("lens", model, model, model, "--prompt", TEXT) == 2

@@ -113,12 +113,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         import_optional("rich", "for the table", extra="viz")
     text = None if args.data is not None else _read_text(args)
     looks = [_look(args, source, text) if text is not None else _look_at_data(args, source) for source in args.source]
+    figure = looks[0].figure() if args.png else None  # which may be refused, before anything is written
     if args.html:
         with whole_file(args.html) as path:
             path.write_text(looks[0].to_html(*looks[1:]), encoding="utf-8")
-    if args.png:
+    if figure is not None:
         with whole_file(args.png) as path:
-            looks[0].figure().savefig(path, format="png")
+            figure.savefig(path, format="png")
     for name in filter(None, (args.html, args.png)):
         print(f"wrote {name}", file=sys.stderr)
     if as_table:

@@ -14,6 +14,8 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from ponder_hf.modeling import PonderingError
+
 from .measures import MEASURES
 from .strings import visible
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 _COLOURS = "cividis"
 _CELL = 0.27  # inches
 _TOKENS_IN_A_LINE = 40
+_MOST_TOKENS = 400  # more would be a picture that nobody can look at
 _LONGEST_LABEL = 14
 
 
@@ -35,8 +38,12 @@ def heat_maps(look: "Lens", measures: Sequence[str]) -> Figure:
         measures: which of `MEASURES`.
 
     Raises:
-        PonderingError: there is no such measure.
+        PonderingError: there is no such measure, or there are more tokens than a picture can show.
     """
+    if len(look.token_ids) > _MOST_TOKENS:
+        raise PonderingError(
+            f"heat maps show at most {_MOST_TOKENS} tokens, and here are {len(look.token_ids):,}: give `max_tokens`"
+        )
     values = [(name, look.measure(name)) for name in measures]
     passes, count = values[0][1].shape
     lines = math.ceil(count / _TOKENS_IN_A_LINE)

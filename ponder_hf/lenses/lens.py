@@ -151,7 +151,7 @@ class Lens:
             measures: which of `MEASURES`.
 
         Raises:
-            PonderingError: there is no such measure, or matplotlib is not installed.
+            PonderingError: there is no such measure, there are more than 400 tokens, or matplotlib is not installed.
         """
         import_optional("matplotlib", "for figures", extra="viz")
         from .figure import heat_maps
