@@ -88,8 +88,11 @@ def run_case(case, processes):
         **{"max_steps": STEPS, "save_strategy": "no", **case.get("arguments", {})},
     )
     watch = Watch()
-    trainer_class = PonderingTrainer if case.get("gate_rate") else Trainer
-    trainer = trainer_class(model, arguments, train_dataset=training_rows(), callbacks=[watch])
+    given = {"train_dataset": training_rows(), "callbacks": [watch]}
+    if case.get("gate_rate") or case.get("sampled_steps"):
+        trainer = PonderingTrainer(model, arguments, sampled_steps=case.get("sampled_steps"), **given)
+    else:
+        trainer = Trainer(model, arguments, **given)
     kernels, ponder = set(), PonderingForCausalLM.ponder
 
     # Asked within the passes, where sharded weights are gathered if ever.

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from ponder_hf import PonderingForCausalLM
+from ponder_hf.training.gate import GATE_LEARNING_RATE_FACTOR
 
 
 FIELDS = {"pondering_steps": 2, "pondering_gate": "zero_init", "intermediate_loss_weight": 0.3}
@@ -34,6 +35,8 @@ KEPT = {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": Fal
 CHECKPOINTING = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
 REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
 GATE_RATE = {"gate_rate": True}  # by PonderingTrainer: the gate has a group of its own
+GROWING = {**GATE_RATE, "sampled_steps": "growing"}
+DRAWN = {"sampled_steps": [2.0, 1.0, 5.0]}  # S = 2, 0 and 1 in the three steps
 
 # name: (backbone, pondering fields, arguments of Trainer, what else the worker takes). GPT-2 is tied, LLaMA has a
 # padding row, GPT-NeoX has other names on disk than in memory.
@@ -46,6 +49,8 @@ CASES = {
     "ddp gpt2 checkpointing": ("gpt2", FIELDS, CHECKPOINTING, {}),
     "ddp gpt2 reentrant": ("gpt2", FIELDS, REENTRANT, {}),
     "ddp llama gate's rate": ("llama", FIELDS, {}, GATE_RATE),
+    "ddp llama growing": ("llama", FIELDS, {}, GROWING),
+    "ddp gpt2 drawn": ("gpt2", {"pondering_steps": 2}, {"ddp_find_unused_parameters": False}, DRAWN),
     "fsdp gpt_neox top_k": ("gpt_neox", TOP_K, {**SAVE, **FREED}, {}),
     "fsdp gpt_neox resumed": ("gpt_neox", TOP_K, {**SAVE, **FREED}, {"resume": "fsdp gpt_neox top_k/checkpoint-2"}),
     "fsdp gpt2 vocabulary": ("gpt2", FIELDS, FREED, {}),
@@ -59,8 +64,10 @@ CASES = {
         {**SAVE, **FREED},
         {**GATE_RATE, "resume": "fsdp llama gate's rate/checkpoint-2"},
     ),
+    "fsdp llama growing": ("llama", FIELDS, FREED, GROWING),
 }
-
+# What of that changes what is trained.
+CHANGES = ("dtype", "gate_rate", "sampled_steps")
 
 TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
@@ -95,11 +102,11 @@ def alone(tmp_path_factory):
 
     def run(name):
         model_type, fields, _, more = CASES[name]
-        key = json.dumps([model_type, fields, more.get("dtype"), more.get("gate_rate")])
+        key = json.dumps([model_type, fields, {name: more[name] for name in CHANGES if name in more}])
         if key not in done:
             folder = tmp_path_factory.mktemp("alone")
             case = {"folder": str(folder), "model_type": model_type, "fields": fields}
-            case |= {key: more[key] for key in ("dtype", "gate_rate") if key in more}
+            case |= {name: more[name] for name in CHANGES if name in more}
             done[key] = distributed_worker.run_case(case, 1), folder / "final"
         return done[key]
 
@@ -120,10 +127,11 @@ def test_two_processes_train_as_one(root, alone, name):
     steps = len(result["losses"])
     assert steps == (1 if "resumed" in name else distributed_worker.STEPS)
     precise = "float32" not in name
+    gate_rate = [1e-2 * GATE_LEARNING_RATE_FACTOR] if CASES[name][3].get("gate_rate") else []
     # Trainer adds up its losses in float32; its gradient norms are in the model's own dtype.
     assert result["losses"] == pytest.approx(expected["losses"][-steps:], abs=2e-6 if precise else 1e-5)
     assert result["norms"] == pytest.approx(expected["norms"][-steps:], rel=1e-10 if precise else 1e-5)
-    assert result["rates"] == expected["rates"] == [1e-2, 1e-2, *([1e-1] if "gate's rate" in name else [])]
+    assert result["rates"] == expected["rates"] == [1e-2, 1e-2, *gate_rate]
     weights, one = load_file(root / name / "final" / "model.safetensors"), load_file(folder / "model.safetensors")
     if name.startswith("fsdp gpt2"):  # gathered one by one, tied weights no longer share memory
         assert torch.equal(weights.pop("backbone.lm_head.weight"), weights["backbone.transformer.wte.weight"])
