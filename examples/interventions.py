@@ -24,7 +24,7 @@ def changes(model, tokenizer, other_ids):
     frequent = max(set(other_ids), key=other_ids.count)
     yield from (interventions.stop_at(pass_index) for pass_index in range(steps))
     yield interventions.replace_by_mean(model)
-    yield interventions.replace_by_token(model, frequent)
+    yield interventions.replace_by_token(model, frequent, tokenizer)
     yield interventions.replace_by_noise()
     yield interventions.replace_by_prompt(model, tokenizer, other_ids)
     yield from map(interventions.scale, (0.5, 2.0))

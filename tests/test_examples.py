@@ -160,7 +160,7 @@ def test_interventions(checkpoint, stories, tmp_path):
     names = [row["change"] for row in result["rows"]]
     assert names[:4] == ["none", "stopped at pass 0", "stopped at pass 1", "mean embedding"]
     assert names[5:] == ["noise of the same norm", "another text's", "scaled by 0.5", "scaled by 2"]
-    assert names[4].startswith("token ")
+    assert names[4].startswith("'"), "a token by its text"
     # The gate is 0 yet: what is pondered is worth nothing, and nothing that is scaled by it either.
     assert [row["more"] for row in result["rows"][1:]] == pytest.approx([0] * 8, abs=1e-5)
 

@@ -104,7 +104,7 @@ def replace_by_token(
     Args:
         model: the model that it will act on.
         token: an id, or a text that is one token.
-        tokenizer: the model's, for a text.
+        tokenizer: the model's, for a text, or to be called by its text in results.
 
     Raises:
         PonderingError: the text is not one token, or the vocabulary has no such id.
@@ -119,7 +119,7 @@ def replace_by_token(
             )
         name, token_id = repr(token), ids[0]
     else:
-        name, token_id = f"token {token}", token
+        name, token_id = f"token {token}" if tokenizer is None else repr(tokenizer.decode([token])), token
     with torch.no_grad():
         table = embedding_table(pondering_model_in(model).backbone, model.device)
         if not 0 <= token_id < len(table):
