@@ -3,7 +3,7 @@
     python examples/train_small.py ../shared/data/text/novels-train.txt.gz small-model
 
 With the defaults (1.3 million parameters, S = 3, 1.6 million tokens) it takes about twenty minutes on one core. The
-documentation's measurements of generation are made with such a model; docs/speculation.md names the arguments.
+documentation's measurements of generation are made with such a model; docs/cost.md names the arguments.
 """
 
 import argparse

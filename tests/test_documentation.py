@@ -10,8 +10,9 @@ import pytest
 import tiny
 import torch
 import yaml
+from checkpoints import save_base
 
-from ponder_hf import PonderingForCausalLM
+from ponder_hf import PonderingForCausalLM, convert
 from ponder_hf.cli import COMMANDS, main
 
 
@@ -117,3 +118,18 @@ def test_the_loop_that_explains_pondering_is_what_the_model_does():
         exec(compile(loop, "docs/pondering.md", "exec"), names)
         model = PonderingForCausalLM.from_base(backbone, pondering_steps=2)
         torch.testing.assert_close(names["logits"], model(names["input_ids"]).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_the_errors_are_what_is_said(tmp_path, monkeypatch, capsys):
+    page = (DOCS / "errors.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    save_base(Path("plain"), tokenizer=True, vocab_size=512, max_position_embeddings=256)
+    convert("plain", "pondering", pondering_steps=3)
+    Path("trained/checkpoint-10").mkdir(parents=True)
+    Path("my_text.txt").write_text("a text\n" * 900, encoding="utf-8")
+    pairs = re.findall(r"```bash\n(.*)\n```\n+```text\n(.*)\n```", page)
+    assert len(pairs) > 8
+    for command, message in pairs:
+        assert main(shlex.split(command)[1:]) == 2, command
+        assert capsys.readouterr().err.splitlines()[-1].replace(f"{tmp_path}/", "") == message
+    assert not Path("new").exists()
