@@ -1,4 +1,4 @@
-"""What the README says is run: its commands, its code, and its tree."""
+"""What the README says is run: its commands and its code; and the commands and the tree of two pages of docs/."""
 
 import os
 import re
@@ -16,12 +16,14 @@ from ponder_hf.cli import main
 
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README, COMMANDS, DESIGN = (
+    (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/commands.md", "docs/design.md")
+)
 TEXT = "Once upon a time there was a small model that thought before it spoke.\nIt thought again, and then it wrote.\n"
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language, text=README):
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 def commands(block):
@@ -46,7 +48,12 @@ def folder(tmp_path, monkeypatch):
 
 def test_there_are_the_blocks_that_these_tests_run():
     assert len(blocks("python")) == 2
-    assert [commands(block)[0].split()[0] for block in blocks("bash")] == ["make", "ponder-hf"]
+    assert [commands(block)[0].split()[0] for block in blocks("bash")] == ["make"]
+    assert len(commands(blocks("bash", COMMANDS)[0])) > 8
+
+
+def test_it_is_one_screen():
+    assert len(README.splitlines()) < 90
 
 
 def test_the_code_runs_as_it_stands(folder, monkeypatch, capsys):
@@ -67,7 +74,7 @@ def test_the_first_block_has_ten_lines():
 
 
 def test_the_command_lines_run_as_they_stand(folder, capsys):
-    for line in commands(blocks("bash")[1]):
+    for line in commands(blocks("bash", COMMANDS)[0]):
         assert main(shlex.split(line)[1:]) == 0, line
     assert (folder / "plain-pythia-70m" / "model.safetensors").exists()
     assert "Once upon a time" in capsys.readouterr().out
@@ -83,7 +90,7 @@ def test_the_two_commands_are_what_make_runs(command):
 
 
 def test_every_path_in_the_tree_exists():
-    tree = re.search(r"## What is where\n+```\n(.*?)```", README, flags=re.DOTALL)[1]
+    tree = re.search(r"## What is where\n+```\n(.*?)```", DESIGN, flags=re.DOTALL)[1]
     names, parent = [], ""
     for line in tree.splitlines():
         name = line.split()[0]
