@@ -253,16 +253,16 @@ def test_experiment_is_fair_and_repeats_itself(tmp_path, monkeypatch):
         outcomes.append(experiment.run_experiment(setup, small_schedule()))
     first, second, other = outcomes
     names, _, rows, arguments = (dict(enumerate(column)) for column in zip(*calls[:7], strict=True))
-    assert list(names.values()) == ["base", "control", "pondering", "longer", "deeper", "deeper", "more text"]
+    assert list(names.values()) == ["base", "control", "pondering", "more text", "deeper", "deeper", "longer"]
     assert torch.equal(rows[1], rows[2])
     assert arguments[1] == arguments[2] == arguments[5]
-    assert torch.equal(rows[3][: len(rows[1])], rows[1])
+    assert torch.equal(rows[6][: len(rows[1])], rows[1])
     assert torch.equal(torch.cat([rows[4], rows[5]]), torch.cat([rows[0], rows[1]]))
     first_blocks, later_blocks = (
         {*map(bytes_of, each)} for each in setup.blocks.rows.split([12, len(setup.blocks) - 12])
     )
-    assert {bytes_of(row) for row in torch.cat([rows[0], rows[1], rows[3]])} == first_blocks
-    assert {bytes_of(row) for row in rows[6]} <= later_blocks
+    assert {bytes_of(row) for row in torch.cat([rows[0], rows[1], rows[6]])} == first_blocks
+    assert {bytes_of(row) for row in rows[3]} <= later_blocks
     assert arguments[1]["seed"] == 3
     models = first.models
     base, control, pondering, deeper = (models[name] for name in ("base", "control", "pondering", "deeper"))
@@ -287,7 +287,7 @@ def test_what_would_end_too_late_is_left_out(tmp_path, monkeypatch):
     late = dataclasses.replace(setup, size=dataclasses.replace(setup.size, budget_seconds=0.0))
     outcome = experiment.run_experiment(late, small_schedule())
     assert set(outcome.models) == {"base", "control", "pondering"}
-    assert outcome.left_out == ["longer", "deeper", "more_text"]
+    assert outcome.left_out == ["more_text", "deeper", "longer"]
     chosen = dataclasses.replace(late, options=dataclasses.replace(setup.options, steps=4))
     assert experiment.run_experiment(chosen, small_schedule()).left_out == []
 

@@ -161,11 +161,14 @@ def make_schedule(setup: "Setup") -> Schedule:
     second run on the same machine comes to the same numbers.
     """
     size, options = setup.size, setup.options
-    threads, plain_seconds = _fastest_threads(setup.base, size)
+    is_fixed = (options.steps, options.base_steps) != (None, None)
+    threads, plain_seconds = _fastest_threads(setup.base, size, repeats=1 if is_fixed else 5)
     pondering = PonderingForCausalLM.from_base(copy.deepcopy(setup.base), **options.pondering_fields)
     ratio = operations_per_token(pondering) / operations_per_token(setup.base)
-    with torch_threads(threads):
-        pondering_seconds = _step_seconds(pondering, size, repeats=2)
+    pondering_seconds = ratio * plain_seconds  # good enough to announce how long it will take
+    if not is_fixed:
+        with torch_threads(threads):
+            pondering_seconds = _step_seconds(pondering, size, repeats=3)
     full_base_steps = 0 if setup.base_is_given else options.base_steps or size.base_steps
     full_steps = options.steps or size.steps
 
@@ -182,7 +185,7 @@ def make_schedule(setup: "Setup") -> Schedule:
         seconds += evaluated * (8 * plain_seconds + pondering_seconds)
         return Schedule(base_steps, steps, longer_steps, setup.text_blocks, evaluations, threads, share, seconds)
 
-    if options.steps is not None or options.base_steps is not None:
+    if is_fixed:
         return schedule(1.0)
     fitting = [share for share in _SHARES if full_steps * share >= _FEWEST_STEPS]
     return next(
@@ -190,19 +193,22 @@ def make_schedule(setup: "Setup") -> Schedule:
     )
 
 
-def _fastest_threads(model, size):
+def _fastest_threads(model, size, repeats):
     """(threads, seconds of a step): one thread or torch's own number, for which a busy machine can be far too slow."""
     most = torch.get_num_threads()
     timings = {}
     for threads in {1, most}:
         with torch_threads(threads):
-            timings[threads] = _step_seconds(model, size, repeats=5)
+            timings[threads] = _step_seconds(model, size, repeats)
     best = min(timings, key=timings.get)
     return best, timings[best]
 
 
 def _step_seconds(model, size, repeats):
-    """The median time of a training step on a copy of the model."""
+    """The time of a training step on a copy of the model, where nothing else is in its way.
+
+    A machine that is busy just now may not be in a minute; what would end too late then is left out.
+    """
     model = copy.deepcopy(model).to(device()).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
     ids = torch.zeros(size.batch_size, size.block_size, dtype=torch.long, device=device())
@@ -215,7 +221,7 @@ def _step_seconds(model, size, repeats):
         optimizer.zero_grad()
         loss.item()  # waits for an accelerator
         timings.append(time.perf_counter() - start)
-    return statistics.median(timings[1:])
+    return min(timings[1:])
 
 
 _DEVICE: contextvars.ContextVar[torch.device | None] = contextvars.ContextVar("device of the demo", default=None)
@@ -341,15 +347,15 @@ def run_experiment(setup: "Setup", schedule: Schedule) -> Outcome:
     control = session.train_on("control", copy.deepcopy(base)).cpu()
     pondering = PonderingForCausalLM.from_base(copy.deepcopy(base), **setup.options.pondering_fields)
     session.train_on("pondering", pondering).cpu()
-    # The price: what else would have been had for as much.
-    if session.has_time_for("longer", schedule.longer_steps):
-        session.train_on("longer", copy.deepcopy(base), steps=schedule.longer_steps)
+    # The price: what else would have been had for as much, or for less. What costs most comes last.
+    if setup.more_text is not None and session.has_time_for("more_text", schedule.steps):
+        session.train_on("more_text", copy.deepcopy(base), setup.more_text)
     if schedule.base_steps and session.has_time_for("deeper", 2 * (schedule.base_steps + schedule.steps)):
         deeper = make_base(setup.size, base.config.vocab_size, setup.options.seed, times_layers=2)
         session.make("deeper", deeper)
         session.train_on("deeper", deeper)
-    if setup.more_text is not None and session.has_time_for("more_text", schedule.steps):
-        session.train_on("more_text", copy.deepcopy(base), setup.more_text)
+    if session.has_time_for("longer", schedule.longer_steps):
+        session.train_on("longer", copy.deepcopy(base), steps=schedule.longer_steps)
     return Outcome(session.models, session.left_out, control, pondering)
 
 
