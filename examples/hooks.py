@@ -120,7 +120,8 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = AutoModelForCausalLM.from_pretrained(arguments.model).eval()
     clean, corrupted = (
-        tokenizer(text, return_tensors="pt")["input_ids"] for text in (arguments.clean, arguments.corrupted)
+        tokenizer(text, return_tensors="pt")["input_ids"].to(model.device)
+        for text in (arguments.clean, arguments.corrupted)
     )
     if clean.shape != corrupted.shape:
         raise SystemExit(f"the prompts have {clean.shape[1]} and {corrupted.shape[1]} tokens: give two of one length")
