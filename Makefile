@@ -15,6 +15,9 @@ COMPAT ?= .compat
 VERSIONS ?=
 # Further options: make test PYTEST_ARGS="-k gate", make demo DEMO_ARGS="--base FOLDER", make bench BENCH=NAME,
 # make gpu GPU_ARGS="--output FOLDER --quick".
+# Where `make upstream` keeps transformers' tests, and on which backbones it runs them; none: on all.
+UPSTREAM ?= .upstream
+BACKBONES ?=
 # Where `make vllm` keeps its environment (4 GB), and further options: make vllm VLLM_ARGS="-m 'not slow'".
 VLLM ?= .vllm
 VLLM_ARGS ?=
@@ -38,7 +41,7 @@ INSTALLED = $(VENV)/installed
 INTERPRETER = $(if $(wildcard $(VENV_PYTHON)),$(VENV_PYTHON),$(PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test style compat vllm gpu bench docs mutants clean
+.PHONY: help setup demo test style compat upstream vllm gpu bench docs mutants clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -60,6 +63,9 @@ style: setup ## Check style and formatting with ruff, types with mypy
 
 compat: setup ## Try checkpoints under other transformers and torch (15 minutes, 10 GB; VERSIONS="oldest newest": 3, small; or latest)
 	PYTHONPATH=tests $(VENV_PYTHON) -m compat --environments $(COMPAT) $(VERSIONS)
+
+upstream: setup ## Run transformers' own shared model tests on pondering models (10 minutes, 0.1 GB; BACKBONES="llama gpt2": fewer)
+	PYTHONPATH=tests $(VENV_PYTHON) -m upstream --folder $(UPSTREAM) $(BACKBONES)
 
 vllm: ## Test the plug-in for vLLM in an environment of its own (30 minutes, 4 GB; VLLM_ARGS="-m 'not slow'": 8)
 	@test -f $(VLLM)/.ponder-hf-installed -a $(VLLM)/.ponder-hf-installed -nt pyproject.toml \
@@ -83,8 +89,8 @@ mutants: setup ## Break the code in small ways, one at a time: the tests must no
 	PYTHONPATH=tests $(VENV_PYTHON) -m mutation --workers $(WORKERS) \
 		$(if $(wildcard $(VLLM)/bin/python),--vllm $(abspath $(VLLM)/bin/python)) $(MUTANTS)
 
-clean: ## Remove build outputs, caches, site, .compat and .vllm; keep .venv and ponder-demo
-	rm -rf build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .compat .vllm
+clean: ## Remove build outputs, caches, site, .compat, .upstream and .vllm; keep .venv and ponder-demo
+	rm -rf build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .compat .upstream .vllm
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt

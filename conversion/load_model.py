@@ -51,7 +51,8 @@ def load_pondering(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> 
         model, report = PonderingForCausalLM.from_pretrained(
             checkpoint.folder,
             config=config,
-            dtype=dtype or stored_dtype(name, checkpoint.tensors),
+            dtype=dtype
+            or stored_dtype(name, checkpoint.tensors, is_quantised="quantization_config" in checkpoint.config),
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # so that they are reported, and raised below
             output_loading_info=True,

@@ -52,7 +52,9 @@ def _damage(path: Path, end_of_header: int) -> str | None:
     size = path.stat().st_size
     if size < end_of_header:
         return f"is truncated: it has {size:,} bytes and ends within its header"
-    with suppress(SafetensorsParsingError, TypeError, ValueError):
+    with suppress(
+        SafetensorsParsingError, TypeError, ValueError, LookupError, AttributeError
+    ):  # the header is anything
         tensors = parse_local_safetensors_file_metadata(path).tensors
         expected = end_of_header + max((tensor.data_offsets[1] for tensor in tensors.values()), default=0)
         if size != expected:
@@ -110,7 +112,9 @@ def num_bytes(tensors: Mapping[str, TensorInfo]) -> int:
     return sum(end - start for start, end in (tensor.data_offsets for tensor in tensors.values()))
 
 
-def stored_dtype(source: str, tensors: Mapping[str, TensorInfo], unused: Collection[str] = ()) -> torch.dtype:
+def stored_dtype(
+    source: str, tensors: Mapping[str, TensorInfo], unused: Collection[str] = (), is_quantised: bool = False
+) -> torch.dtype:
     """The dtype to load a checkpoint in so that no weight loses anything: the widest of those that are stored.
 
     What config.json says does not count.
@@ -119,9 +123,10 @@ def stored_dtype(source: str, tensors: Mapping[str, TensorInfo], unused: Collect
         source: what messages call the checkpoint.
         tensors: as read_headers gives them.
         unused: names of stored tensors that are no weights of the model, such as the mask buffers of old checkpoints.
+        is_quantised: the configuration says so, and some weights may be integers.
 
     Raises:
-        PonderingError: the weights are quantised, or none is a floating-point number.
+        PonderingError: the weights are quantised, or one is no floating-point number.
     """
     used = {name: tensor for name, tensor in tensors.items() if name not in unused}
     for name, tensor in used.items():
@@ -132,6 +137,13 @@ def stored_dtype(source: str, tensors: Mapping[str, TensorInfo], unused: Collect
     dtypes = {FLOATING[tensor.dtype] for tensor in used.values() if tensor.dtype in FLOATING}
     if not dtypes:
         raise PonderingError(f"{source} holds no floating-point weights: it is not a language model's checkpoint")
+    for name, tensor in used.items():
+        if (
+            tensor.dtype not in FLOATING and not is_quantised
+        ):  # loading would make floating-point numbers of them without a word
+            raise PonderingError(
+                f"{source} has {name} stored as {tensor.dtype}, which is no floating-point number: get it again"
+            )
     return reduce(torch.promote_types, dtypes)
 
 

@@ -1,0 +1,1 @@
+"""transformers' own shared model tests on pondering models: `make upstream`."""
