@@ -68,6 +68,12 @@ def test_the_code_runs_as_it_stands(folder, monkeypatch, capsys):
     assert loaded.config.pondering_steps == 3
 
 
+def test_the_page_of_the_model_runs_as_it_stands(folder, capsys):
+    (block,) = blocks("python", (ROOT / "docs/model.md").read_text(encoding="utf-8"))
+    exec(compile(block, "docs/model.md", "exec"), {})
+    assert "Once upon a time" in capsys.readouterr().out
+
+
 def test_the_first_block_has_ten_lines():
     lines = [line for line in blocks("python")[0].splitlines() if line and "import" not in line]
     assert len(lines) <= 10

@@ -9,6 +9,7 @@ import json
 import posixpath
 import re
 import tempfile
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -28,7 +29,7 @@ PAGES = {
     "docs/README.md": "index.md",
 }
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".json": "json", ".cff": "yaml", ".toml": "toml"}
-LINK = re.compile(r"(\]\()([^)\s]+)(\))")
+LINK = re.compile(r"(\[[^\[\]]*)?(\]\()([^)\s]+)(\))")
 _installed = tempfile.TemporaryDirectory(prefix="ponder-hf-docs-")
 
 
@@ -53,7 +54,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     texts |= {name: (ROOT / name).read_text(encoding="utf-8") for name, page in PAGES.items() if page != "index.md"}
     for name, text in texts.items():
         for found in LINK.finditer(text):
-            path = _in_repository(name, found[2].partition("#")[0])
+            path = _in_repository(name, found[3].partition("#")[0])
             if path is None or _on_site(path) != f"source/{path}.md":
                 continue
             if (ROOT / path).is_file() and files.get_file_from_path(_on_site(path)) is None:
@@ -69,10 +70,17 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         page.file.src_uri, f"docs/{page.file.src_uri}"
     )
 
+    titles = dict(_titles(config.nav))
+
     def linked(found: re.Match) -> str:
-        target, mark, anchor = found[2].partition("#")
+        said, middle, link, end = found.groups(default="")
+        target, mark, anchor = link.partition("#")
         path = _in_repository(name, target)
-        return found[0] if path is None else f"{found[1]}{_on_site(path)}{mark}{anchor}{found[3]}"
+        if path is None:
+            return found[0]
+        if said.endswith(f"{posixpath.basename(path)}"):  # a page that is called by its file's name
+            said = f"[{titles.get(_on_site(path), said.removeprefix('['))}"
+        return f"{said}{middle}{_on_site(path)}{mark}{anchor}{end}"
 
     return LINK.sub(linked, markdown)
 
@@ -111,6 +119,13 @@ class _Fetched(HTMLParser):
             self.elsewhere.append(address)
         if "mermaid" in values.get("class", "").split():  # material fetches the library that draws them
             self.elsewhere.append("a mermaid diagram")
+
+
+def _titles(entries: list[dict]) -> Iterator[tuple[str, str]]:
+    """Each page of the navigation with its title."""
+    for entry in entries:
+        for title, value in entry.items():
+            yield from _titles(value) if isinstance(value, list) else [(value, title)]
 
 
 def _in_repository(name: str, target: str) -> str | None:
