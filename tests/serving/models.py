@@ -2,6 +2,8 @@
 
 import tiny
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from ponder_hf import PonderingForCausalLM
 
@@ -45,6 +47,17 @@ def make_checkpoint(folder, model_type="llama", base_changes=None, **fields):
             model.pondering_gate.weight.uniform_(0.5, 1.5, generator=generator)
     model.save_pretrained(folder)
     return model
+
+
+def add_byte_tokenizer(folder):
+    """Write a tokenizer with a token for each byte, 259 in all with its special ones, and a chat template."""
+    vocabulary = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(vocabulary)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    fast.chat_template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    fast.save_pretrained(folder)
 
 
 def ragged_prompts(count=NUM_PROMPTS, longest=40):
