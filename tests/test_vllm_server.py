@@ -45,6 +45,7 @@ def server(model):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     options = ["--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "256"]
+    options += ["--num-gpu-blocks-override", "40"]  # which all are in use soon, as memory counts only then
     command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model.folder), *options]
     variables = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "OMP_NUM_THREADS": "1"}
     log = model.folder.parent / "server.log"

