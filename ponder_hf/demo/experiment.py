@@ -395,10 +395,8 @@ class _Session:
 
     def has_time_for(self, name, plain_steps):
         """Whether so many plain steps end in time, by those of the control; notes the name where they do not."""
-        has_time = (
-            time.perf_counter() + plain_steps * statistics.mean(self.models["control"].runs[-1].step_seconds)
-            < self.end
-        )
+        seconds = plain_steps * statistics.mean(self.models["control"].runs[-1].step_seconds)
+        has_time = time.perf_counter() + seconds < self.end
         if not has_time:
             self.left_out.append(name)
         return has_time
