@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 EVIDENCE = Path(__file__).resolve().parents[1] / "examples" / "evidence"
 sys.path.insert(0, str(EVIDENCE))  # its files import each other by their bare names, as scripts do
 
-decoding, page, report, run, runs, training = map(__import__, "decoding page report run runs training".split())
+checkpoint, decoding, page, report, run, runs, training = map(
+    __import__, "checkpoint decoding page report run runs training".split()
+)
 
 BASE = runs.Run("base", "tiny", steps=3, layers=1, width=32, batch=2, evaluate_every=2, constant_rate=True)
 PLAIN = replace(BASE, label="plain", steps=6, base=BASE, constant_rate=False)
@@ -301,3 +304,17 @@ def test_figures_of_a_page(results):
     assert figures.loss("tiny/gated", "2") == f"{sum(middle) / 2:.3f}"
     with pytest.raises(KeyError, match="tiny/none has not been measured"):
         page.filled("{loss tiny/none}", figures)
+
+
+@pytest.mark.parametrize("name", ["tiny-gated-seed0", "tiny-plain-seed0"])
+def test_a_model_becomes_a_checkpoint(folder, tiny, results, tmp_path, name):
+    checkpoint.main([name, str(tmp_path / "out"), "--results", str(folder)])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer("to be")["input_ids"] == list(b"to be")
+    rows = tiny[1][: len(tiny[1]) // runs.BLOCK * runs.BLOCK].view(-1, runs.BLOCK).long()
+    losses = training.held_out_losses(model, rows, 2 * ("gated" in name))
+    assert losses[-1] == pytest.approx(report.last_losses(results[name])[-1], abs=1e-6)
+    with pytest.raises(SystemExit, match="is no run of bytes"):
+        checkpoint.main(["tiny-fed-back-seed0", str(tmp_path / "other"), "--results", str(folder)])
+    assert not (tmp_path / "other").exists()
