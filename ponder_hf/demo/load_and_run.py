@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 
-_ROUNDS = 3
+_ROUNDS, _TIMED_TOKENS = 3, 40  # few enough for a large base, too
 
 
 class NoPonderHf(importlib.abc.MetaPathFinder):
@@ -66,6 +66,7 @@ def compare_drafts(
     if not prompts or not steps:
         return None
     drafts = {"num_draft_tokens": steps}
+    generation["max_new_tokens"] = min(_TIMED_TOKENS, generation["max_new_tokens"])
     greedy = {**generation, "do_sample": False, "temperature": None, "top_k": None}
     same = [
         _generate(model, tokenizer, prompt, seed, **greedy)[0]
