@@ -79,7 +79,7 @@ def test_continued_pretraining(base, shared, tmp_path):
     output = run("continued_pretraining.py", base, text, folder, "--steps", 12, "--block", 64)
     assert "pass_0_loss" in output
     printed = elsewhere.run(LOAD, tmp_path / "home", folder)
-    assert printed.split() == ["PonderingForCausalLM", "3", "zero_init"]
+    assert printed.split() == ["PonderingForCausalLM", "3", "zero_init_matrix"]
 
 
 def test_lora(checkpoint, stories, tmp_path):
