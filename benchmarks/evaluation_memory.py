@@ -2,105 +2,25 @@
 
     python -m benchmarks evaluation_memory
 
-Each way runs in a process of its own, as a peak is never given back. "forward" is the model's own forward pass with
-the logits of all passes, for comparison.
+"forward" is the model's own forward pass with the logits of all passes, for comparison.
 """
 
-import argparse
-import resource
-import subprocess
 import sys
-import threading
-import time
 
-import psutil
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-
-from benchmarks.machine import described
-from ponder_hf import PonderingForCausalLM, measure_passes
+from benchmarks.peak_memory import print_peaks
+from ponder_hf import measure_passes
 
 
-def measured(way, arguments):
-    """The peak of this process beyond the model, in MB, and the seconds it took."""
-    config = LlamaConfig(
-        vocab_size=arguments.vocab_size,
-        hidden_size=arguments.hidden_size,
-        intermediate_size=4 * arguments.hidden_size,
-        num_hidden_layers=arguments.layers,
-        num_attention_heads=4,
-        max_position_embeddings=arguments.tokens,
-        tie_word_embeddings=True,
-    )
-    model = PonderingForCausalLM.from_base(LlamaForCausalLM(config), pondering_steps=arguments.pondering_steps).eval()
-    ids = torch.randint(0, arguments.vocab_size, (1, arguments.tokens))
-    model(ids[:, :8])  # checks itself once
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
-        model, ids = model.to("cuda"), ids.to("cuda")
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    else:
-        watch = Watch()
-        before = psutil.Process().memory_info().rss
-    start = time.perf_counter()
-    with torch.no_grad():
-        if way == "forward":
-            model(ids, labels=ids, output_pondering=True, use_cache=False)
-        else:
-            measure_passes(model, ids, entropies=way == "with entropies")
-    seconds = time.perf_counter() - start
-    peak = torch.cuda.max_memory_allocated() if on_gpu else watch.stop()
-    return (peak - before) / 1e6, seconds
-
-
-class Watch:
-    """The largest resident size from now on, sampled: the system's own peak includes that of loading the model."""
-
-    def __init__(self):
-        self.peak, self.is_running = 0, True
-        self.thread = threading.Thread(target=self._run, daemon=True)
-        self.thread.start()
-
-    def _run(self):
-        process = psutil.Process()
-        while self.is_running:
-            self.peak = max(self.peak, process.memory_info().rss)
-            time.sleep(0.002)
-
-    def stop(self):
-        self.is_running = False
-        self.thread.join()
-        overall = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        return min(max(self.peak, psutil.Process().memory_info().rss), overall)
+WAYS = {
+    "measure_passes": measure_passes,
+    "with entropies": lambda model, ids: measure_passes(model, ids, entropies=True),
+    "forward": lambda model, ids: model(ids, labels=ids, output_pondering=True, use_cache=False),
+}
 
 
 def main(argv=None):
     """Print one row for each way."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--vocab-size", type=int, default=152_000)
-    parser.add_argument("--hidden-size", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--pondering-steps", type=int, default=3)
-    parser.add_argument("--way", help="one of them alone, within this process")
-    parser.add_argument("--most", type=float, help="end with an error where evaluating takes more than so many MB")
-    arguments = parser.parse_args(argv)
-    if arguments.way:
-        print(*measured(arguments.way, arguments))
-        return 0
-    print(described())
-    print(f"\none row of {arguments.tokens} tokens, V = {arguments.vocab_size}, S = {arguments.pondering_steps}\n")
-    print("| way | peak beyond the model, MB | seconds |\n| --- | --- | --- |")
-    code, words = 0, list(argv or [])
-    for way in ("measure_passes", "with entropies", "forward"):
-        command = [sys.executable, "-m", "benchmarks", "evaluation_memory", *words, "--way", way]
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        peak, seconds = map(float, output.split()[-2:])
-        print(f"| {way} | {peak:.0f} | {seconds:.1f} |", flush=True)
-        if arguments.most is not None and way != "forward" and peak > arguments.most:
-            code = 1
-    return code
+    return print_peaks("evaluation_memory", __doc__.splitlines()[0], WAYS, argv, tokens=2048, vocab_size=152_000)
 
 
 if __name__ == "__main__":

@@ -2,84 +2,24 @@
 
     python -m benchmarks lens_memory
 
-Each way runs in a process of its own, as a peak is never given back. "forward" is the model's own forward pass with
-the logits of all passes, for comparison.
+"forward" is the model's own forward pass with the logits of all passes, for comparison.
 """
 
-import argparse
-import subprocess
 import sys
-import time
 
-import psutil
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-
-from benchmarks.evaluation_memory import Watch
-from benchmarks.machine import described
-from ponder_hf import PonderingForCausalLM
+from benchmarks.peak_memory import print_peaks
 from ponder_hf.lenses import read_passes
 
 
-def measured(way, arguments):
-    """The peak of this process beyond the model, in MB, and the seconds it took."""
-    config = LlamaConfig(
-        vocab_size=arguments.vocab_size,
-        hidden_size=arguments.hidden_size,
-        intermediate_size=4 * arguments.hidden_size,
-        num_hidden_layers=arguments.layers,
-        num_attention_heads=4,
-        max_position_embeddings=arguments.tokens,
-        tie_word_embeddings=True,
-    )
-    model = PonderingForCausalLM.from_base(LlamaForCausalLM(config), pondering_steps=arguments.pondering_steps).eval()
-    ids = torch.randint(0, arguments.vocab_size, (arguments.tokens,))
-    model(ids[None, :8])  # checks itself once
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
-        model = model.to("cuda")
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    else:
-        watch = Watch()
-        before = psutil.Process().memory_info().rss
-    start = time.perf_counter()
-    with torch.no_grad():
-        if way == "forward":
-            model(ids[None].to(model.device), output_pondering=True, use_cache=False)
-        else:
-            read_passes(model, ids)
-    seconds = time.perf_counter() - start
-    peak = torch.cuda.max_memory_allocated() if on_gpu else watch.stop()
-    return (peak - before) / 1e6, seconds
+WAYS = {
+    "lens": lambda model, ids: read_passes(model, ids[0].cpu()),
+    "forward": lambda model, ids: model(ids, output_pondering=True, use_cache=False),
+}
 
 
 def main(argv=None):
     """Print one row for each way."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=2000)
-    parser.add_argument("--vocab-size", type=int, default=150_000)
-    parser.add_argument("--hidden-size", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--pondering-steps", type=int, default=3)
-    parser.add_argument("--way", help="one of them alone, within this process")
-    parser.add_argument("--most", type=float, help="end with an error where a lens takes more than so many MB")
-    arguments = parser.parse_args(argv)
-    if arguments.way:
-        print(*measured(arguments.way, arguments))
-        return 0
-    print(described())
-    print(f"\n{arguments.tokens} tokens, V = {arguments.vocab_size}, S = {arguments.pondering_steps}\n")
-    print("| way | peak beyond the model, MB | seconds |\n| --- | --- | --- |")
-    code, words = 0, list(argv or [])
-    for way in ("lens", "forward"):
-        command = [sys.executable, "-m", "benchmarks", "lens_memory", *words, "--way", way]
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        peak, seconds = map(float, output.split()[-2:])
-        print(f"| {way} | {peak:.0f} | {seconds:.1f} |", flush=True)
-        if arguments.most is not None and way == "lens" and peak > arguments.most:
-            code = 1
-    return code
+    return print_peaks("lens_memory", __doc__.splitlines()[0], WAYS, argv, tokens=2000, vocab_size=150_000)
 
 
 if __name__ == "__main__":
