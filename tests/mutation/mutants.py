@@ -185,7 +185,7 @@ MUTANTS = [
     ),
     *_of(
         "modeling/pondering_vocabulary_loss.py",
-        "test_loss.py test_kernels.py test_model.py",
+        "test_loss.py test_kernels.py test_model.py test_output.py",
         ("gradient.new_full((), -1.0)", "gradient.new_full((), -0.9)"),
         ("counts = targets != ignore_index", "counts = targets != -1"),
         ("value=ignore_index)[..., 1:]", "value=ignore_index)[..., :-1]"),
@@ -229,7 +229,7 @@ MUTANTS = [
     ),
     *_of(
         "conversion/whole_folder.py",
-        "test_writer.py test_full_disk.py",
+        "test_writer.py test_full_disk.py test_bad_input.py",
         ("if aside.exists() and not path.exists():", "if False:"),
         ("if any(path.iterdir()) and not overwrite:", "if False:"),
         ("            _clean_up_after_killed_runs(path)\n", ""),
