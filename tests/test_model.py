@@ -282,6 +282,14 @@ def test_a_closed_gate_is_the_base_bit_for_bit_and_learns(model_type, steps, gat
     assert model.pondering_gate.weight.grad.abs().max() > 1e-6
 
 
+def test_training_makes_no_cache_unless_it_is_asked_for(input_ids):
+    model = tiny.pondering_model("llama")
+    assert model(input_ids).past_key_values is not None
+    model.train()
+    assert model(input_ids).past_key_values is None
+    assert model(input_ids, use_cache=True).past_key_values is not None
+
+
 def test_from_base_uses_the_model_and_to_base_gives_it_back(input_ids):
     base = tiny.base_model("gpt2")
     before = {key: value.clone() for key, value in base.state_dict().items()}
