@@ -78,3 +78,16 @@ def test_the_embedding_of_half_precision_logits_is_computed_in_float32(dtype):
         embedding = PonderingEmbedding(model.backbone, model.config).of_logits(logits)
         expected = plain_embedding(logits, table, 0.7)
     assert torch.equal(embedding, expected)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma"])  # gemma's rows are scaled when they are fed in
+@pytest.mark.parametrize("top_k", [None, 5])
+def test_from_logits_it_is_what_it_is_from_hidden_states(model_type, top_k):
+    model = tiny.pondering_model(model_type, torch.float64, pondering_temperature=0.7, pondering_top_k=top_k)
+    embedding = PonderingEmbedding(model.backbone, model.config)
+    assert embedding.kernel == ("vocabulary" if top_k is None else "top_k")
+    states = torch.randn(1, 6, 32, dtype=torch.float64)
+    with torch.no_grad():
+        expected = embedding(states)
+        found = embedding.of_logits(embedding.logits(states[0]))
+    torch.testing.assert_close(found, expected[0])
