@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -131,11 +132,16 @@ def plain_warnings(checkpoint: Checkpoint, authors_fields: Mapping[str, Any]) ->
 @contextmanager
 def _no_second_warning(logger: logging.Logger) -> Iterator[None]:
     """Within it `from_base` does not log what `plain_warnings` says, so that nobody reads it twice."""
-    was_disabled, logger.disabled = logger.disabled, True
+    owner = threading.get_ident()  # other threads may load other models meanwhile
+
+    def is_of_others(record: logging.LogRecord) -> bool:
+        return threading.get_ident() != owner
+
+    logger.addFilter(is_of_others)
     try:
         yield
     finally:
-        logger.disabled = was_disabled
+        logger.removeFilter(is_of_others)
 
 
 def _unused(checkpoint: Checkpoint, empty_backbone: PreTrainedModel) -> set[str]:

@@ -6,6 +6,7 @@ logits in a way of its own, extend `finish_logits` and `backbone_readout`; to re
 
 import functools
 import inspect
+import threading
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -413,19 +414,32 @@ def run_backbone(
         return decoder(inputs_embeds=inputs_embeds, return_dict=True, **kwargs)
 
 
+# Of each module that is being evaluated: by how many, and the mode that it had before.
+_MODES: dict[nn.Module, list] = {}
+_MODES_LOCK = threading.Lock()
+
+
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[nn.Module]:
     """Evaluation mode; each part is in its own former mode afterwards, as some may be frozen in another than the rest.
 
     module: any nn.Module.
     """
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
+    parts = list(module.modules())
+    with _MODES_LOCK:
+        for part in parts:
+            found = _MODES.setdefault(part, [0, part.training])
+            found[0] += 1
+        module.eval()
     try:
         yield module
     finally:
-        for part, training in modes:
-            part.training = training
+        with _MODES_LOCK:
+            for part in parts:
+                found = _MODES[part]
+                found[0] -= 1
+                if not found[0]:  # nobody else evaluates it, in another thread or around this
+                    part.training = _MODES.pop(part)[1]
 
 
 def check_inputs(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:

@@ -559,13 +559,14 @@ def check_generation_once(model: PreTrainedModel) -> bool:
     if known is not None:
         return known
     wrong = f"under transformers {version}, which is newer than what this code is tested with, "
-    with evaluating(model), _plain_generation(model), torch.no_grad():
+    plain = _with_plain_settings(model)
+    with evaluating(model), torch.no_grad():
         ids, mask = check_inputs(model)
         try:
             expected = model(
                 ids, attention_mask=mask, position_ids=positions_of(mask), use_cache=False, pondering_steps=1
             ).logits[:, -1]
-            uncached = _generate(model, ids, mask, use_cache=False)
+            uncached = _generate(plain, ids, mask, use_cache=False)
         except PonderingError:  # which says it already
             raise
         except Exception as error:
@@ -575,7 +576,7 @@ def check_generation_once(model: PreTrainedModel) -> bool:
         if not are_close(uncached[:, 0], expected):
             raise PonderingError(f"{wrong}`generate` does not give what the model predicts: {INSTALL_TESTED}")
         try:
-            problem = None if are_close(_generate(model, ids, mask, use_cache=True), uncached) else "other logits"
+            problem = None if are_close(_generate(plain, ids, mask, use_cache=True), uncached) else "other logits"
         except Exception as error:
             problem = in_one_line(error)
     if problem is not None:
@@ -601,17 +602,14 @@ def _generate(model, ids, mask, use_cache):
     return torch.stack(output.logits, dim=1)
 
 
-@contextlib.contextmanager
-def _plain_generation(model):
-    """Within it, `generate` finds no defaults of the model: no sampling, beams or caches of a special kind.
+def _with_plain_settings(model):
+    """The same model, whose `generate` finds no defaults: no sampling, beams or caches of a special kind.
 
-    Nor what PEFT puts in the place of a method, to add a learned prompt.
+    Nor what PEFT puts in the place of a method, to add a learned prompt. An object of its own, since other threads may
+    generate meanwhile.
     """
-    settings, model.generation_config = model.generation_config, GenerationConfig()
-    replaced = model.__dict__.pop("prepare_inputs_for_generation", None)
-    try:
-        yield
-    finally:
-        model.generation_config = settings
-        if replaced is not None:
-            model.prepare_inputs_for_generation = replaced
+    plain = object.__new__(type(model))
+    plain.__dict__.update(model.__dict__)
+    plain.__dict__.pop("prepare_inputs_for_generation", None)
+    plain.generation_config = GenerationConfig()
+    return plain

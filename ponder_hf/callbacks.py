@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from .evaluation.passes import measure_passes, pondering_model_in
+from .evaluation.passes import in_this_thread, measure_passes, pondering_model_in
 from .modeling import PonderingError
 from .modeling.pondering_backbone import backbone_decoder
 from .progress import progress_bar
@@ -48,8 +48,8 @@ def pondering_statistics(
 
     with ExitStack() as stack:
         for hook in (
-            backbone_decoder(backbone).register_forward_pre_hook(before_pass, with_kwargs=True),
-            *([] if gate is None else [gate.register_forward_pre_hook(before_gate)]),
+            backbone_decoder(backbone).register_forward_pre_hook(in_this_thread(before_pass), with_kwargs=True),
+            *([] if gate is None else [gate.register_forward_pre_hook(in_this_thread(before_gate))]),
         ):
             stack.callback(hook.remove)
         measured = measure_passes(model, input_ids, attention_mask, labels, entropies=True)

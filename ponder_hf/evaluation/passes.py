@@ -5,7 +5,9 @@ callback, the metrics. It reads the hidden states of each pass as they come by, 
 through the head.
 """
 
+import functools
 import math
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -148,6 +150,21 @@ def shifted(labels: torch.Tensor) -> torch.Tensor:
     return functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
+def in_this_thread(hook: Callable) -> Callable:
+    """A hook that does nothing where another thread runs its module: one model may serve several threads.
+
+    Args:
+        hook: as a module of torch takes it.
+    """
+    owner = threading.get_ident()
+
+    @functools.wraps(hook)
+    def own(*arguments: Any) -> Any:
+        return hook(*arguments) if threading.get_ident() == owner else None
+
+    return own
+
+
 @contextmanager
 def reading_passes(
     model: PreTrainedModel, targets: torch.Tensor, entropy_at: torch.Tensor | None = None
@@ -172,7 +189,7 @@ def reading_passes(
             logits_of = _from_states(backbone, output.last_hidden_state)
             read.append(_predictions(logits_of, backbone.config.vocab_size, targets, entropy_at))
 
-    hook = backbone_decoder(backbone).register_forward_hook(after_pass)
+    hook = backbone_decoder(backbone).register_forward_hook(in_this_thread(after_pass))
     try:
         yield found
     finally:

@@ -10,6 +10,7 @@ An intervention acts on what a step adds to the input, t^i as the model scales a
 and gated in the same way: `replace_by_token` is what the model would add if it were certain of that token.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -180,7 +181,8 @@ def replace_by_prompt(
         recorded.append(added[0])
         return added
 
-    with torch.no_grad(), evaluating(model), intervening(model, Intervention("recorded", record)):
+    recorder = Intervention("recorded", record)
+    with torch.no_grad(), evaluating(model), intervening(model, recorder, in_all_threads=False):
         model(
             torch.tensor([ids], device=model.device),
             use_cache=False,
@@ -202,13 +204,15 @@ def replace_by_prompt(
 
 @contextmanager
 def intervening(
-    model: PreTrainedModel, intervention: Intervention | Sequence[Intervention]
+    model: PreTrainedModel, intervention: Intervention | Sequence[Intervention], in_all_threads: bool = True
 ) -> Iterator[PreTrainedModel]:
     """A context in which whole passes of the model, forward and generate, ponder with these interventions, in order.
 
     Args:
         model: a PonderingForCausalLM, also wrapped by PEFT.
         intervention: one or several.
+        in_all_threads: whether also where other threads call the model, as a thread does that generates for a
+            streamer; False: for whoever opens this only.
 
     Raises:
         PonderingError: the model does not ponder; or, while this is open, it drafts or leaves passes early.
@@ -217,24 +221,25 @@ def intervening(
     if not hasattr(pondering_model, "finish_embedding"):
         raise PonderingError("interventions act on pondering embeddings, which a plain model does not have")
     interventions = [intervention] if isinstance(intervention, Intervention) else list(intervention)
-    ponder, finish, step = pondering_model.ponder, pondering_model.finish_embedding, -1
+    ponder, finish = pondering_model.ponder, pondering_model.finish_embedding
+    owner, place = threading.get_ident(), threading.local()  # of each thread the step that it is at
 
     def counted(*arguments, **keywords):
-        nonlocal step
-        step = 0
+        place.step = 0
         try:
             return ponder(*arguments, **keywords)
         finally:
-            step = -1
+            del place.step
 
     def changed(embedding):
-        nonlocal step
-        if step < 0:
+        if not in_all_threads and threading.get_ident() != owner:
+            return finish(embedding)
+        if not hasattr(place, "step"):
             raise PonderingError("interventions act on whole passes: leave out drafts and early exits")
         added = finish(embedding)
         for each in interventions:
-            added = each(step, added, finish)
-        step += 1
+            added = each(place.step, added, finish)
+        place.step += 1
         return added
 
     if "ponder" in vars(pondering_model) or "finish_embedding" in vars(pondering_model):

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from ponder_hf.evaluation.passes import IGNORED, pondering_model_in, shifted
+from ponder_hf.evaluation.passes import IGNORED, in_this_thread, pondering_model_in, shifted
 from ponder_hf.modeling import PonderingError
 from ponder_hf.modeling.pondering_backbone import backbone_decoder, backbone_logits, evaluating
 from ponder_hf.modeling.pondering_generate_exits import CRITERIA
@@ -89,14 +89,14 @@ def read_passes(
     backbone = pondering_model.backbone
     num_steps = pondering_model.config.pondering_steps if pondering_steps is None else pondering_steps
     reader = _Reader(pondering_model, input_ids.to(model.device), num_steps, top_tokens)
-    changed = nullcontext() if intervention is None else intervening(model, intervention)
+    changed = nullcontext() if intervention is None else intervening(model, intervention, in_all_threads=False)
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         stack.enter_context(changed)
         decoder = backbone_decoder(backbone)
         for hook in (
-            decoder.register_forward_pre_hook(reader.before_pass, with_kwargs=True),
-            decoder.register_forward_hook(reader.after_pass),
+            decoder.register_forward_pre_hook(in_this_thread(reader.before_pass), with_kwargs=True),
+            decoder.register_forward_hook(in_this_thread(reader.after_pass)),
         ):
             stack.callback(hook.remove)
         # One position's logits, for they are made from the states of each pass.
