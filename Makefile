@@ -28,6 +28,9 @@ DEMO_ARGS ?=
 BENCH ?= all
 GPU_ARGS ?=
 MUTANTS ?=
+# Where `make archives` builds the source archive and the wheel, and on which Pythons it tries them.
+ARCHIVES ?= dist
+PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 
 VENV_PYTHON = $(VENV)/bin/python
 STAMP = $(VENV)/.ponder-hf-installed
@@ -41,7 +44,7 @@ INSTALLED = $(VENV)/installed
 INTERPRETER = $(if $(wildcard $(VENV_PYTHON)),$(VENV_PYTHON),$(PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test style compat upstream vllm gpu bench docs mutants clean
+.PHONY: help setup demo test style compat upstream vllm gpu bench docs mutants archives clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -88,6 +91,9 @@ docs: setup ## Build the documentation site into site/, links and anchors checke
 mutants: setup ## Break the code in small ways, one at a time: the tests must notice each (an hour; MUTANTS=PART: only some)
 	PYTHONPATH=tests $(VENV_PYTHON) -m mutation --workers $(WORKERS) \
 		$(if $(wildcard $(VLLM)/bin/python),--vllm $(abspath $(VLLM)/bin/python)) $(MUTANTS)
+
+archives: setup ## Build the source archive and the wheel, and try both in fresh environments (PYTHONS="python3.10 python3.12")
+	PYTHONPATH=tests $(VENV_PYTHON) -m release --output $(ARCHIVES) $(PYTHONS)
 
 clean: ## Remove build outputs, caches, site, .compat, .upstream and .vllm; keep .venv and ponder-demo
 	rm -rf build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .compat .upstream .vllm

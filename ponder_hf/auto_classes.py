@@ -93,5 +93,5 @@ def _adopt_errors() -> None:
     for name, module in [*sys.modules.items()]:
         if name.startswith("transformers_modules.") and name.endswith(".pondering_errors"):
             theirs: Any = getattr(module, "PonderingError", None)
-            with contextlib.suppress(TypeError, AttributeError):  # the code of release 0.1.0: ValueError catches it
+            with contextlib.suppress(TypeError, AttributeError):  # code from before 0.2.0: ValueError catches it
                 theirs.__bases__ = (PonderingError,)

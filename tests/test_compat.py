@@ -61,7 +61,7 @@ def test_the_oldest_torch_is_the_one_that_the_package_asks_for():
 
 
 def test_a_spoiled_checkpoint_is_seen(tmp_path):
-    folder = shutil.copytree(GOLDEN, tmp_path / "golden") / "0.1.0"
+    folder = shutil.copytree(GOLDEN, tmp_path / "golden") / "0.2.0"
     shutil.rmtree(folder / "llama")
     golden.add_code(folder / "gpt_neox")
     checkpoints.change_tensors(

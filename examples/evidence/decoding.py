@@ -91,8 +91,12 @@ def main(argv: list[str] | None = None) -> None:
         path = arguments.results / "decoding" / f"{run.name}.json"
         if path.is_file() or not run.ponders or not is_done(run, arguments.results):
             continue
+        weights = arguments.results / "work" / f"{run.name}.weights"
+        if not weights.is_file():
+            print(f"{run.name}: its weights are not at {weights}; run.py makes them anew once {run.name}.json is away")
+            continue
         model = make_model(run)
-        model.load_state_dict(torch.load(arguments.results / "work" / f"{run.name}.weights", map_location="cpu"))
+        model.load_state_dict(torch.load(weights, map_location="cpu"))
         model.eval()
         held_out = text_of(run.text)[1]
         drafts = measure_drafts(model, prompts_of(held_out, DRAFTED[0]))

@@ -135,6 +135,26 @@ class Figures:
             f"{statistics.mean(each['worth'] for each in exponents(self.results, table) if each['name'] in names):.1f}"
         )
 
+    def ticks(self, run: str) -> str:
+        """Of drafts for each new byte of seed 0; S + 1 without drafts."""
+        return f"{self._decoding(run)['ticks']:.2f}"
+
+    def exits(self, run: str, threshold: str) -> str:
+        """Passes a new byte of seed 0 with early exits, and the share of bytes that stay what they are without."""
+        found = next(each for each in self._decoding(run)["exits"] if each["threshold"] == float(threshold))
+        return f"{found['passes']:.2f}, {found['agree']:.0%}".replace("%", " %")
+
+    def _decoding(self, run: str) -> dict:
+        """What decoding.py measured of seed 0.
+
+        Raises:
+            KeyError: nothing.
+        """
+        result = self.seeds_of(run)[0]
+        if "decoding" not in result:
+            raise KeyError(f"{run} has not been measured by decoding.py")
+        return result["decoding"]
+
     def machines(self) -> str:
         """On what was measured."""
         kinds = {
