@@ -39,6 +39,7 @@ FULL = Facts(
     pass_accuracies=(0.25, 0.3125, 0.375, 0.4375),
     pass_agreements=(0.5, 0.625, 0.75, 1.0),
     code={"modeling_pondering.py": "ab" * 32},
+    is_served_by_vllm=True,
 )
 
 
@@ -62,14 +63,25 @@ def test_every_fact_is_in_the_card(card):
     assert results["held-out perplexity of pass 0"].metric_value == pytest.approx(math.exp(2.75), abs=1e-4)
     words = ["S = 3", "4 forward passes", "4 key/value caches of 2 layers", "1,234,567", "bfloat16", "zero_init"]
     words += ["0.2500 | 0.3125 | 0.3750 | 0.4375", "0.5000 | 0.6250 | 0.7500 | 1.0000"]
-    words += ["1,000", "2.7500 | 2.6250 | 2.5625 | 2.5000", "ab" * 32, "2505.20674", "Zeng", "## Limits"]
+    words += ["1,000", "2.7500 | 2.6250 | 2.5625 | 2.5000", "ab" * 32, "2505.20674", "Zeng", "## Limits", "## Serve"]
     for word in words:
         assert word in card
 
 
 def test_what_is_not_known_is_not_said():
     card = cards.render(Facts(name="model", pondering_steps=0, num_layers=2, parameters=5, backbone="gpt2"))
-    for word in ("None", "nan", "[]", "## Training", "## Evaluation", "## Use", "base_model", "license", "## Code"):
+    for word in (
+        "None",
+        "nan",
+        "[]",
+        "## Training",
+        "## Evaluation",
+        "## Use",
+        "## Serve",
+        "base_model",
+        "license",
+        "## Code",
+    ):
         assert word not in card
     assert "1 forward pass of the backbone" in card
     assert set(cards.split(card)[0]) == {"library_name", "pipeline_tag", "tags"}
@@ -88,6 +100,24 @@ def test_facts_of_a_folder(tmp_path):
     assert facts.release is not None
     (tmp_path / "out/pondering_cache.py").write_text("pass")
     assert facts_of_folder(tmp_path / "out").release is None
+
+
+def test_a_server_is_told_of_where_the_plug_in_for_vllm_is_tested(tmp_path):
+    torch.manual_seed(0)
+    served = {}
+    for model_type in ("gpt2", "gptj"):
+        checkpoints.save_base(tmp_path / "base" / model_type, model_type)
+        convert(tmp_path / "base" / model_type, tmp_path / model_type, pondering_steps=1)
+        card = cards.render(facts_of_folder(tmp_path / model_type, "somebody/name"))
+        served[model_type] = 'pip install "ponder-hf[vllm]"' in card and "\nvllm serve somebody/name\n" in card
+        assert served[model_type] or "vllm" not in card.lower()
+    assert served == {"gpt2": True, "gptj": False}
+    assert "vllm" not in cards.render(facts_of_folder(tmp_path / "gpt2")).lower(), (
+        "nobody can serve a name that is not known"
+    )
+    config = json.loads((tmp_path / "gpt2/config.json").read_text())
+    (tmp_path / "gpt2/config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "hqq"}}))
+    assert not facts_of_folder(tmp_path / "gpt2", "somebody/name").is_served_by_vllm
 
 
 def test_the_base_is_named_only_where_it_came_from_the_hub(tmp_path, monkeypatch):

@@ -8,7 +8,9 @@ import torch
 pytest.importorskip("vllm", reason="vLLM is not installed here; `make vllm` makes an environment that has it")
 
 from serving.engines import continued, engine
-from serving.models import CHANGES, NUM_NEW_TOKENS, generated, make_checkpoint, ragged_prompts
+from serving.models import CHANGES, EXPERTS, NUM_NEW_TOKENS, generated, make_checkpoint, ragged_prompts
+
+from ponder_hf.vllm import TESTED_BACKBONES
 
 
 TOLERANCE = 1e-4
@@ -20,6 +22,7 @@ EVERY_FIELD = {
     "pondering_top_k": 20,
     "draft_heads": 2,
 }
+MATRIX = {**EVERY_FIELD, "pondering_gate": "zero_init_matrix", "pondering_top_k": None}
 # (backbone, fields of pondering, whether vLLM compiles it)
 CASES = [
     pytest.param("llama", {}, False, id="llama"),
@@ -27,6 +30,10 @@ CASES = [
     pytest.param("gpt_neox", {}, False, id="gpt_neox"),
     pytest.param("gemma2", {}, False, id="gemma2"),
     pytest.param("llama", {"pondering_top_k": 20}, True, id="llama-compiled"),
+    pytest.param("qwen3", MATRIX, False, id="qwen3-gate-of-a-matrix"),
+    pytest.param("qwen2", MATRIX, True, id="qwen2-gate-of-a-matrix-compiled", marks=pytest.mark.slow),
+    pytest.param("mixtral", {"pondering_top_k": 20}, True, id="mixtral-compiled"),
+    *(pytest.param(name, {}, False, id=name, marks=pytest.mark.slow) for name in sorted(EXPERTS)),
     *(
         pytest.param(name, {}, False, id=name, marks=pytest.mark.slow)
         for name in sorted({*CHANGES} - {"llama", "gpt_neox", "gemma2"})
@@ -40,6 +47,7 @@ CASES = [
 
 def test_all_backbones_of_the_spine_are_here():
     assert {*CHANGES} == {*tiny.SPINE}
+    assert {*CHANGES, *EXPERTS} == TESTED_BACKBONES
 
 
 @pytest.mark.parametrize(("model_type", "fields", "is_compiled"), CASES)

@@ -13,6 +13,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed here; `make vllm` make
 from serving.engines import continued, engine
 from serving.models import add_byte_tokenizer, generated, make_checkpoint, ragged_prompts
 from vllm import SamplingParams
+from vllm.model_executor.layers.attention import Attention
 from vllm.sampling_params import StructuredOutputsParams
 
 
@@ -123,12 +124,28 @@ def test_requests_that_lose_their_pages_start_again(model):
     assert preemptions[0] > 0
 
 
+def bytes_of_caches(model):
+    """What the attention layers of an engine's model have for keys and values, each piece of memory once."""
+    caches = [module.kv_cache for module in model.modules() if isinstance(module, Attention)]
+    memories = {cache.untyped_storage().data_ptr(): cache.untyped_storage().nbytes() for cache in caches}
+    return len(caches), sum(memories.values())
+
+
 def test_the_cache_is_exactly_that_of_all_passes(model):
-    num_blocks = {}
+    num_blocks, num_caches, in_bytes, of_a_block = {}, {}, {}, {}
     for steps in (0, 2):
         with engine(model.folder, block_size=32, hf_overrides={"pondering_steps": steps}) as llm:
             num_blocks[steps] = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
-    assert num_blocks[0] == pytest.approx(3 * num_blocks[2], rel=1e-3)
+            ((num_caches[steps], in_bytes[steps]),) = llm.apply_model(bytes_of_caches)
+            (specifications,) = llm.collective_rpc("get_kv_cache_spec")
+            of_a_block[steps] = sum(each.page_size_bytes for each in specifications.values())
+    layers = model.config.num_hidden_layers
+    assert num_caches == {0: layers, 2: 3 * layers}
+    # Keys and values of 32 tokens in two heads of 32 float32 numbers.
+    assert of_a_block == {0: layers * 2 * 32 * 2 * 32 * 4, 2: 3 * layers * 2 * 32 * 2 * 32 * 4}
+    assert in_bytes == {steps: num_blocks[steps] * of_a_block[steps] for steps in (0, 2)}
+    # Of the same memory: a third of the blocks, rounded down.
+    assert num_blocks[2] == num_blocks[0] // 3
 
 
 def test_bfloat16_is_as_near_to_float32_as_it_is_in_transformers(model):

@@ -17,6 +17,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed here; `make vllm` make
 import serving.engines  # noqa: F401 - sets what vLLM reads when it is imported
 from serving.models import generated, make_checkpoint, ragged_prompts
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.mamba.mamba_mixer import MambaMixer
 
 
 TOLERANCE = 1e-4
@@ -68,7 +69,12 @@ def check_found(printed, expected):
         # More than either process has: 131 tokens are cut into 96 and 35.
         pytest.param("gpt_neox", {"pondering_top_k": 100, "pondering_temperature": 0.7}, id="top-k"),
         pytest.param("gemma2", {"pondering_gate": "zero_init"}, id="scaled-rows", marks=pytest.mark.slow),
-        pytest.param("llama", {"pondering_top_k": 20}, id="small-top-k", marks=pytest.mark.slow),
+        pytest.param(
+            "llama",
+            {"pondering_top_k": 20, "pondering_gate": "zero_init_matrix"},
+            id="small-top-k-and-a-matrix",
+            marks=pytest.mark.slow,
+        ),
         # All of the vocabulary is in the first process, and padding in the second.
         pytest.param("llama", {"vocab_size": 30}, id="tiny-vocabulary", marks=pytest.mark.slow),
     ],
@@ -110,7 +116,7 @@ def checkpoint(tmp_path_factory):
 def engine_configuration(checkpoint, **options):
     """vLLM's configuration of an engine, as the process that asks for one makes it."""
     options = {"dtype": "float32", "max_model_len": 256, "skip_tokenizer_init": True, **options}
-    return EngineArgs(model=checkpoint, **options).create_engine_config()
+    return EngineArgs(model=str(checkpoint), **options).create_engine_config()
 
 
 @pytest.mark.parametrize(
@@ -163,3 +169,22 @@ def test_a_backbone_whose_layers_keep_no_keys_and_values_is_refused():
 
     with pytest.raises(PonderingError, match="Linear of this vLLM has no attention layers"):
         give_caches_to_passes(torch.nn.Linear(2, 2), 2, CurrentPass(), {})
+    hybrid = torch.nn.ModuleList([MambaMixer.__new__(MambaMixer)])
+    torch.nn.Module.__init__(hybrid[0])
+    with pytest.raises(
+        PonderingError, match="ModuleList of this vLLM has layers of class MambaMixer, of which caches"
+    ):
+        give_caches_to_passes(hybrid, 2, CurrentPass(), {})
+
+
+def test_a_checkpoint_with_state_space_layers_ends_before_an_engine_starts(checkpoint, tmp_path):
+    """Attention beside it; written by hand, since transformers makes none."""
+    config = json.loads(Path(checkpoint, "config.json").read_text())
+    backbone = {"vocab_size": 131, "hidden_size": 64, "num_hidden_layers": 2}
+    for model_type in ("jamba", "falcon_h1"):
+        changed = {**config, "base_config": {"model_type": model_type, **backbone}}
+        (tmp_path / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(
+            ValueError, match=f"a backbone of model_type '{model_type}' cannot ponder: it keeps a recurrent"
+        ):
+            engine_configuration(tmp_path)

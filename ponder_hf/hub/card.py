@@ -27,6 +27,7 @@ from ponder_hf.conversion.stored_weights import DTYPE_NAMES, read_headers, shard
 from ponder_hf.errors import first_line
 from ponder_hf.modeling import PonderingError
 from ponder_hf.modeling.configuration_pondering import PONDERING_FIELDS, PonderingConfig
+from ponder_hf.vllm import TESTED_BACKBONES
 
 from .code import code_of, installed_code, sha256
 
@@ -63,6 +64,8 @@ class Facts:
         pass_accuracies, pass_agreements: shares of tokens, of each pass: predicted, and as the last pass predicts.
         code: the shipped files to their SHA-256.
         release: whose they are, where they are those of this release.
+        is_served_by_vllm: whether the plug-in is tested with such a backbone, of which the weights are as they were
+            trained.
     """
 
     name: str | None = None
@@ -88,6 +91,7 @@ class Facts:
     pass_agreements: tuple[float, ...] = ()
     code: dict[str, str] = field(default_factory=dict)
     release: str | None = None
+    is_served_by_vllm: bool = False
     more_tags: tuple[str, ...] = ()
 
     @property
@@ -164,6 +168,7 @@ def facts_of_folder(folder: str | os.PathLike, repository: str | None = None) ->
         base_model=hub_id(base.get("_name_or_path")),
         code={name: sha256(content) for name, content in code.items()},
         release=__version__ if code == installed_code() else None,
+        is_served_by_vllm=base.get("model_type") in TESTED_BACKBONES and "quantization_config" not in config,
     )
 
 

@@ -15,6 +15,10 @@ import logging
 
 ARCHITECTURES = ("PonderingForCausalLM", "PonderingModel")
 _MODEL = f"{__name__}.model:PonderingForCausalLM"
+# Held against `model.generate` by tests/test_vllm_backbones.py. Model cards of these tell how they are served.
+TESTED_BACKBONES = frozenset(
+    "gemma2 gemma3_text gpt2 gpt_neox granite llama mistral mixtral olmo2 olmoe opt phi qwen2 qwen2_moe qwen3".split()
+)
 
 
 def register() -> None:

@@ -8,14 +8,12 @@ from typing import Any
 from ponder_hf.modeling import PonderingConfig, PonderingError
 from ponder_hf.modeling.pondering_backbone import backbone_class
 
+from . import TESTED_BACKBONES
+
 
 logger = logging.getLogger(__name__)
 
 TESTED_VERSION = "0.32"
-# Held against `model.generate` by tests/test_vllm_backbones.py.
-TESTED_BACKBONES = frozenset(
-    "gemma2 gemma3_text gpt2 gpt_neox granite llama mistral olmo2 opt phi qwen2 qwen3".split()
-)
 # Ways to guess tokens that need nothing of the model but its logits.
 _GUESSES = ("ngram", "ngram_gpu", "suffix")
 INSTEAD = "use `generate` or `generate_batch` of transformers"

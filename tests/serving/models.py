@@ -3,7 +3,7 @@
 import tiny
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ponder_hf import PonderingForCausalLM
 
@@ -28,13 +28,38 @@ CHANGES = {
     "qwen3": _GROUPED,
 }
 
+# Mixtures of experts, whose routers choose anew in every pass.
+_EXPERTS = {**tiny.CONFIGS["mixtral"], **_GROUPED, "num_hidden_layers": 2}
+EXPERTS = {
+    "mixtral": {**_EXPERTS, "num_local_experts": 4},
+    "olmoe": {**_EXPERTS, **_COMMON, "num_experts": 4},
+    "qwen2_moe": {
+        **_EXPERTS,
+        **CHANGES["qwen2"],
+        "num_experts": 4,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+    },
+}
+
+
+def _base_model(model_type, changes):
+    if model_type in tiny.CONFIGS:
+        return tiny.base_model(model_type, scale=4.0, **changes)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**changes)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4.0)
+    return model
+
 
 def make_checkpoint(folder, model_type="llama", base_changes=None, **fields):
     """Write a pondering model whose passes all matter. Returns it.
 
     Matrices are far larger than transformers initialises them, and biases and norms are no zeros and ones.
     """
-    base = tiny.base_model(model_type, scale=4.0, **{**CHANGES[model_type], **(base_changes or {})})
+    base = _base_model(model_type, {**(CHANGES | EXPERTS)[model_type], **(base_changes or {})})
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in base.parameters():
@@ -43,8 +68,12 @@ def make_checkpoint(folder, model_type="llama", base_changes=None, **fields):
     base.set_attn_implementation("eager")  # the default leaves the caps of Gemma 2 on scores out
     model = PonderingForCausalLM.from_base(base, **fields).eval()
     if model.pondering_gate is not None:
+        weight = model.pondering_gate.weight
         with torch.no_grad():
-            model.pondering_gate.weight.uniform_(0.5, 1.5, generator=generator)
+            if weight.ndim == 1:
+                weight.uniform_(0.5, 1.5, generator=generator)
+            else:  # neither symmetric nor near to the identity
+                weight.normal_(std=weight.shape[0] ** -0.5, generator=generator)
     model.save_pretrained(folder)
     return model
 
