@@ -185,6 +185,7 @@ def speculative_sample(
     Raises:
         PonderingError: something that drafts do not go with.
     """
+    model_kwargs.pop("tokenizer", None)  # which has told the stopping criteria what it had to
     _check_call(synced_gpus, model_kwargs)
     _check_backbone(model.backbone, input_ids.shape[1], stopping_criteria.max_length, model_kwargs)
     check_wrapping(model)

@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 from drafting import GREEDY, Guesses, NoDrafts, check_same, ragged
+from small_tokenizer import train_tokenizer
 from transformers import StaticCache
 from transformers.generation import LogitsProcessor, StoppingCriteria
 from transformers.utils import ModelOutput
@@ -212,6 +213,18 @@ class StopAt(StoppingCriteria):
     def __call__(self, input_ids, scores, **kwargs):
         self.calls.append(input_ids.tolist())
         return torch.tensor([input_ids.shape[1] >= length for length in self.lengths])
+
+
+def test_a_tokenizer_may_come_along(model):
+    """As `transformers serve` gives it with every request; it is for stop strings."""
+    tokenizer = train_tokenizer("", 257, 64)  # a byte is a token, more of them than the model has
+    given, prompt = {**GREEDY, "max_new_tokens": 10, "tokenizer": tokenizer}, tiny.token_ids(1, 5)
+    whole = model.generate(prompt, **given)
+    assert model.generate(prompt, num_draft_tokens=3, **given).tolist() == whole.tolist()
+    given["stop_strings"] = tokenizer.decode(whole[0, 7:9])
+    expected = model.generate(prompt, **given)
+    assert expected.shape[1] < whole.shape[1]
+    assert model.generate(prompt, num_draft_tokens=3, **given).tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("lengths", [(11,), (14, 11, 17), (11, 30, 12)], ids=str)
