@@ -33,6 +33,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
+# Tests run in the order of their files, or in one that this seed decides (`.ci/run`).
+ORDER = os.environ.get("PONDER_TEST_ORDER")
+
+
 class DeprecationLog(logging.Handler):
     """Collects the deprecations that transformers writes to its log instead of raising them as warnings."""
 
@@ -54,10 +58,31 @@ def pytest_unconfigure():
     shutil.rmtree(HUGGING_FACE_HOME, ignore_errors=True)
 
 
+def pytest_report_header():
+    return f"PONDER_TEST_ORDER={ORDER}" if ORDER else "tests in the order of their files"
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if "shared" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.shared)
+    if ORDER:
+        shuffle(items, ORDER)
+
+
+def shuffle(items, seed):
+    """Put tests in another order, in place: files, and within each file its tests.
+
+    Files stay together, since fixtures of a whole file are made once. Every process must come to the same order.
+    """
+    chance, files = random.Random(seed), {}
+    for item in items:
+        files.setdefault(item.nodeid.partition("::")[0], []).append(item)
+    names = list(files)
+    chance.shuffle(names)
+    for name in names:
+        chance.shuffle(files[name])
+    items[:] = [item for name in names for item in files[name]]
 
 
 @pytest.fixture(autouse=True)
