@@ -15,6 +15,7 @@ from ponder_hf.modeling.configuration_pondering import PONDERING_FIELDS, unknown
 from .checkpoint import Checkpoint, open_checkpoint
 from .files import TOKENIZER_CONFIG, copy_files, has_tokenizer, read_json, travelling_files
 from .load_model import load_plain, plain_warnings, understand_plain
+from .stored_weights import warnings_of_nan
 from .whole_folder import check_destination, check_space, whole_folder
 
 
@@ -75,6 +76,7 @@ def convert(
     tokenizer_class = _unnamed_tokenizer(found) if has_tokenizer(found.folder) else None
     if tokenizer_class is not None:
         model.config.tokenizer_class = tokenizer_class
+    not_numbers = warnings_of_nan(found.name, model.named_parameters())
     with whole_folder(destination, overwrite) as folder:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         copy_files(names, found.folder, folder)
@@ -90,7 +92,7 @@ def convert(
         "dtype": str(model.dtype).removeprefix("torch."),
         "parameters": model.num_parameters(),
         "files": sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()),
-        "warnings": plain_warnings(found, authors_fields),
+        "warnings": [*plain_warnings(found, authors_fields), *not_numbers],
     }
 
 

@@ -9,6 +9,7 @@ from .checkpoint import open_checkpoint
 from .convert import SHARD_SIZE, check_shard_size
 from .files import copy_files, travelling_files
 from .load_model import load_pondering, quantised_by
+from .stored_weights import warnings_of_nan
 from .whole_folder import check_destination, check_space, whole_folder
 
 
@@ -61,7 +62,7 @@ def export(
         "dtype": str(base.dtype).removeprefix("torch."),
         "parameters": base.num_parameters(),
         "files": sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()),
-        "warnings": lost_by_export(model),
+        "warnings": [*lost_by_export(model), *warnings_of_nan(found.name, base.named_parameters())],
     }
 
 

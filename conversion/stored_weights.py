@@ -1,6 +1,6 @@
-"""What the safetensors files of a checkpoint say about themselves: names, shapes and dtypes. No weight is read."""
+"""What the safetensors files of a checkpoint say about themselves: names, shapes and dtypes; and whether it is NaN."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import reduce
 from pathlib import Path
@@ -105,6 +105,33 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
                 f"{folder / INDEX} names the weight {lost[0]}, which no file has: get the shards again"
             )
     return tensors
+
+
+def warnings_of_nan(source: str, weights: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
+    """A line that names the first weight which holds NaN, or none. Minus infinity may be meant: it forbids a token.
+
+    Args:
+        source: what the message calls the checkpoint.
+        weights: names and tensors; each is read once, and nothing of its size is made.
+    """
+    names = [name for name, tensor in weights if tensor.is_floating_point() and tensor.numel() and _has_nan(tensor)]
+    if not names:
+        return []
+    more = f" and {len(names) - 1} more weights" if len(names) > 1 else ""
+    return [f"{source} holds NaN in {names[0]}{more}, so the model predicts nothing: get its weights again"]
+
+
+def _has_nan(tensor: torch.Tensor) -> bool:
+    return bool(tensor.max().isnan())
+
+
+def stored_weights(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The names and tensors in these safetensors files, one after another, but those of dtypes that cannot be NaN."""
+    for name in names:
+        with reading(folder / name), safe_open(folder / name, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 (it is no dict)
+                if file.get_slice(key).get_dtype() in FLOATING:
+                    yield key, file.get_tensor(key)
 
 
 def num_bytes(tensors: Mapping[str, TensorInfo]) -> int:

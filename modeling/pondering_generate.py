@@ -37,6 +37,7 @@ from .pondering_errors import INSTALL_TESTED, PonderingError, untested_version
 from .pondering_generate_drafts import read_source
 from .pondering_generate_exits import PonderingExit, check_exits_once
 from .pondering_generate_speculation import check_settings, speculative_sample
+from .pondering_generate_tokens import PredictionWatch
 
 
 logger = logging.get_logger(__name__)
@@ -67,6 +68,7 @@ class GenerationCall:
         steps_used: list of (first slot, (B, T) steps that each position took), one entry a forward pass; filled only
             where tokens may take fewer than S.
         slot_offset: of the first token of `input_ids`, where the prompt was embeddings or cached before.
+        watch: looks at what is predicted; None where NaN is to be removed (`remove_invalid_values`).
     """
 
     model: PreTrainedModel
@@ -78,6 +80,12 @@ class GenerationCall:
     acceptance_rate: float | None = None
     steps_used: list[tuple[int, torch.Tensor]] = field(default_factory=list)
     slot_offset: int | None = None
+    watch: PredictionWatch | None = None
+
+    def check_predictions(self) -> None:
+        """Raise a PonderingError where something else than a distribution was predicted."""
+        if self.watch is not None:
+            self.watch.check()
 
     @classmethod
     def read(
@@ -113,7 +121,10 @@ class GenerationCall:
                 "`num_draft_tokens` and `pondering_exit_threshold` do not go together, as drafts run ahead on "
                 "the very passes that an exit leaves out: use one of them"
             )
-        return cls(model, steps, exit, num_draft_tokens, read_source(draft_source, model))
+        call = cls(model, steps, exit, num_draft_tokens, read_source(draft_source, model))
+        if not _setting("remove_invalid_values", given, generation_config, model):
+            call.watch = PredictionWatch()
+        return call
 
 
 def _setting(name, given, generation_config, model):
@@ -207,7 +218,8 @@ class PonderingGenerationMixin(GenerationMixin):
             were drafted `draft_acceptance_rate`, the share of guesses that proved right.
 
         Raises:
-            PonderingError: a setting or the prompt cannot be used; nothing has been computed then.
+            PonderingError: a setting or the prompt cannot be used; nothing has been computed then. Or the model
+                predicts NaN or infinity, where `remove_invalid_values` does not say that these are to be replaced.
         """
         cache = given_cache(kwargs)
         kwargs = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
@@ -238,7 +250,12 @@ class PonderingGenerationMixin(GenerationMixin):
         if call.exit is not None:
             check_exits_once(self)
         with during(call):
-            output = super().generate(inputs, generation_config, *args, **kwargs)
+            try:
+                output = super().generate(inputs, generation_config, *args, **kwargs)
+            except RuntimeError:  # sampling from NaN ends in torch's own words
+                call.check_predictions()
+                raise
+        call.check_predictions()
         if call.num_draft_tokens and call.acceptance_rate is None:
             raise PonderingError(
                 "nothing was drafted, as transformers took another way than `_sample`: leave out "
@@ -298,6 +315,9 @@ class PonderingGenerationMixin(GenerationMixin):
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        call = current_call()
+        if call is not None and call.model is self and call.watch is not None:
+            call.watch.look(outputs.logits[:, -1])
         if model_kwargs.get("use_cache") is False and _is_called_for_virtual_tokens(self):
             # PEFT gives its prefix, a filled cache, to each forward pass by itself.
             for name in CACHE_NAMES:

@@ -57,7 +57,9 @@ class KLDivergence:
         """logits, previous_logits: (n, V) of this pass and the one before, None before pass 1. Returns (n,), >= 0."""
         if previous_logits is None:
             return logits.new_full(logits.shape[:1], math.inf)
-        log_p, log_q = logits.log_softmax(-1), previous_logits.log_softmax(-1)
+        # A token that may not come has a logit of minus infinity: of two such there is no difference.
+        least = torch.finfo(logits.dtype).min
+        log_p, log_q = (each.log_softmax(-1).clamp(min=least) for each in (logits, previous_logits))
         return (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0)
 
 
@@ -66,8 +68,8 @@ class Entropy:
 
     def __call__(self, logits: torch.Tensor, previous_logits: torch.Tensor | None) -> torch.Tensor:
         """As in KLDivergence; `previous_logits` are not read."""
-        log_p = logits.log_softmax(-1)
-        return -(log_p.exp() * log_p).nan_to_num(nan=0.0).sum(-1).clamp(max=0)
+        log_p = logits.log_softmax(-1).clamp(min=torch.finfo(logits.dtype).min)
+        return -(log_p.exp() * log_p).sum(-1).clamp(max=0)
 
 
 class ArgmaxProbability:

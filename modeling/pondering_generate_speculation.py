@@ -61,7 +61,7 @@ class Speculation:
         text: GrowingText,
         model_kwargs: dict[str, Any],
     ) -> None:
-        self.text, self.num_steps = text, call.steps
+        self.text, self.num_steps, self.watch = text, call.steps, call.watch
         self.num_drafts = min(call.num_draft_tokens, call.steps)
         self.source, self.chooses_drafts = call.draft_source, hasattr(call.draft_source, "token")
         # For such sources, which look at the text each tick: reading it off the device would wait.
@@ -88,6 +88,8 @@ class Speculation:
         )
         # As transformers does: with a device_map the head may lie elsewhere than the text.
         logits = output.logits[:, -1].to(text.token_ids.device, torch.float32, copy=True)
+        if self.watch is not None:
+            self.watch.look(logits)
         places = [(row, text.prompt_length) for row in range(text.batch_size)]
         tokens, scores = self.chooser(logits, places, [True] * len(places), text.token_ids)
         self.pending = [PendingTokens(text.prompt_length + self.shift, token) for token in tokens]
@@ -133,6 +135,8 @@ class Speculation:
         ]
         if finals:
             last = (self.num_steps - first) * size
+            if self.watch is not None:
+                self.watch.look(logits[last:][finals])
             text.accept(finals, scores[last:], logits[last:])
 
     def _advance(self, row, pending, tokens, first):

@@ -12,6 +12,8 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from .pondering_errors import PonderingError
+
 
 # transformers' processors that only look at the scores, and those that also look at the tokens before. Drafts are
 # processed with these; any other kind might keep a state, and sees final scores only, once each and in order.
@@ -26,6 +28,37 @@ _OF_TOKENS = frozenset(
 ) | frozenset(("ExponentialDecayLengthPenalty",))
 
 Place = tuple[int, int]  # where a token stands or would stand: (prompt, column of the text)
+
+
+class PredictionWatch:
+    """Notes whether a model predicts anything but a distribution: greedy decoding would choose a token all the same.
+
+    Of the first new token all logits are looked at, of later ones a single logit. That one is NaN wherever the hidden
+    state is, and a hidden state that was NaN once stays so in the keys and values of its position.
+    """
+
+    def __init__(self) -> None:
+        self._is_wrong: torch.Tensor | None = None
+
+    def look(self, logits: torch.Tensor) -> None:
+        """At the logits (B, V) of the last pass for a new token of each row.
+
+        Raises:
+            PonderingError: they are the first, and have NaN, infinity, or no token that may come.
+        """
+        if self._is_wrong is None:
+            self._is_wrong = ~logits.logsumexp(-1).isfinite().all()
+            self.check()
+        else:
+            self._is_wrong = self._is_wrong | logits[:, 0].isnan().any()
+
+    def check(self) -> None:
+        """Raise a PonderingError where something else than a distribution was predicted. Waits for the device."""
+        if self._is_wrong is not None and self._is_wrong:
+            raise PonderingError(
+                "the model predicts NaN or infinity: get its weights again, or load it in float32 "
+                "(`remove_invalid_values=True` goes on all the same)"
+            )
 
 
 class GumbelNoise:

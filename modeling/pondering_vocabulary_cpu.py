@@ -92,6 +92,9 @@ def _attend(hidden_states, readout, table, scale, num_parts, rows):
     if readout.bias is not None:
         mask = (readout.bias[rows] * scale).view(1, num_parts, 1, -1).expand(-1, -1, num_tokens, -1)
     embedding, normaliser = _FORWARD(query, key, value, 0.0, False, attn_mask=mask, scale=scale)
+    if readout.bias is not None:  # where all tokens of a part are forbidden, the kernel gives 0 as its normaliser
+        is_forbidden = readout.bias[rows].isneginf().view(num_parts, -1).all(1)
+        normaliser = normaliser.masked_fill(is_forbidden.view(1, -1, 1), -math.inf)
     return embedding[0], normaliser[0]
 
 

@@ -169,7 +169,7 @@ def try_checkpoint(name: str | os.PathLike) -> dict[str, Any]:
     model = load_pondering(open_checkpoint(name))
     with torch.no_grad():
         logits = model(torch.zeros(1, 1, dtype=torch.long)).logits
-    if not logits.isfinite().all():
+    if not logits.logsumexp(-1).isfinite().all():  # minus infinity forbids a token
         raise PonderingError(f"{name} loads, but predicts NaN or infinity: get its weights again")
     return {
         "source": str(name),

@@ -287,7 +287,9 @@ def _predictions(
         largest, predictions[part] = logits.max(-1)
         confidences[part] = (largest - normaliser).exp().double()
         if entropy_at is not None:
-            entropies[part] = (normaliser - (logits.softmax(-1) * logits).sum(-1)).double()
+            # Tokens that may not come have logits of minus infinity, and no share in it.
+            weighted = logits.softmax(-1) * logits.clamp(min=torch.finfo(logits.dtype).min)
+            entropies[part] = (normaliser - weighted.sum(-1)).double()
     found = (losses, predictions, entropies, confidences)
     return tuple(each.view_as(targets) for each in found)  # type: ignore[return-value]
 

@@ -1,6 +1,7 @@
 """Push a checkpoint's folder to the Hub: in one commit, so that nobody ever sees half of it."""
 
 import json
+import logging
 import os
 import re
 import tempfile
@@ -19,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from ponder_hf.conversion import open_checkpoint
 from ponder_hf.conversion.checkpoint import download_small_files
 from ponder_hf.conversion.files import ADAPTER_CONFIG, CONFIG, copy_files, read_json, travelling_files
+from ponder_hf.conversion.stored_weights import stored_weights, warnings_of_nan
 from ponder_hf.errors import pushing
 from ponder_hf.modeling import PonderingError, PonderingForCausalLM, PonderingModel
 
@@ -27,6 +29,8 @@ from .card import facts_of_folder, hub_id, with_base_card
 from .code import installed_code
 from .push_contents import read_contents
 
+
+logger = logging.getLogger(__name__)
 
 MAIN = "main"
 # Files of an earlier push that transformers would load in place of the new ones, or beside them.
@@ -96,6 +100,8 @@ def push(
         raise PonderingError("`create_pr` opens a pull request to main: leave `revision` out")
     folder = Path(str(folder)).expanduser()
     names, left_out = read_contents(_checked(folder), allow, skip_unsafe)
+    for warning in warnings_of_nan(str(folder), stored_weights(folder, filter(_is_weights, names))):
+        logger.warning(warning)
     upload = Upload(folder, repository, _files_to_push(folder, names, base_model), left_out)
     if dry_run:
         return {"repository": repository, "dry_run": True, "files": upload.listing(), "left_out": left_out}
@@ -107,6 +113,10 @@ def push(
         head, remote = _remote(api, upload.repository, MAIN if create_pr else revision or MAIN)
         upload.files[cards.CARD] = _card(upload, api, remote, head, base_model, tags).encode()
         return _commit(api, upload, head, remote, revision or MAIN, create_pr, message)
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith(".safetensors")
 
 
 def check_name(repository: str) -> None:

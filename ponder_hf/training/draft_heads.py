@@ -57,7 +57,10 @@ def draft_head_loss(
     logits = backbone_logits(model.backbone, heads(states)).float()
     weight = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     weight = (weight / weight.sum()).flatten()
-    wanted, drafted = functional.log_softmax(targets, dim=-1), functional.log_softmax(logits, dim=-1)
+    # Tokens that may not come have logits of minus infinity, from the last pass and from a head alike.
+    wanted, drafted = (
+        functional.log_softmax(each, dim=-1).clamp(min=torch.finfo(each.dtype).min) for each in (targets, logits)
+    )
     loss = (wanted.exp() * (wanted - drafted)).sum(-1)
     agrees = (logits.argmax(-1) == targets.argmax(-1)).to(loss.dtype)
     return (loss.mean(0) * weight).sum(), (agrees * weight).sum(-1)
