@@ -1,4 +1,5 @@
-"""Build the source archive and the wheel, and try both in a fresh environment of each Python that is named:
+"""Build the source archive and the wheel, and try both in a fresh environment of each Python that is named,
+one after the other:
 
     PYTHONPATH=tests .venv/bin/python -m release --output dist python3.10 python3.12
 
@@ -53,15 +54,17 @@ def build(output):
     return sorted(output.glob("ponder_hf-*"))
 
 
-def try_archive(archive, interpreter, place):
-    """Install an archive into a fresh environment in a folder, and use it there. Returns the versions."""
+def try_archives(archives, interpreter, place):
+    """Install archives one after another into a fresh environment in a folder, and use each. Yields what came out."""
     run([interpreter, "-m", "venv", place / "venv"], place)
-    python, constraints = place / "venv/bin/python", REPOSITORY / "constraints.txt"
-    run([python, "-m", "pip", "install", "--quiet", "-c", constraints, archive.resolve()], place)
-    run([python, "-m", "pip", "check"], place)
-    for arguments in COMMANDS:
-        run([place / "venv/bin/ponder-hf", *arguments], place)
-    return run([python, "-I", "-W", "ignore", PROGRAM, __version__], place).splitlines()[-1]
+    python = place / "venv/bin/python"
+    install = [python, "-m", "pip", "install", "--quiet", "-c", REPOSITORY / "constraints.txt"]
+    for number, archive in enumerate(archives):
+        run([*install, *(["--force-reinstall", "--no-deps"] if number else []), archive.resolve()], place)
+        run([python, "-m", "pip", "check"], place)
+        for arguments in COMMANDS:
+            run([place / "venv/bin/ponder-hf", *arguments], place)
+        yield f"{archive.name}: {run([python, '-I', '-W', 'ignore', PROGRAM, __version__], place).splitlines()[-1]}"
 
 
 def main():
@@ -72,18 +75,18 @@ def main():
     parser.add_argument("interpreters", nargs="+", metavar="PYTHON", help="such as python3.12")
     args = parser.parse_args()
     archives = build(args.output)
-    failed = []
+    failed = False
     for interpreter in args.interpreters:
         if shutil.which(interpreter) is None:
             print(f"{interpreter}: not here", flush=True)
             continue
-        for archive in archives:
-            with tempfile.TemporaryDirectory() as place:
-                try:
-                    print(f"{archive.name}: {try_archive(archive, interpreter, Path(place))}", flush=True)
-                except subprocess.CalledProcessError as error:
-                    failed.append((archive.name, interpreter))
-                    print(f"{archive.name}: {interpreter}: FAILED\n{error.stdout}", flush=True)
+        with tempfile.TemporaryDirectory() as place:
+            try:
+                for line in try_archives(archives, interpreter, Path(place)):
+                    print(line, flush=True)
+            except subprocess.CalledProcessError as error:
+                failed = True
+                print(f"{interpreter}: FAILED: {' '.join(map(str, error.cmd))}\n{error.stdout}", flush=True)
     sys.exit(1 if failed else 0)
 
 
