@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from ponder_hf.modeling import pondering_vocabulary, pondering_vocabulary_embedding
 from ponder_hf.modeling import pondering_vocabulary_cpu as cpu
@@ -143,7 +144,7 @@ def test_the_flash_kernel_on_so_many_threads(threads, tokens, bias, dtype, monke
         lambda h, w, b, e: plain(h, readout(w), e, 0.7, None),
         TOLERANCE[dtype],
     )
-    assert len(calls) == (2 if VOCAB_SIZE % min(threads, VOCAB_SIZE) and tokens < 256 else 1)
+    assert calls, "the kernel was not used"
 
 
 @pytest.mark.parametrize("top_k", [1, 17])
@@ -468,32 +469,30 @@ UNFAIR_TILES = {
 }
 
 
-@pytest.fixture
-def done_again(monkeypatch):
-    """Of how many rows the floor was too high, call by call."""
-    counted, in_chunks = [], cpu._largest_in_chunks
-    monkeypatch.setattr(cpu, "_largest_in_chunks", lambda h, *a: counted.append(len(h)) or in_chunks(h, *a))
-    return counted
+def work_in_tiles(hidden, readout, top_k):
+    """What is found in five tiles, and how often each score was computed on average: 1 where no row is done again."""
+    with FlopCounterMode(display=False) as counter:
+        found = _largest_in_tiles(hidden, readout, top_k, len(readout.weight) // 5)
+    return *found, counter.get_total_flops() / (2 * readout.weight.numel() * len(hidden))
 
 
 @pytest.mark.parametrize("top_k", [1, 10, 60])
 @pytest.mark.parametrize(("change", "too_high"), UNFAIR_TILES.values(), ids=UNFAIR_TILES)
-def test_tiles_that_are_no_fair_samples(change, too_high, top_k, done_again):
+def test_tiles_that_are_no_fair_samples(change, too_high, top_k):
     scores = change(torch.randn(40, 1000))
     hidden, readout = torch.eye(40), Readout(scores.nan_to_num(7.0).t().contiguous())
     hidden[scores.isnan().any(-1)] = math.nan
-    values, token_ids = _largest_in_tiles(hidden, readout, top_k, 200)
+    values, token_ids, work = work_in_tiles(hidden, readout, top_k)
     assert torch.equal(values.sort().values.nan_to_num(), scores.topk(top_k).values.sort().values.nan_to_num())
     assert torch.equal(scores.gather(1, token_ids).nan_to_num(), values.nan_to_num())
     assert all(len(set(row)) == top_k for row in token_ids.tolist())
     if top_k == 60 and too_high is not None:
-        assert sum(done_again) == too_high
+        assert work == pytest.approx(1 + too_high / 40)
 
 
 @pytest.mark.parametrize("top_k", [1, 10, 60])
-def test_fair_samples_are_not_done_again(top_k, done_again):
-    _largest_in_tiles(torch.randn(500, WIDTH), Readout(torch.randn(1000, WIDTH)), top_k, 200)
-    assert not done_again
+def test_fair_samples_are_not_done_again(top_k):
+    assert work_in_tiles(torch.randn(500, WIDTH), Readout(torch.randn(1000, WIDTH)), top_k)[2] == 1
 
 
 @pytest.mark.parametrize("allowed", [3, 59, 60, 200])
@@ -534,7 +533,7 @@ def test_what_is_not_a_number_is_not_lost_in_a_tile(token):
 
 
 @pytest.mark.parametrize("all_again", [False, True])
-def test_tiles_give_values_and_gradients(all_again, done_again, monkeypatch):
+def test_tiles_give_values_and_gradients(all_again, monkeypatch):
     monkeypatch.setitem(pondering_vocabulary.CHUNK_ELEMENTS, "cpu", 960 * 40)
     shapes = [(40, WIDTH), (997, WIDTH), (997,), (997, WIDTH)]
     tensors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
@@ -546,18 +545,15 @@ def test_tiles_give_values_and_gradients(all_again, done_again, monkeypatch):
         lambda h, w, b, e: plain(h, Readout(w, b), e, 5.0, 60),
         TOLERANCE[torch.float64],
     )
-    assert sum(done_again) == (40 if all_again else 0)
 
 
 def test_tiles_are_taken_where_the_scores_would_be_large(monkeypatch):
     monkeypatch.setitem(pondering_vocabulary.CHUNK_ELEMENTS, "cpu", 64 * 50)
-    sizes, in_tiles = [], _largest_in_tiles
-    monkeypatch.setattr(
-        cpu, "_largest_in_tiles", lambda h, r, k, width: sizes.append((len(h), width)) or in_tiles(h, r, k, width)
-    )
     hidden, weight, _, table = leaves(50, torch.float64)
-    embedding = top_k_embedding(hidden, Readout(weight), table, 1.0, 3)
-    assert sizes == [(50, 64 // 3)]
+    with LargestTensor() as largest, FlopCounterMode(display=False) as counter:
+        embedding = top_k_embedding(hidden, Readout(weight), table, 1.0, 3)
+    assert largest.elements <= 64 * 50 < 50 * VOCAB_SIZE
+    assert counter.get_flop_counts()["Global"][torch.ops.aten.mm] == 2 * 50 * weight.numel()  # each score but once
     torch.testing.assert_close(embedding, plain(hidden, Readout(weight), table, 1.0, 3))
 
 

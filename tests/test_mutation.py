@@ -27,15 +27,15 @@ def test_a_mutant_is_a_change_of_one_place(mutant):
         assert (ROOT / "tests" / name).is_file()
 
 
-CODE = "modeling/pondering_vocabulary.py"
-NOTICED = Mutant(CODE, "return tensor.to(wide_dtype(tensor.dtype))", "return tensor", ("test_tiny.py",))
-MISSED = Mutant(CODE, "return CHUNK_ELEMENTS.get(", "return 0 + CHUNK_ELEMENTS.get(", ("test_tiny.py",))
+# A file and tests without torch, which takes seconds to import in each of the processes.
+CODE = "ponder_hf/progress.py"
+NOTICED = Mutant(CODE, "disable=not shown,", "disable=shown,", ("test_tiny.py",))
+MISSED = Mutant(CODE, "dynamic_ncols=True,", "dynamic_ncols=False,", ("test_tiny.py",))
 TEST = """
-import torch
-from ponder_hf.modeling.pondering_vocabulary import wide
+from ponder_hf.progress import progress_bar
 
-def test_wide():
-    assert wide(torch.ones(1, dtype=torch.float16)).dtype == torch.float32
+def test_a_bar_that_is_not_shown():
+    assert progress_bar("reading", "lines", 1, shown=False).disable
 """
 
 
@@ -43,6 +43,7 @@ def test_wide():
 def tree(tmp_path, monkeypatch):
     """A copy of the repository, whose one test is the one above."""
     copy = mutation.copy_of_repository(tmp_path / "root")
+    (copy / "tests" / "conftest.py").unlink()
     (copy / "tests" / "test_tiny.py").write_text(TEST, encoding="utf-8")
     monkeypatch.setattr(mutation, "copy_of_repository", lambda folder: copy)
     return copy
@@ -57,7 +58,7 @@ def test_what_is_noticed_and_what_survives_is_said(tree, monkeypatch, capsys):
     assert "[2/2] SURVIVED" in printed
     assert "1 of 2 mutants noticed" in printed
     assert (tree / CODE).read_text(encoding="utf-8") == before
-    assert mutation.main(["--workers", "1", "return tensor"]) == 0
+    assert mutation.main(["--workers", "1", "disable="]) == 0
 
 
 def test_tests_that_fail_by_themselves_prove_nothing(tree, monkeypatch, capsys):
