@@ -1,8 +1,9 @@
-"""What pondering costs in vLLM: tokens a second over those of the plain backbone, beside transformers' `generate`.
+"""What pondering costs in vLLM, beside the plain backbone there and `generate` and `generate_batch` of transformers.
 
 Run it in the environment that `make vllm` makes, where vLLM is: `.vllm/bin/python -m benchmarks serving`. A LLaMA with
-random weights, in float32, compiled by vLLM; every request has a prompt of its own, and pages are not used again. The
-limit is (S + 1) times the plain model's time.
+random weights, in float32, compiled by vLLM; every request has a prompt of its own, and pages are not used again.
+All ways take turns with the same prompts. The limit is S + 1 plain passes and the vocabulary's own operations, which
+plain passes over a prompt do not have: logits of every token, and the weighted sum of embeddings.
 """
 
 import argparse
@@ -13,15 +14,19 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.machine import described
 from ponder_hf import PonderingForCausalLM
 
 
-def save_models(folder, arguments):
-    """Write the plain model, and pondering ones over the K largest logits and over the whole vocabulary."""
-    config = LlamaConfig(
+TOP_K = 100
+PONDERING = {"top-100": TOP_K, "whole": None}
+PAGE = 32
+
+
+def config_of(arguments):
+    return LlamaConfig(
         vocab_size=arguments.vocab_size,
         hidden_size=arguments.hidden_size,
         num_hidden_layers=arguments.layers,
@@ -32,13 +37,35 @@ def save_models(folder, arguments):
         bos_token_id=None,
         eos_token_id=None,
     )
+
+
+def save_models(folder, arguments):
+    """Write the plain model, and pondering ones over the K largest logits and over the whole vocabulary."""
     torch.manual_seed(0)
-    plain = LlamaForCausalLM(config).eval()
+    plain = LlamaForCausalLM(config_of(arguments)).eval()
     plain.save_pretrained(folder / "plain")
-    for name, top_k in (("top-100", 100), ("whole", None)):
+    for name, top_k in PONDERING.items():
         PonderingForCausalLM.from_base(
             plain, pondering_steps=arguments.pondering_steps, pondering_top_k=top_k
         ).save_pretrained(folder / name)
+
+
+def operations_limit(arguments, top_k, length):
+    """Multiplications of a pondering request over those of S + 1 plain ones.
+
+    Args:
+        top_k: K, or None for the whole vocabulary.
+        length: tokens of the prompt.
+    """
+    width, steps, new = arguments.hidden_size, arguments.pondering_steps, arguments.new_tokens
+    table = arguments.vocab_size * width
+    tokens = length + new - 1  # the last new token is not fed in
+    # Four products of the attention and three of 3 d; and the scores and the sum over the tokens so far.
+    passed = arguments.layers * (13 * width**2 * tokens + 2 * width * tokens * (tokens + 1) // 2)
+    plain = passed + new * table
+    summed = table if top_k is None else top_k * width
+    pondering = (steps + 1) * passed + new * table + steps * tokens * (table + summed)
+    return pondering / ((steps + 1) * plain)
 
 
 def prompts_of(batch, length, vocab_size, seed):
@@ -46,20 +73,9 @@ def prompts_of(batch, length, vocab_size, seed):
     return torch.randint(3, vocab_size, (batch, length), generator=generator)
 
 
-def seconds(run, repeats):
-    """The median time of run(seed), after one that is not counted."""
-    times = []
-    for seed in range(repeats + 1):
-        start = time.perf_counter()
-        run(seed)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
-
-
-def measure_vllm(folder, arguments, cases):
-    """{(batch, prompt): seconds} of an engine for the checkpoint in `folder`."""
+def in_vllm(folder, arguments):
+    """A function that continues prompts (batch, length) by an engine for the checkpoint in `folder`."""
     from vllm import LLM, SamplingParams
-    from vllm.distributed import cleanup_dist_env_and_memory
 
     llm = LLM(
         str(folder),
@@ -70,32 +86,74 @@ def measure_vllm(folder, arguments, cases):
         enforce_eager=arguments.eager,
     )
     parameters = SamplingParams(temperature=0, max_tokens=arguments.new_tokens, ignore_eos=True, detokenize=False)
-    found = {}
-    for batch, length in cases:
 
-        def run(seed, llm=llm, batch=batch, length=length):
-            rows = prompts_of(batch, length, arguments.vocab_size, seed).tolist()
-            llm.generate([{"prompt_token_ids": row} for row in rows], parameters, use_tqdm=False)
+    def run(prompts):
+        requests = [{"prompt_token_ids": row} for row in prompts.tolist()]
+        llm.generate(requests, parameters, use_tqdm=False)
 
-        found[batch, length] = seconds(run, arguments.repeats)
-    llm.llm_engine.engine_core.shutdown()
-    cleanup_dist_env_and_memory()
-    return found
+    return run
 
 
-def measure_transformers(folder, arguments, cases):
-    """The same of `generate`."""
-    model = PonderingForCausalLM.from_pretrained(folder)
-    found = {}
-    for batch, length in cases:
+def by_generate(model, arguments):
+    """The same by `generate` of transformers."""
+    options = {"max_new_tokens": arguments.new_tokens, "do_sample": False, "pad_token_id": 0}
 
-        def run(seed, batch=batch, length=length):
-            ids = prompts_of(batch, length, arguments.vocab_size, seed)
-            options = {"max_new_tokens": arguments.new_tokens, "do_sample": False, "pad_token_id": 0}
-            model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    def run(prompts):
+        model.generate(prompts, attention_mask=torch.ones_like(prompts), **options)
 
-        found[batch, length] = seconds(run, arguments.repeats)
-    return found
+    return run
+
+
+def by_generate_batch(model, arguments):
+    """The same by its continuous batching, with pages for all requests at once."""
+    settings = GenerationConfig(
+        max_new_tokens=arguments.new_tokens, do_sample=False, pad_token_id=0, eos_token_id=-1, bos_token_id=None
+    )
+
+    def run(prompts):
+        batch, length = prompts.shape
+        pages = batch * (-(-(length + arguments.new_tokens) // PAGE) + 1)
+        memory = ContinuousBatchingConfig(
+            page_size=PAGE, num_blocks=pages, max_batch_tokens=1024, allow_block_sharing=False
+        )
+        found = model.generate_batch(prompts.tolist(), settings, continuous_batching_config=memory)
+        assert [len(each.generated_tokens) for each in found.values()] == batch * [arguments.new_tokens]
+
+    return run
+
+
+def seconds(ways, arguments, batch, length):
+    """{name: [seconds, one for each round]}; transformers' ways have one round, being far from vLLM's."""
+    times, clock = {name: [] for name in ways}, time.process_time if arguments.processor_time else time.perf_counter
+    end = time.perf_counter() + arguments.seconds
+    for seed in range(arguments.rounds):
+        if seed and time.perf_counter() > end:
+            break
+        prompts = prompts_of(batch, length, arguments.vocab_size, seed)
+        for name, run in ways.items():
+            if seed and name.startswith("generate"):
+                continue
+            start = clock()
+            run(prompts)
+            times[name].append(clock() - start)
+    return times
+
+
+def row(arguments, times, batch, length):
+    """One line of the table."""
+    tokens, passes = batch * arguments.new_tokens, arguments.pondering_steps + 1
+    medians = {name: statistics.median(each) for name, each in times.items()}
+    cells = [f"{tokens / medians[name]:.0f}" for name in ("plain", *PONDERING)]
+    for name, top_k in PONDERING.items():
+        ratio = statistics.median(
+            one / (passes * plain) for one, plain in zip(times[name], times["plain"], strict=True)
+        )
+        limit = operations_limit(arguments, top_k, length)
+        cells += [f"{ratio:.2f}", f"{limit:.2f}", f"{ratio / limit:.2f}"]
+    for name in ("generate", "generate_batch"):
+        if name in medians:
+            cells += [f"{tokens / medians[name]:.0f}", f"{medians[name] / medians['top-100']:.2f}"]
+    return f"| {length} | {batch} | {' | '.join(cells)} |"
 
 
 def main(argv: list[str]) -> int:
@@ -107,33 +165,45 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--hidden-size", type=int, default=512)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--vocab-size", type=int, default=32000)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=45, help="start no other round of a row after so many")
+    parser.add_argument(
+        "--processor-time",
+        action="store_true",
+        help="count the processor's time and not the clock's: on a busy machine, with OMP_NUM_THREADS=1",
+    )
     parser.add_argument("--eager", action="store_true", help="do not let vLLM compile")
+    parser.add_argument("--only-vllm", action="store_true", help="leave transformers out")
     arguments = parser.parse_args(argv)
     try:
         import vllm
     except ModuleNotFoundError:
         print("serving: vLLM is not installed here; `make vllm`, then .vllm/bin/python -m benchmarks serving")
         return 0
+    # In one process engines take turns without waiting for each other's messages.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    cases = [(batch, length) for length in arguments.prompt for batch in arguments.batch]
     with tempfile.TemporaryDirectory() as place:
         save_models(Path(place), arguments)
-        in_vllm = {name: measure_vllm(Path(place, name), arguments, cases) for name in ("plain", "top-100", "whole")}
-        in_transformers = measure_transformers(Path(place, "top-100"), arguments, cases)
-    passes = arguments.pondering_steps + 1
+        ways = {name: in_vllm(Path(place, name), arguments) for name in ("plain", *PONDERING)}
+        if not arguments.only_vllm:
+            model = PonderingForCausalLM.from_pretrained(Path(place, "top-100"))
+            ways["generate"] = by_generate(model, arguments)
+            ways["generate_batch"] = by_generate_batch(model, arguments)
     print(
-        f"{described()}; S = {arguments.pondering_steps}, {arguments.new_tokens} new tokens, vLLM {vllm.__version__}"
+        f"{described()}, vLLM {vllm.__version__}; S = {arguments.pondering_steps}, {arguments.layers} layers of width "
+        f"{arguments.hidden_size}, {arguments.vocab_size} tokens, {arguments.new_tokens} new ones; tokens/s, and time "
+        f"over S + 1 plain passes"
     )
-    print("| prompt | batch | plain, tokens/s | top 100 | whole | top 100, time over S + 1 plain | whole | generate |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    head = ["prompt", "batch", *("plain", "top 100", "whole")]
+    head += [f"{name}: {what}" for name in ("top 100", "whole") for what in ("time", "limit", "over it")]
+    if not arguments.only_vllm:
+        head += ["`generate`", "vLLM faster", "`generate_batch`", "vLLM faster"]
+    print(f"| {' | '.join(head)} |\n{'| --- ' * len(head)}|")
+    cases = [(batch, length) for length in arguments.prompt for batch in arguments.batch]
+    seconds(ways, argparse.Namespace(**{**vars(arguments), "rounds": 1}), *cases[0])  # warms up
     for batch, length in cases:
-        tokens = batch * arguments.new_tokens
-        plain, largest, whole = (in_vllm[name][batch, length] for name in ("plain", "top-100", "whole"))
-        rates = " | ".join(f"{tokens / each:.1f}" for each in (plain, largest, whole))
-        ratios = " | ".join(f"{each / (passes * plain):.2f}" for each in (largest, whole))
-        print(f"| {length} | {batch} | {rates} | {ratios} | {tokens / in_transformers[batch, length]:.1f} |")
+        print(row(arguments, seconds(ways, arguments, batch, length), batch, length), flush=True)
     return 0

@@ -16,8 +16,36 @@ for name, value in {
 }.items():
     os.environ.setdefault(name, value)
 
+from transformers import PreTrainedModel  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
 from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
+
+
+def _with_subclasses(kind):
+    yield kind
+    for subclass in kind.__subclasses__():
+        yield from _with_subclasses(subclass)
+
+
+@contextmanager
+def classes_of_transformers():
+    """Within it they may be changed: afterwards all that were there before are as they were.
+
+    vLLM's backend for models of transformers makes their classes such that it compiles, and then nobody else in this
+    process can make a model of them.
+    """
+    before = {kind: (kind.__bases__, dict(vars(kind))) for kind in _with_subclasses(PreTrainedModel)}
+    try:
+        yield
+    finally:
+        for kind, (bases, attributes) in before.items():
+            if kind.__bases__ != bases:
+                kind.__bases__ = bases
+            for name in {*vars(kind)} - {*attributes}:
+                delattr(kind, name)
+            for name, value in attributes.items():
+                if vars(kind).get(name) is not value:
+                    setattr(kind, name, value)
 
 
 @contextmanager
@@ -31,14 +59,15 @@ def engine(folder, **options):
         "skip_tokenizer_init": True,
         **options,
     }
-    llm = LLM(str(folder), **options)
-    try:
-        yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        cleanup_dist_env_and_memory()
-        gc.collect()
+    with classes_of_transformers():
+        llm = LLM(str(folder), **options)
+        try:
+            yield llm
+        finally:
+            llm.llm_engine.engine_core.shutdown()
+            del llm
+            cleanup_dist_env_and_memory()
+            gc.collect()
 
 
 def continued(llm, prompts, num_new_tokens, **arguments):
