@@ -18,6 +18,8 @@ from .files import ADAPTER_CONFIG, CONFIG, TRAVELLING_FILES, read_json
 from .stored_weights import INDEX, WEIGHTS, no_weights, num_bytes, read_headers, shard_names
 
 
+# What git allows in no name of a branch or tag. The Hub's client would read any file here that one is the path of.
+_NO_REVISION = re.compile(r"^$|^/|/$|//|\.\.|[ ~^:?*\[\\]|@\{|^-|(^|/)\.|\.lock$")
 _SHA256, _GIT = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{40}")
 
 
@@ -89,6 +91,8 @@ def find_folder(name: str, revision: str | None = None) -> Path | None:
         return folder
     if name.startswith((".", "~", "/")) or "\\" in name:
         raise PonderingError(f"there is no folder {name}: check the path")
+    if revision is not None and (_NO_REVISION.search(revision) or not revision.isprintable()):
+        raise PonderingError(f"`revision` {revision!r} cannot be one: give a branch, a tag or a commit")
     return None
 
 

@@ -110,7 +110,8 @@ def whole_folder(destination: str | os.PathLike, overwrite: bool = False) -> Ite
 def whole_file(destination: str | os.PathLike) -> Iterator[Path]:
     """A context that gives a path to write to, and renames what is there to `destination` at the end.
 
-    If the block raises anything nothing is left of it, and a file of that name is as before.
+    If the block raises anything nothing is left of it, and a file of that name is as before. What a killed run left
+    behind beside it is cleaned up first.
 
     Raises:
         PonderingError: it cannot be written.
@@ -119,10 +120,12 @@ def whole_file(destination: str | os.PathLike) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         with writing(destination):
+            _clean_up_after_killed_runs(path)
             yield partial
             partial.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # nothing to remove, or nothing that may be: what went wrong has been said
+            partial.unlink()
 
 
 def _put_in_place(partial: Path, path: Path) -> None:
@@ -171,8 +174,10 @@ def _clean_up_after_killed_runs(path: Path) -> None:
             continue
         if match[1] == "replaced" and not path.exists():  # killed between the two renames: the old folder comes back
             leftover.rename(path)
-        else:
+        elif leftover.is_dir():
             shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
 
 
 def _is_running(pid: int) -> bool:

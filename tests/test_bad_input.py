@@ -223,6 +223,16 @@ def test_a_source_that_cannot_be_converted(place, check_refused, case):
 
 
 @pytest.mark.parametrize(
+    "revision", ["/dev/full", "../../../secret", "", "a b", "a//b", ".hidden", "x\x07", "v1.lock"]
+)
+def test_a_revision_that_is_none(check_refused, revision):
+    """The Hub's client reads the file of that name in its cache, or, of a path, any other: /dev/full has no end."""
+    for command in ("inspect", "inspect-code", "generate --prompt text"):
+        name, *flags = command.split()
+        check_refused(name, "nobody/nothing", *flags, "--revision", revision, words=["revision", "cannot be one"])
+
+
+@pytest.mark.parametrize(
     ("flags", "words"),
     [
         (["--pondering-steps", "-1"], ["--pondering-steps", "-1"]),

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from ponder_hf import __version__
 
 from .outcome import failed, interrupted
-from .parser import CommandParser, OneLineParser, check_command
+from .parser import CommandParser, OneLineParser, check_command, check_words
 
 
 COMMANDS = (
@@ -59,6 +59,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         UsageError: it is wrong.
         SystemExit: it asks for help or the version, which is printed.
     """
+    check_words(argv)
     check_command(argv, COMMANDS)
     args, unknown = build_parser().parse_known_args(argv)
     if unknown:

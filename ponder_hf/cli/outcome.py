@@ -1,5 +1,6 @@
 """How a command that did not end well says so: one line on standard error, and an exit code."""
 
+import errno
 import os
 import re
 import sys
@@ -10,6 +11,7 @@ from .parser import UsageError
 
 UNEXPECTED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 DEBUG = "PONDER_HF_DEBUG"
+_LONGEST = 1200
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
 
 
@@ -26,7 +28,7 @@ def is_first_process() -> bool:
 def warn(message: str) -> None:
     """Say what may not be as the user means it, and go on."""
     if is_first_process():
-        print(f"ponder-hf: warning: {without_token(message)}", file=sys.stderr, flush=True)
+        print(f"ponder-hf: warning: {_readable(without_token(message))}", file=sys.stderr, flush=True)
 
 
 def failed(error: Exception) -> int:
@@ -36,6 +38,8 @@ def failed(error: Exception) -> int:
         return _end(UNEXPECTED, f"error: {' '.join(str(error).split())}")
     if isinstance(error, UsageError) or _is(error, "modeling.pondering_errors", "PonderingError"):
         return _end(BAD_INPUT, f"error: {' '.join(str(error).split())}")
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # whoever asked for it first
+        return _end(BAD_INPUT, f"error: {error.filename or 'a name'} is too long for the name of a file or a folder")
     if isinstance(error, BrokenPipeError):  # the reader of our output is gone (`| head`): nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return UNEXPECTED
@@ -66,8 +70,15 @@ def _end(code, message):
     # A progress bar that broke off would share its line with the message.
     for bar in list(getattr(getattr(sys.modules.get("tqdm"), "tqdm", None), "_instances", ())):
         bar.close()
-    print(f"ponder-hf: {without_token(message)}", file=sys.stderr, flush=True)
+    print(f"ponder-hf: {_readable(without_token(message))}", file=sys.stderr, flush=True)
     return code
+
+
+def _readable(message):
+    """What a terminal shows as it is, whatever names and values it has brought; cut in the middle if it is long."""
+    if len(message) > _LONGEST:
+        message = f"{message[: _LONGEST * 2 // 3]} ... {message[-_LONGEST // 3 :]}"
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in message)
 
 
 def _traceback_if_debugging():

@@ -134,6 +134,15 @@ def add_command(
     )
 
 
+def check_words(argv: Sequence[str]) -> None:
+    """Raise a UsageError for a word that no file, model or text can be: not in UTF-8, or with a NUL in it."""
+    for word in argv:
+        if "\0" in word:
+            raise UsageError(f"the argument {word!r} has a NUL in it: leave it out")
+        if any("\ud800" <= each <= "\udfff" for each in word):
+            raise UsageError(f"the argument {word!r} is not in UTF-8: rename the file, or convert the text")
+
+
 def check_command(argv: Sequence[str], commands: Sequence[str]) -> None:
     """Raise a UsageError where the first word of the command line is no command, with the ones near it."""
     word = next((word for word in argv if not word.startswith("-")), None)

@@ -31,9 +31,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "--allow",
         nargs="+",
         default=(),
-        choices=("pickles", "secrets", "optimiser-states"),
+        choices=("pickles", "secrets", "optimiser-states", "links"),
         metavar="KIND",
-        help="push them: pickles, secrets (access tokens, private keys), optimiser-states",
+        help="push them: pickles, secrets (access tokens, private keys), optimiser-states, links (out of FOLDER)",
     )
     return parser
 

@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard
 
 from ponder_hf import __version__
-from ponder_hf.errors import writing
+from ponder_hf.conversion.whole_folder import whole_file
 from ponder_hf.evaluation.tables import by_steps
 from ponder_hf.modeling import PonderingError
 
@@ -95,5 +95,5 @@ def write_results(folder: str | os.PathLike, result: dict[str, Any]) -> None:
     known = [old for old in data.eval_results or [] if not any(old.is_equal_except_value(each) for each in new)]
     data.eval_results = [*known, *new]
     data.model_name = data.model_name or folder.resolve().name
-    with writing(path):
-        card.save(path)
+    with whole_file(path) as partial:  # people write into cards, too: never half of one
+        card.save(partial)

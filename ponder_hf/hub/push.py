@@ -83,7 +83,8 @@ def push(
         dry_run: do nothing, only say what would be pushed. The Hub is not asked.
         message: of the commit.
         base_model: the Hub id of the base, where the files do not say it.
-        allow: kinds of files, "pickles", "secrets" or "optimiser-states", that are pushed although they should not be.
+        allow: kinds of files, "pickles", "secrets", "optimiser-states" or "links" (out of the folder), that are pushed
+            although they should not be.
         skip_unsafe: leave such files out, in place of refusing the folder.
         token: in place of HF_TOKEN and of `hf auth login`.
         tags: more of them for the model card.
