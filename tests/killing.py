@@ -52,6 +52,7 @@ class Hook:
 def child(folder: str, arguments: list[str], kind: str, moment: float) -> dict:
     """Run one command line in a child. How it ended: `code` (negative: a signal), `seconds`, `events`, `said`."""
     log = folder + ".log"
+    open(log, "w", encoding="utf-8").close()  # a child may be killed before it has come so far
     start, pid = time.monotonic(), os.fork()
     if pid == 0:
         os.chdir(folder)
