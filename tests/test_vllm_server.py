@@ -27,6 +27,8 @@ from transformers import AutoTokenizer
 
 PROMPT = "A cat sat"
 EXTRA = {"ignore_eos": True, "return_token_ids": True}
+# Of fifty requests each; with more than four the memory is only printed, not held against a limit.
+ROUNDS = int(os.environ.get("PONDER_SERVER_ROUNDS", "4"))
 
 
 @pytest.fixture(scope="module")
@@ -127,11 +129,12 @@ def test_two_hundred_requests_of_which_some_are_cancelled(server, model):
 
     used = []
     with ThreadPoolExecutor(16) as pool:
-        for _ in range(4):
+        for _ in range(ROUNDS):
             assert all(pool.map(one, range(50)))
             used.append(resident())
-    # vLLM keeps something for each number of tokens that it has met: the plain model grows by 12 MiB a round too.
-    assert used[3] < used[1] + 96 * 2**20
+            print(f"after {50 * len(used)} requests: {used[-1] / 2**20:.0f} MiB")
+    # vLLM keeps something for each number of tokens that it has met, of the plain model, too.
+    assert len(used) > 4 or used[3] < used[1] + 96 * 2**20
 
 
 @pytest.mark.slow
