@@ -57,7 +57,6 @@ WITH_HOOKS = {
     },
 }
 WITHOUT_DRAFTS = {
-    "bloom": "does not work with model_type 'bloom'",
     "openai-gpt": "needs a cache, but model_type 'openai-gpt' keeps none",
     "phi3": "cannot follow model_type 'phi3' beyond 16 tokens, where its rotary embeddings change",
     "phimoe": "cannot follow model_type 'phimoe' beyond 16 tokens, where its rotary embeddings change",
@@ -78,6 +77,7 @@ def backbone(model_type, **changes):
 
 
 def ragged_batch():
+    # With float64_throughout: Bloom's eager attention makes NaN of left padding in float64, in the plain model as well.
     return tiny.left_padded([tiny.token_ids(10, seed=1), tiny.token_ids(7, seed=2)])
 
 
@@ -111,7 +111,7 @@ def test_hooks_into_generation_are_the_ones_that_are_known():
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("model_type", WITH_HOOKS)
-def test_without_pondering_tokens_are_the_plain_model_s(model_type, cache):
+def test_without_pondering_tokens_are_the_plain_model_s(model_type, cache, float64_throughout):
     plain = backbone(model_type)
     ids, mask = ragged_batch()
     expected = generate(plain, ids, mask, cache_implementation=cache)
@@ -120,7 +120,7 @@ def test_without_pondering_tokens_are_the_plain_model_s(model_type, cache):
 
 
 @pytest.mark.parametrize("model_type", WITH_HOOKS)
-def test_cached_tokens_are_those_of_whole_passes(model_type):
+def test_cached_tokens_are_those_of_whole_passes(model_type, float64_throughout):
     model = PonderingForCausalLM.from_base(backbone(model_type), pondering_steps=2)
     ids, mask = ragged_batch()
     expected = generate(model, ids, mask, use_cache=False)
@@ -136,7 +136,7 @@ def test_cached_tokens_are_those_of_whole_passes(model_type):
 
 
 @pytest.mark.parametrize("model_type", WITH_HOOKS)
-def test_early_exits_are_the_same_with_and_without_a_cache(model_type):
+def test_early_exits_are_the_same_with_and_without_a_cache(model_type, float64_throughout):
     model = PonderingForCausalLM.from_base(backbone(model_type), pondering_steps=2)
     ids, mask = ragged_batch()
     if model_type == "openai-gpt":

@@ -165,6 +165,7 @@ def test_offline_after_a_first_load(hub, stranger):
     """The same home, no Hub, and the environment's own word for it."""
     online = loaded(stranger, trust_remote_code=True)
     pinned = loaded(stranger, revision=hub.older, trust_remote_code=True)
+    stranger.done(USE, "somebody/model")
     with hub_client.connected(hub, stranger.folder, without_ponder_hf=True, HF_HUB_OFFLINE="1") as offline:
         before = len(hub.requests)
         assert loaded(offline, trust_remote_code=True) == online

@@ -6,10 +6,10 @@ logits in a way of its own, extend `finish_logits` and `backbone_readout`; to re
 
 import functools
 import inspect
-import threading
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from threading import Lock
 from typing import Any
 
 import torch
@@ -416,7 +416,7 @@ def run_backbone(
 
 # Of each module that is being evaluated: by how many, and the mode that it had before.
 _MODES: dict[nn.Module, list] = {}
-_MODES_LOCK = threading.Lock()
+_MODES_LOCK = Lock()
 
 
 @contextmanager
