@@ -77,7 +77,7 @@ def backbone(model_type, **changes):
 
 
 def ragged_batch():
-    # With float64_throughout: Bloom's eager attention makes NaN of left padding in float64, in the plain model as well.
+    # With float64_throughout: Bloom's eager attention makes NaN of left padding in float64, the plain model too.
     return tiny.left_padded([tiny.token_ids(10, seed=1), tiny.token_ids(7, seed=2)])
 
 

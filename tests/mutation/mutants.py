@@ -232,7 +232,10 @@ MUTANTS = [
         "test_writer.py test_full_disk.py test_bad_input.py",
         ("if aside.exists() and not path.exists():", "if False:"),
         ("if any(path.iterdir()) and not overwrite:", "if False:"),
-        ("            _clean_up_after_killed_runs(path)\n            partial.mkdir()\n", "            partial.mkdir()\n"),
+        (
+            "            _clean_up_after_killed_runs(path)\n            partial.mkdir()\n",
+            "            partial.mkdir()\n",
+        ),
         ("if path in source.parents:", "if False:"),
         ("if num_bytes > free:", "if False:"),
     ),
