@@ -148,12 +148,17 @@ def overflow(model):
     weight.copy_(weight.sign() * 6e4)
 
 
-@pytest.mark.parametrize("ways", GENERATING)
-@pytest.mark.parametrize("spoil", [spoil_head, spoil_row_of_head, spoil_embedding, overflow], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    ("spoil", "ways"),
+    [
+        pytest.param(spoil, ways, id=f"{spoil.__name__}-{ways}")
+        for spoil in (spoil_head, spoil_row_of_head, spoil_embedding, overflow)
+        for ways in GENERATING
+        if (spoil, ways) != (overflow, "exits")  # tokens stop before a pass in which numbers overflow
+    ],
+)
 def test_text_is_not_made_of_nan(spoil, ways):
     """Plain greedy decoding would give a text all the same; who asks for it gets it."""
-    if (spoil, ways) == (overflow, "exits"):
-        pytest.skip("tokens stop before a pass in which numbers overflow")
     model = tiny.pondering_model(pondering_steps=2)
     with torch.no_grad():
         spoil(model)

@@ -3,7 +3,8 @@
     PYTHONPATH=tests .venv/bin/python -m golden               # weights, and what was computed from them
     PYTHONPATH=tests .venv/bin/python -m golden --with-code   # when the version is released: its code beside them
 
-Each lies in tests/golden/VERSION/, and beside it what it computed when it was written. Weights and numbers are written
+Each lies in tests/golden/VERSION/, and beside it what it computed when it was written; the code of all lies in
+VERSION/code, and the tests put it into copies of them. Weights and numbers are written
 once and never again: today's code and that of every later version must load them and compute the same. Until the
 version is released they have no code, as it still changes; the tests try them with today's.
 """
@@ -24,11 +25,12 @@ GOLDEN = Path(__file__).parent
 SIZES = {"vocab_size": 67, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
 # A gate, K and weights that have other names on disk than in memory; grouped heads and draft heads.
 MODEL_TYPES = ("gpt_neox", "llama")
+CODE = "code"
 
 
-def add_code(checkpoint):
-    """Put the installed modeling files into a checkpoint's folder."""
-    for name, content in installed_code().items():
+def add_code(checkpoint, code=None):
+    """Put modeling files, {name: bytes}, into a checkpoint's folder; by default those that are installed."""
+    for name, content in (installed_code() if code is None else code).items():
         (checkpoint / name).write_bytes(content)
 
 
@@ -48,8 +50,8 @@ def main():
     elif not args.with_code:
         sys.exit(f"{folder} is there already: what was computed then must be computed now")
     if args.with_code:
-        for model_type in MODEL_TYPES:
-            add_code(folder / model_type)
+        (folder / CODE).mkdir(exist_ok=True)
+        add_code(folder / CODE)
     print(f"{folder}: {sum(path.stat().st_size for path in folder.rglob('*') if path.is_file()):,} bytes")
 
 
