@@ -75,6 +75,8 @@ def check_found(printed, expected):
             id="small-top-k-and-a-matrix",
             marks=pytest.mark.slow,
         ),
+        # The head's bias forbids all that the second process has.
+        pytest.param("phi", {"forbidden_from": 96}, id="forbidden-part", marks=pytest.mark.slow),
         # All of the vocabulary is in the first process, and padding in the second.
         pytest.param("llama", {"vocab_size": 30}, id="tiny-vocabulary", marks=pytest.mark.slow),
     ],
@@ -84,7 +86,12 @@ def test_two_processes_of_tensor_parallelism(tmp_path, model_type, fields):
     changes = {"num_key_value_heads": 2} if model_type == "gemma2" else {}
     if "vocab_size" in fields:
         changes["vocab_size"] = fields.pop("vocab_size")
+    forbidden_from = fields.pop("forbidden_from", None)
     model = make_checkpoint(tmp_path / "checkpoint", model_type, changes, **fields)
+    if forbidden_from is not None:
+        with torch.no_grad():
+            model.get_output_embeddings().bias[forbidden_from:] = -torch.inf
+        model.save_pretrained(tmp_path / "checkpoint")
     prompts = ragged_prompts(8)
     if "vocab_size" in changes:
         prompts = [[token % changes["vocab_size"] for token in prompt] for prompt in prompts]

@@ -163,7 +163,8 @@ class VocabularyEmbedding:
         if get_tensor_model_parallel_world_size() == 1:
             return torch.softmax(logits, dim=-1).to(table.dtype) @ table
         if self.num_rows:
-            largest = logits.amax(-1, keepdim=True)
+            # Finite where every token of this part is forbidden (-inf), as differences of infinities are not a number.
+            largest = logits.amax(-1, keepdim=True).clamp_min_(torch.finfo(logits.dtype).min)
             total = (logits - largest).exp_().sum(-1, keepdim=True)
         else:  # of a vocabulary so small that padding is all that is left
             largest, total = logits.new_full((len(logits), 1), -torch.inf), logits.new_zeros(len(logits), 1)
