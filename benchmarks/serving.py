@@ -143,16 +143,14 @@ def row(arguments, times, batch, length):
     """One line of the table."""
     tokens, passes = batch * arguments.new_tokens, arguments.pondering_steps + 1
     medians = {name: statistics.median(each) for name, each in times.items()}
-    cells = [f"{tokens / medians[name]:.0f}" for name in ("plain", *PONDERING)]
+    cells = [f"{tokens / median:.0f}" for median in medians.values()]
     for name, top_k in PONDERING.items():
         ratio = statistics.median(
             one / (passes * plain) for one, plain in zip(times[name], times["plain"], strict=True)
         )
         limit = operations_limit(arguments, top_k, length)
-        cells += [f"{ratio:.2f}", f"{limit:.2f}", f"{ratio / limit:.2f}"]
-    for name in ("generate", "generate_batch"):
-        if name in medians:
-            cells += [f"{tokens / medians[name]:.0f}", f"{medians[name] / medians['top-100']:.2f}"]
+        cells.append(f"{ratio:.2f} / {limit:.2f} = {ratio / limit:.2f}")
+    cells += [f"{medians[name] / medians['top-100']:.2f}" for name in medians if name.startswith("generate")]
     return f"| {length} | {batch} | {' | '.join(cells)} |"
 
 
@@ -194,13 +192,13 @@ def main(argv: list[str]) -> int:
             ways["generate_batch"] = by_generate_batch(model, arguments)
     print(
         f"{described()}, vLLM {vllm.__version__}; S = {arguments.pondering_steps}, {arguments.layers} layers of width "
-        f"{arguments.hidden_size}, {arguments.vocab_size} tokens, {arguments.new_tokens} new ones; tokens/s, and time "
-        f"over S + 1 plain passes"
+        f"{arguments.hidden_size}, {arguments.vocab_size} tokens, {arguments.new_tokens} new ones; new tokens a second, "
+        f"and time over S + 1 plain passes beside its limit"
     )
-    head = ["prompt", "batch", *("plain", "top 100", "whole")]
-    head += [f"{name}: {what}" for name in ("top 100", "whole") for what in ("time", "limit", "over it")]
-    if not arguments.only_vllm:
-        head += ["`generate`", "vLLM faster", "`generate_batch`", "vLLM faster"]
+    others = [name for name in ways if name.startswith("generate")]
+    head = ["prompt", "batch", "plain", "top 100", "whole", *(f"`{name}`" for name in others)]
+    head += [f"{name}: time / limit" for name in ("top 100", "whole")]
+    head += [f"top 100 over `{name}`" for name in others]
     print(f"| {' | '.join(head)} |\n{'| --- ' * len(head)}|")
     cases = [(batch, length) for length in arguments.prompt for batch in arguments.batch]
     seconds(ways, argparse.Namespace(**{**vars(arguments), "rounds": 1}), *cases[0])  # warms up
