@@ -3,6 +3,7 @@
 import collections
 import json
 import random
+import shutil
 import re
 import sys
 from dataclasses import replace
@@ -229,7 +230,8 @@ def test_the_report_says_what_the_results_say(results, folder, capsys, tmp_path)
     assert (tmp_path / "plots" / "tiny.svg").stat().st_size > 1000
 
 
-def test_decoding_is_measured_and_reported(folder, tiny, monkeypatch, capsys):
+def test_decoding_is_measured_and_reported(folder, tiny, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(folder, tmp_path / "results")  # whose files get one more entry
     monkeypatch.setattr(decoding, "read_text", lambda name, folder: tiny)
     monkeypatch.setattr(decoding, "DRAFTED", (2, 5))
     monkeypatch.setattr(decoding, "EXITING", (3, 4))
