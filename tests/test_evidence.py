@@ -3,8 +3,8 @@
 import collections
 import json
 import random
-import shutil
 import re
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
