@@ -250,6 +250,25 @@ def test_long_line_of_jsonl_is_refused(long_line, tmp_path):
     assert peak_of(load)[1] < 2.1 * text.MAX_JSON_LINE
 
 
+def test_an_array_is_never_held(tmp_path, monkeypatch):
+    """Rows beyond the limit are refused when that much was read, and all others need no more than one row does."""
+    monkeypatch.setattr(text, "MAX_JSON_LINE", 1 << 20)
+    rows = ", ".join(json.dumps({"text": f"row {number} " * 10_000}) for number in range(200))
+    path = tmp_path / "rows.json"
+    path.write_text(f" [ {rows} ] ")
+    blocks, peak = peak_of(lambda: load_blocks(path, Counter(), 100, progress=False))
+    assert len(blocks) > 150
+    assert path.stat().st_size > 14e6
+    assert peak < 5e6
+    path.write_text(f'[{{"text": "short"}}, {{"text": "{rows!r}"}}]')
+
+    def refused():
+        with pytest.raises(PonderingError, match=r"row 2 of .*rows.json is longer than 1 MiB, or no JSON \("):
+            load_blocks(path, Counter(), 100, progress=False)
+
+    assert peak_of(refused)[1] < 6e6
+
+
 def test_long_cell_of_a_table_is_read(long_line, tmp_path):
     path = tmp_path / "cell.parquet"
     parquet.write_table(pa.table({"text": ["short", long_line.read_text(), "short"]}), path)

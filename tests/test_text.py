@@ -10,7 +10,7 @@ import torch
 from small_tokenizer import train_tokenizer
 
 from ponder_hf import PonderingError
-from ponder_hf.data import packing, text
+from ponder_hf.data import text
 from ponder_hf.data.blocks import pack_all
 from ponder_hf.data.packing import pack
 from ponder_hf.data.text import Piece, read_text
@@ -62,10 +62,23 @@ def test_json_file_of_one_array(tmp_path, suffix):
         ('[{"text": "x"}, {"body": "x"}]', r"row 2 of .*a.json.* has no field 'text' .*'body'"),
         ('["x"]', r"row 1 of .* is not a JSON object"),
         ('[{"text": "x"}', r"a.json.* is not JSON"),
+        ('[{"text": "x"},]', r"a.json.* is not JSON \(row 2: Expecting value\)"),
+        ('[{"text": "x"} {"text": "x"}]', r"""a.json.* is not JSON \(',' is missing before '{'\)"""),
+        ('[{"text": "x"}] x', r"a.json.* is not JSON \(after its array comes 'x'\)"),
+        ('[{"text": "x"}, ' + "[" * 100_000, r"a.json.* is not JSON \(row 2: .*recursion"),
+        ('[{"text": "x", "n": ' + "1" * 5000 + "}]", r"a.json.* is not JSON \(row 1: .*4300 digits"),
         ("[]", r"a.json.* holds no text"),
     ):
         with pytest.raises(PonderingError, match=message):
             list(read_text([write(tmp_path / f"a{suffix}", content)]))
+
+
+@pytest.mark.parametrize("size", [1, 3, 8, 1 << 16])
+def test_an_array_is_read_alike_in_pieces_of_any_size(tmp_path, monkeypatch, size):
+    rows = [{"text": text} for text in (STORY, "", 'two\\"\\\\ words, ["x"]', "😀\r\nend")]
+    path = write(tmp_path / "a.json", b"\xef\xbb\xbf" + json.dumps(rows, indent=1, ensure_ascii=False).encode())
+    monkeypatch.setattr(text, "PIECE_SIZE", size)
+    assert documents([path]) == [row["text"].replace("\r\n", "\n") for row in rows if row["text"]]
 
 
 def test_text_field_and_several_files_in_their_order(tmp_path):
@@ -76,6 +89,8 @@ def test_text_field_and_several_files_in_their_order(tmp_path):
 
 def test_byte_order_mark_and_line_ends(tmp_path):
     assert documents([write(tmp_path / "a.txt", b"\xef\xbb\xbfone\r\ntwo")]) == ["one\ntwo"]
+    long = "\ufeffa" * 40_000  # another one later on is a character of the text
+    assert documents([write(tmp_path / "a.txt", long)]) == [long[1:]]
 
 
 def test_pieces_end_with_lines_and_know_where_they_begin(tmp_path, monkeypatch):
@@ -206,12 +221,11 @@ def test_blocks_are_the_documents_with_eos_between_them(tokenizer):
         assert blocks.rows.shape[1] == size
 
 
-def test_blocks_lose_nothing_between_pieces_and_batches(tokenizer, monkeypatch):
-    monkeypatch.setattr(packing, "_PIECES_AT_ONCE", 2)
-    parts = [Piece(line, "a", 1, index == 0) for index, line in enumerate(STORY.splitlines(keepends=True) * 4)]
+def test_blocks_lose_nothing_between_pieces_and_batches(tokenizer):
+    parts = [Piece(line, "a", 1, index == 0) for index, line in enumerate(STORY.splitlines(keepends=True) * 300)]
     expected = [token for part in parts for token in tokenizer(part.text)["input_ids"]]
     chunks = list(pack(iter(parts), tokenizer, 5))
-    assert len(chunks) > 2
+    assert len(chunks) == 2
     assert torch.cat(chunks).flatten().tolist() == expected[: len(expected) // 5 * 5]
 
 

@@ -1,12 +1,12 @@
 """`ponder-hf generate`: continue a text with a pondering checkpoint."""
 
 import argparse
-import sys
 import time
 from typing import Any
 
 from .flags import add_device_flag, add_revision_flag
 from .parser import UsageError, add_command
+from .prompt import read_prompt
 
 
 # Flags that `model.generate` takes as they are.
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from ponder_hf.conversion import load_pondering, load_tokenizer, open_checkpoint
     from ponder_hf.devices import read_device
 
-    prompt = _read_prompt(args.prompt)
+    prompt = read_prompt(None, _EMPTY) if args.prompt == "-" else args.prompt
     device = read_device(args.device)
     source = open_checkpoint(args.source, args.revision)
     tokenizer = load_tokenizer(source)
@@ -125,18 +125,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "seed": args.seed,
         "tokens_per_second": round(new_tokens / seconds, 2),
     }
-
-
-def _read_prompt(prompt):
-    from ponder_hf.errors import reading
-
-    if prompt != "-":
-        return prompt
-    with reading("standard input"):
-        prompt = sys.stdin.read()
-    if not prompt.strip():
-        raise UsageError(_EMPTY)
-    return prompt
 
 
 def _pad_token(model, tokenizer):

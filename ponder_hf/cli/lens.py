@@ -8,6 +8,7 @@ from typing import Any
 
 from .flags import add_device_flag, add_revision_flag, add_text_flags, flag_of
 from .parser import UsageError, add_command
+from .prompt import read_prompt
 
 
 MEASURES = ("probability", "rank", "entropy", "divergence", "share")
@@ -180,21 +181,7 @@ def _loading(args):
 
 
 def _read_text(args):
-    from ponder_hf import PonderingError
-    from ponder_hf.errors import reading
-
-    if args.file is None and args.prompt != "-":
-        return args.prompt
-    place = "standard input" if args.file is None else args.file
-    with reading(place):
-        content = sys.stdin.read() if args.file is None else Path(args.file).expanduser().read_bytes()
-    try:
-        text = content if isinstance(content, str) else content.decode()
-    except UnicodeDecodeError as error:
-        raise PonderingError(f"{place} is not UTF-8 text: convert it") from error
-    if not text.strip():
-        raise UsageError(_EMPTY)
-    return text
+    return args.prompt if args.file is None and args.prompt != "-" else read_prompt(args.file, _EMPTY)
 
 
 def _check_place(flag: str, name: str, overwrite: bool) -> None:

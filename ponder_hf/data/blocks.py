@@ -313,10 +313,21 @@ def pack_all(
             missing -= len(found[-1])
             if missing == 0:
                 break
-    rows = torch.cat(found)
+    rows = _joined(found)
     if not len(rows):
         raise _too_little_text(name, block_size)
     return Blocks(rows)
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Tensors of rows, (N_i, T), as one, (N, T). The list is emptied meanwhile, so that they are not there twice."""
+    joined = parts[0].new_empty(sum(map(len, parts)), parts[0].shape[1])
+    end = len(joined)
+    while parts:
+        part = parts.pop()
+        joined[end - len(part) : end] = part
+        end -= len(part)
+    return joined
 
 
 def _too_little_text(name: str, block_size: int) -> PonderingError:

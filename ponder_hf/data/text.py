@@ -1,8 +1,8 @@
 """Read text files piece by piece: plain text, .jsonl with one document a line, and both of them as .gz.
 
-No file is ever held as a whole, but for a .json that is one array. Errors name the file, and the line where there is
-one. The library `datasets` reads these formats as well, but not as they are: it makes line breaks of lone carriage
-returns and dates of texts that look like dates, passes over lines without the field, and holds long lines whole.
+No file is ever held as a whole. Errors name the file, and the line or row where there is one. The library `datasets`
+reads these formats as well, but not as they are: it makes line breaks of lone carriage returns and dates of texts that
+look like dates, passes over lines without the field, and holds long lines whole.
 """
 
 import atexit
@@ -23,7 +23,7 @@ from ponder_hf.modeling import PonderingError
 
 
 PIECE_SIZE = 1 << 16  # bytes of a file that are read at once, characters of a document in one piece
-MAX_JSON_LINE = 1 << 26  # bytes; a line must be held as a whole to be understood
+MAX_JSON_LINE = 1 << 26  # bytes of a line, characters of a row; it must be held as a whole to be understood
 JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
 
 # How files begin that are often taken for text, and what to do with them.
@@ -89,7 +89,7 @@ def read_text(
 
     Args:
         paths: files. The name decides: .jsonl (.ndjson, .json) is one JSON object a line, .gz is decompressed, all
-            else is plain text. A .json that begins with [ is one array of objects, which is held as a whole.
+            else is plain text. A .json that begins with [ is one array of objects.
         text_field: the field of an object that holds the text. Those where it is empty or null are passed over.
         advance: called with the number of bytes of the file, as it lies on the disk, that were read since its last
             call.
@@ -163,7 +163,7 @@ def _reader_of(name: str, file: Any) -> Callable[[Any, str, str], Iterator[Piece
 
 
 def _read_plain(file: BinaryIO, path: str, text_field: str) -> Iterator[Piece]:
-    decoder = codecs.getincrementaldecoder("utf-8")()
+    decoder = _bytes_decoder()
     line, starts_document = 1, True
     while raw := file.read(PIECE_SIZE):
         if not raw.endswith(b"\n"):
@@ -184,7 +184,7 @@ def _read_jsonl(file: BinaryIO, path: str, text_field: str) -> Iterator[Piece]:
             raise PonderingError(
                 f"line {line} of {path} is longer than {MAX_JSON_LINE >> 20} MiB: split the document into several"
             )
-        content = _decode(codecs.getincrementaldecoder("utf-8")(), raw, path, line, final=True).strip()
+        content = _decode(_bytes_decoder(line == 1), raw, path, line, final=True).strip()
         if content:
             try:
                 row = json.loads(content)
@@ -196,13 +196,78 @@ def _read_jsonl(file: BinaryIO, path: str, text_field: str) -> Iterator[Piece]:
 
 
 def _read_array(file: BinaryIO, path: str, text_field: str) -> Iterator[Piece]:
-    content = _decode(codecs.getincrementaldecoder("utf-8")(), file.read(), path, 1, final=True)
-    try:
-        rows = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise PonderingError(f"{path} is not JSON ({error}): one array of objects, or one object a line") from error
-    for number, row in enumerate(rows, start=1):
+    for number, row in enumerate(_rows_of_array(file, path), start=1):
         yield from _row_pieces(row, path, number, text_field, f"row {number} of {path}")
+
+
+def _rows_of_array(file: BinaryIO, path: str) -> Iterator[Any]:
+    """What an array of JSON holds, one after another. No more than one of them is in memory."""
+    characters = _Characters(file, path)
+    characters.take("[")
+    number = 0
+    while characters.next() != "]":
+        if number:
+            characters.take(",")
+        number += 1
+        yield characters.take_value(number)
+    characters.take("]")
+    if characters.next():
+        raise characters.no_json(f"after its array comes {characters.next()!r}")
+
+
+class _Characters:
+    """The characters of a file of JSON, taken from its front."""
+
+    def __init__(self, file: BinaryIO, path: str) -> None:
+        self.file, self.path, self.line = file, path, 1
+        self.bytes_decoder, self.decoder = _bytes_decoder(), json.JSONDecoder()
+        self.ahead, self.place, self.is_whole = "", 0, False  # what was read, how much of it is taken, is it the end
+
+    def next(self) -> str:
+        """The next character that is no white space, not taken; "" at the end of the file."""
+        while True:
+            while self.place < len(self.ahead) and self.ahead[self.place] in " \t\n\r":
+                self.place += 1
+            if self.place < len(self.ahead) or self.is_whole:
+                return self.ahead[self.place : self.place + 1]
+            self.read(1)
+
+    def take(self, expected: str) -> None:
+        if self.next() != expected:
+            raise self.no_json(f"{expected!r} is missing before {self.next()!r}" if self.next() else "it is cut off")
+        self.place += 1
+
+    def take_value(self, number: int) -> Any:
+        self.next()
+        while True:
+            try:
+                value, self.place = self.decoder.raw_decode(self.ahead, self.place)
+                return value
+            except (ValueError, RecursionError) as error:
+                reason = f"row {number}: {getattr(error, 'msg', error)}"
+                if self.is_whole or not isinstance(error, json.JSONDecodeError):
+                    raise self.no_json(reason) from error
+                length = len(self.ahead) - self.place
+                if length > MAX_JSON_LINE:
+                    raise PonderingError(
+                        f"row {number} of {self.path} is longer than {MAX_JSON_LINE >> 20} MiB, or no JSON "
+                        f"({error.msg}): split the document into several"
+                    ) from error
+            self.read(length)  # as much again each time, so that a long row is not tried too often
+
+    def read(self, length: int) -> None:
+        """Read at least so many characters more, if there are any."""
+        parts, self.place = [self.ahead[self.place :]], 0
+        while length > 0 and not self.is_whole:
+            raw = self.file.read(PIECE_SIZE)
+            self.is_whole = not raw
+            parts.append(_decode(self.bytes_decoder, raw, self.path, self.line, final=self.is_whole))
+            self.line += raw.count(b"\n")
+            length -= len(parts[-1])
+        self.ahead = "".join(parts)
+
+    def no_json(self, reason: str) -> PonderingError:
+        return PonderingError(f"{self.path} is not JSON ({reason}): one array of objects, or one object a line")
 
 
 def _row_pieces(row: Any, path: str, number: int, text_field: str, place: str) -> Iterator[Piece]:
@@ -211,8 +276,13 @@ def _row_pieces(row: Any, path: str, number: int, text_field: str, place: str) -
         yield Piece(part, path, number, index == 0)
 
 
+def _bytes_decoder(at_beginning: bool = True) -> codecs.IncrementalDecoder:
+    """Of UTF-8; at the very beginning of a file it drops a byte order mark."""
+    return codecs.getincrementaldecoder("utf-8-sig" if at_beginning else "utf-8")()
+
+
 def _decode(decoder: codecs.IncrementalDecoder, raw: bytes, path: str, line: int, final: bool = False) -> str:
-    """Decode bytes that begin in this line of the file; a byte order mark at its very beginning is dropped."""
+    """Decode bytes that begin in this line of the file."""
     if b"\0" in raw:
         line += raw[: raw.index(b"\0")].count(b"\n")
         raise PonderingError(f"{path} is not text (line {line} has a NUL byte): give a text file in UTF-8")
@@ -223,8 +293,6 @@ def _decode(decoder: codecs.IncrementalDecoder, raw: bytes, path: str, line: int
         raise PonderingError(
             f"{path} is not UTF-8 text (line {line} has the byte 0x{error.object[error.start]:02x}): convert it"
         ) from error
-    if line == 1:
-        text = text.removeprefix("\ufeff")
     return text.replace("\r\n", "\n")
 
 

@@ -161,32 +161,44 @@ def measure_batches(
         model, blocks, pondering_steps, stride, progress: as in `measure_blocks`.
         entropies: whether they are wanted as well.
     """
-    rows, labels = (
-        (blocks.rows, blocks.rows) if stride is None else windows(blocks.rows.flatten(), blocks.rows.shape[1], stride)
-    )
+    tokens, length = blocks.rows.flatten(), blocks.rows.shape[1]
+    num_rows = len(blocks) if stride is None else num_windows(len(tokens), length, stride)
     kind = "cpu" if model.device.type == "cpu" else "other"
-    size = max(1, _TOKENS_AT_ONCE[kind] // rows.shape[1])
+    size = max(1, _TOKENS_AT_ONCE[kind] // length)
     if not (ponders(model) or is_read_apart(model)):  # all logits of its batch live at once
-        size = max(1, min(size, _LARGEST_OUTPUT // (rows.shape[1] * model.config.vocab_size)))
+        size = max(1, min(size, _LARGEST_OUTPUT // (length * model.config.vocab_size)))
     unit = " blocks" if stride is None else " windows"
-    with progress_bar("evaluating", unit, len(rows), shown=progress) as bar:
-        for ids, targets in zip(rows.split(size), labels.split(size), strict=True):
-            ids, targets = ids.long().to(model.device), targets.long().to(model.device)
-            yield measure_passes(model, ids, labels=targets, pondering_steps=pondering_steps, entropies=entropies)
+    with progress_bar("evaluating", unit, num_rows, shown=progress) as bar:
+        for start in range(0, num_rows, size):
+            some = slice(start, start + size)
+            ids = labels = blocks.rows[some]
+            if stride is not None:  # never all of them at once: they are the text many times over
+                ids, labels = windows(tokens, length, stride, some)
+            ids, labels = ids.long().to(model.device), labels.long().to(model.device)
+            yield measure_passes(model, ids, labels=labels, pondering_steps=pondering_steps, entropies=entropies)
             bar.update(len(ids))
 
 
-def windows(tokens: torch.Tensor, size: int, stride: int) -> tuple[torch.Tensor, torch.Tensor]:
+def num_windows(num_tokens: int, size: int, stride: int) -> int:
+    """How many `windows` there are over so many tokens."""
+    return -(-(num_tokens - size) // stride) + 1
+
+
+def windows(
+    tokens: torch.Tensor, size: int, stride: int, chosen: slice = slice(None)
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Windows (M, size) over tokens (n,), n >= size, and their labels: each token but the first is predicted once.
 
-    The last window begins where it still is a whole one, so that all are equally long.
+    The last window begins where it still is a whole one, so that all are equally long. `chosen`: only some of them.
     """
-    starts = [*range(0, len(tokens) - size, stride), len(tokens) - size]
+    last = len(tokens) - size
+    numbers = range(num_windows(len(tokens), size, stride))[chosen]
+    starts = [min(number * stride, last) for number in numbers]
     rows = torch.stack([tokens[start : start + size] for start in starts])
-    labels, predicted = rows.clone(), 1  # how many tokens need no prediction any more
-    for start, row in zip(starts, labels, strict=True):
-        row[: max(0, predicted - start)] = IGNORED
-        predicted = start + size
+    labels = rows.clone()
+    for number, start, row in zip(numbers, starts, labels, strict=True):
+        predicted = (number - 1) * stride + size if number else 1  # how many tokens need no prediction any more
+        row[: predicted - start] = IGNORED
     return rows, labels
 
 

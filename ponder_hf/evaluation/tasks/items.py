@@ -16,6 +16,7 @@ ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
 _PLAIN = (("query", "choices", "gold"), ("context_options", "continuation", "gold"), ("context", "continuation"))
 # OLMo's files repeat each item without its question, under ids from here on, to normalise by; that is no item.
 _WITHOUT_QUESTION = 1_000_000
+LONGEST_LINE = 1 << 26  # characters; a line must be held as a whole to be understood
 
 
 class ItemsError(ValueError):
@@ -88,7 +89,11 @@ def _rows(path):
     opened = gzip.open if path.name.endswith(".gz") else open
     try:
         with opened(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), ""), start=1):
+                if len(line) > LONGEST_LINE:
+                    raise ItemsError(
+                        f"line {number} of {path} is longer than {LONGEST_LINE >> 20} MiB, which no item is"
+                    )
                 if not line.strip():
                     continue
                 try:
