@@ -1,6 +1,7 @@
 """The files of a checkpoint beside its weights: what they are called, and those that go along with the weights."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -46,6 +47,19 @@ TRAVELLING_FILES = (
 )
 
 
+def files_below(folder: Path) -> list[Path]:
+    """Every file below `folder`, sorted.
+
+    Raises:
+        OSError: a folder in it may not be read. `Path.rglob` would pass over it without a word.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    return sorted(Path(parent, name) for parent, _, names in os.walk(folder, onerror=fail) for name in names)
+
+
 def has_tokenizer(folder: Path) -> bool:
     """Whether a file of a tokenizer lies in `folder`."""
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
@@ -75,6 +89,9 @@ def travelling_files(folder: Path) -> list[Path]:
         PonderingError: one of them is broken; a copy of it would not load either.
     """
     with reading(folder):
+        for inner in {Path(pattern).parent for pattern in TRAVELLING_FILES if "/" in pattern}:
+            if (folder / inner).is_dir():
+                os.listdir(folder / inner)  # which fails where it may not be read; glob would find nothing there
         found = [path for pattern in TRAVELLING_FILES for path in folder.glob(pattern) if path.is_file()]
     for path in found:
         if path.suffix == ".json":

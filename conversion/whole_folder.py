@@ -43,6 +43,8 @@ def check_destination(
                     f"{destination} exists and is not empty: give another folder, or `overwrite=True` to replace it"
                 )
             _check_replaceable(destination, path)
+            if overwrite:
+                _check_removable(destination, path)
             existing = path.parent
         if not os.access(existing, os.W_OK | os.X_OK):
             raise PonderingError(f"cannot write {destination}: {existing} may not be written to; give another folder")
@@ -63,6 +65,17 @@ def _check_replaceable(destination: str | os.PathLike, path: Path) -> None:
             raise PonderingError(f"{destination} is or contains {what}, which is never replaced: give a folder in it")
     if os.path.ismount(path):
         raise PonderingError(f"{destination} is a mount point, which cannot be replaced: give a folder in it")
+
+
+def _check_removable(destination: str | os.PathLike, path: Path) -> None:
+    """Raise a PonderingError where something below `path` would stay, because its folder may not be changed."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for parent, folders, names in os.walk(path, onerror=fail):
+        if (folders or names) and not os.access(parent, os.W_OK | os.X_OK):
+            raise PonderingError(f"cannot replace {destination}: {parent} may not be written to; give another folder")
 
 
 def check_space(destination: Path, num_bytes: int) -> None:

@@ -1,6 +1,7 @@
 """`ponder-hf eval`: what each pass predicts of a text, and tasks of lm-evaluation-harness."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,8 @@ def _evaluated(args, source):
 
     from ponder_hf.evaluation import evaluate_tasks, evaluate_text
 
-    if args.card and not Path(source).expanduser().is_dir():  # before it takes hours
-        raise UsageError(f"--card writes into a folder on this machine, and {source} is none")
+    if args.card:
+        _check_card(Path(source).expanduser())
     shared = {
         "dtype": None if args.dtype is None else getattr(torch, args.dtype),
         "device": args.device,
@@ -115,6 +116,17 @@ def _evaluated(args, source):
 
         write_results(source, result)
     return result
+
+
+def _check_card(folder: Path) -> None:
+    """Raise a UsageError where there can be no card, before anything takes its hours."""
+    if not folder.is_dir():
+        raise UsageError(f"--card writes into a folder on this machine, and {folder} is none")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"--card writes into {folder}, which may not be written to")
+    card = folder / "README.md"
+    if card.exists() and not os.access(card, os.R_OK):
+        raise UsageError(f"--card adds to {card}, which may not be read")
 
 
 def _steps(text):

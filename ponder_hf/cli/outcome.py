@@ -1,5 +1,6 @@
 """How a command that did not end well says so: one line on standard error, and an exit code."""
 
+import contextlib
 import errno
 import os
 import re
@@ -40,6 +41,8 @@ def failed(error: Exception) -> int:
         return _end(BAD_INPUT, f"error: {' '.join(str(error).split())}")
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # whoever asked for it first
         return _end(BAD_INPUT, f"error: {error.filename or 'a name'} is too long for the name of a file or a folder")
+    if isinstance(error, PermissionError) and error.filename is not None:  # likewise
+        return _end(BAD_INPUT, f"error: cannot access {error.filename}: {error.strerror}")
     if isinstance(error, BrokenPipeError):  # the reader of our output is gone (`| head`): nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return UNEXPECTED
@@ -90,7 +93,9 @@ def without_token(text: str) -> str:
     """The text with every access token of the Hub made unreadable, whoever wrote it there."""
     from huggingface_hub import get_token
 
-    token = get_token()
+    token = None
+    with contextlib.suppress(OSError):  # its file may not be read
+        token = get_token()
     if token:
         text = text.replace(token, "(token)")
     return _TOKEN.sub("(token)", text)

@@ -137,7 +137,7 @@ def _open_folder(folder, name, split, streaming):
     if name is not None or (place / "dataset_infos.json").exists() or _has_configurations(place / "README.md"):
         return [_open_dataset(folder, name, split, streaming)]
     files, others = [], []
-    for parent, folders, names in os.walk(place):
+    for parent, folders, names in os.walk(place, onerror=_raise):
         folders[:] = sorted(each for each in folders if not each.startswith("."))
         for file in sorted(each for each in names if not each.startswith(".")):
             inside = (Path(parent) / file).relative_to(place).as_posix()
@@ -148,6 +148,11 @@ def _open_folder(folder, name, split, streaming):
     if others:
         _LOGGER.warning("%s: passed over what is not known as text: %s", folder, _some(others))
     return [_file(os.path.join(folder, file)) for file in _of_split(files, split, folder)]
+
+
+def _raise(error):
+    """For os.walk, which otherwise passes over a folder that may not be read."""
+    raise error
 
 
 def _of_split(files, split, folder):

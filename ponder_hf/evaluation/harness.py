@@ -24,7 +24,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ponder_hf.data.tables import import_optional
-from ponder_hf.errors import first_line
+from ponder_hf.errors import first_line, writing
 from ponder_hf.modeling import PonderingError
 from ponder_hf.modeling.configuration_pondering import check_steps
 
@@ -271,7 +271,10 @@ def _cache_file(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, step
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     folder = Path(constants.HF_HOME) / "ponder_hf" / "answers"
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PonderingError(f"cannot keep answers in {folder}: set HF_HOME to a folder of yours")
     return folder / digest.hexdigest()[:32]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import ponder_hf.modeling
 from ponder_hf import __version__
 from ponder_hf.conversion.checkpoint import download, find_folder
-from ponder_hf.conversion.files import ADAPTER_CONFIG, CONFIG, TOKENIZER_CONFIG, read_json
+from ponder_hf.conversion.files import ADAPTER_CONFIG, CONFIG, TOKENIZER_CONFIG, files_below, read_json
 from ponder_hf.errors import reading
 
 
@@ -32,7 +32,8 @@ def installed_code() -> dict[str, bytes]:
 def code_of(folder: Path) -> dict[str, bytes]:
     """Map the path of each Python file in a checkpoint's folder to its bytes."""
     with reading(folder):
-        found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*.py"))}
+        paths = [path for path in files_below(folder) if path.suffix == ".py"]
+        found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
     return {
         name: content
         for name, content in found.items()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import get_token
 
+from ponder_hf.conversion.files import files_below
 from ponder_hf.errors import reading
 from ponder_hf.modeling import PonderingError
 
@@ -61,8 +62,8 @@ def read_contents(
     files, left_out, refused = [], [], []
     allow = {allow} if isinstance(allow, str) else allow
     with reading(folder):
-        for path in sorted(folder.rglob("*")):
-            if not path.is_file():
+        for path in files_below(folder):
+            if not path.is_file():  # a link to nothing, a pipe
                 continue
             name = path.relative_to(folder).as_posix()
             kind = LINKS if _leads_out(path, folder) else kind_of(path, name)
