@@ -157,15 +157,3 @@ def test_bfloat16_is_as_near_to_float32_as_it_is_in_transformers(model):
     pairs = zip(LONG_PROMPT[1:], output.prompt_logprobs[1:], strict=True)
     error = (torch.tensor([at[token].logprob for token, at in pairs]) - expected).abs().mean()
     assert error < 1.5 * transformers_error
-
-
-# The last, since vLLM imports numba for it and then starts no other engine in this process.
-def test_guesses_by_n_grams_change_nothing(model):
-    prompts = ragged_prompts(8)
-    tokens, _ = generated(model, prompts)
-    guesses = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
-    with engine(model.folder, speculative_config=guesses, disable_log_stats=False) as llm:
-        found, _ = continued(llm, prompts, 64)
-        accepted = [each.value for each in llm.get_metrics() if each.name == "vllm:spec_decode_num_accepted_tokens"]
-    assert found == tokens
-    assert accepted[0] > 0

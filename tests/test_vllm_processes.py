@@ -33,8 +33,12 @@ if __name__ == "__main__":
     prompts, options = json.load(sys.stdin)
     with engine("checkpoint", **options) as llm:
         found = json.dumps(continued(llm, prompts, 32))
+        metrics = {} if options.get("disable_log_stats", True) else {each.name: each for each in llm.get_metrics()}
     print()
-    print("found", found, flush=True)
+    print("found", found)
+    if metrics:
+        print("accepted", metrics["vllm:spec_decode_num_accepted_tokens"].value)
+    sys.stdout.flush()
 """
 
 
@@ -99,6 +103,17 @@ def test_two_processes_of_tensor_parallelism(tmp_path, model_type, fields):
     code, printed = run(tmp_path, prompts, {"tensor_parallel_size": 2})
     assert code == 0, printed
     check_found(printed, expected)
+
+
+def test_guesses_by_n_grams_change_nothing(tmp_path):
+    """In a process of its own: vLLM imports numba for it, and then starts no other engine in the same process."""
+    model = make_checkpoint(tmp_path / "checkpoint")
+    prompts = ragged_prompts(8)
+    guesses = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    code, printed = run(tmp_path, prompts, {"speculative_config": guesses, "disable_log_stats": False})
+    assert code == 0, printed
+    check_found(printed, generated(model, prompts, 32))
+    assert int(printed.partition("\naccepted ")[2].partition("\n")[0]) > 0
 
 
 @pytest.mark.slow

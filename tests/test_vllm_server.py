@@ -17,7 +17,6 @@ from patience import PATIENCE
 
 pytest.importorskip("vllm", reason="vLLM is not installed here; `make vllm` makes an environment that has it")
 
-import lm_eval
 import openai
 import psutil
 import serving.engines  # noqa: F401 - sets what vLLM reads when it is imported
@@ -153,12 +152,18 @@ def test_lm_evaluation_harness_gives_the_same_on_vllm_and_on_transformers(model,
         "doc_to_target": "{{text}}",
         "metric_list": [{"metric": "bits_per_byte"}],
     }
+    (tmp_path / "cats.yaml").write_text(json.dumps(task), encoding="utf-8")  # JSON is YAML, too
     found = {}
     for kind, options in (
-        ("hf", {"trust_remote_code": True}),
-        ("vllm", {"enforce_eager": True, "max_model_len": 256, "seed": 0}),
+        ("hf", "trust_remote_code=True"),
+        ("vllm", "enforce_eager=True,max_model_len=256,seed=0"),
     ):
-        arguments = {"pretrained": str(model.folder), "dtype": "float32", **options}
-        results = lm_eval.simple_evaluate(kind, model_args=arguments, tasks=[task], batch_size=1, device="cpu")
-        found[kind] = results["results"]["cats"]["bits_per_byte,none"]
+        arguments = f"pretrained={model.folder},dtype=float32,{options}"
+        command = [sys.executable, "-m", "lm_eval", "--model", kind, "--model_args", arguments, "--tasks", "cats"]
+        command += ["--include_path", str(tmp_path), "--output_path", str(tmp_path / kind / "results.json")]
+        command += ["--batch_size", "1", "--device", "cpu"]
+        ran = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=PATIENCE)
+        assert ran.returncode == 0, ran.stdout
+        (results,) = (tmp_path / kind).rglob("results*.json")
+        found[kind] = json.loads(results.read_text(encoding="utf-8"))["results"]["cats"]["bits_per_byte,none"]
     assert found["vllm"] == pytest.approx(found["hf"], abs=1e-5)

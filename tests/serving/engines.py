@@ -16,6 +16,7 @@ for name, value in {
 }.items():
     os.environ.setdefault(name, value)
 
+import torch  # noqa: E402
 from transformers import PreTrainedModel  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
 from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
@@ -49,6 +50,28 @@ def classes_of_transformers():
 
 
 @contextmanager
+def hooks_on_compilation():
+    """What is hooked into torch's compilation within it is unhooked afterwards.
+
+    vLLM leaves hooks there, which look at the code of an engine's model whatever is compiled later in this process.
+    """
+    convert_frame, handles = torch._dynamo.convert_frame, []
+    register = convert_frame.register_bytecode_hook
+
+    def register_for_a_while(hook):
+        handles.append(register(hook))
+        return handles[-1]
+
+    convert_frame.register_bytecode_hook = register_for_a_while
+    try:
+        yield
+    finally:
+        convert_frame.register_bytecode_hook = register
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def engine(folder, **options):
     """An engine for a checkpoint: in float32, without compilation and without a tokenizer, if not said otherwise."""
     options = {
@@ -59,7 +82,7 @@ def engine(folder, **options):
         "skip_tokenizer_init": True,
         **options,
     }
-    with classes_of_transformers():
+    with hooks_on_compilation(), classes_of_transformers():
         llm = LLM(str(folder), **options)
         try:
             yield llm
