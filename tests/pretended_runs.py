@@ -118,6 +118,7 @@ def converted(inputs, devices):
 
 def waits_a_tick():
     """{call: how often the host waits for the device in a tick}; a tick of plain decoding is a token."""
+    # A pretended tensor is none of torch's own types, for which alone it says yes.
     pondering_backbone._is_bare = lambda module: type(module.weight) is Pretended  # so that the kernels are used
     model = put(model_of(FIELDS["top 20"]), "pretend:0")
     assert model.pondering_kernel == "top_k"

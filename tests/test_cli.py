@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from importlib import metadata
 
 import checkpoints
 import pytest
@@ -498,9 +499,20 @@ def test_doctor_never_shows_a_token(capsys, monkeypatch, token):
     assert json.loads(output.out)["hub"]["token_is_set"] == (token is not None)
 
 
+def pretend_versions(monkeypatch, **versions):
+    """Other versions of some packages than those that are installed; None: it is not."""
+    version = metadata.version
+
+    def pretended(name):
+        if versions.get(name, "") is None:
+            raise metadata.PackageNotFoundError(name)
+        return versions.get(name) or version(name)
+
+    monkeypatch.setattr(metadata, "version", pretended)
+
+
 def test_doctor_says_what_an_extra_would_add(capsys, monkeypatch):
-    version = diagnosis._version
-    monkeypatch.setattr(diagnosis, "_version", lambda name: {"peft": None, "datasets": "2.0"}.get(name, version(name)))
+    pretend_versions(monkeypatch, peft=None, datasets="2.0")
     extras = diagnosis.find_extras()
     if not extras:
         pytest.skip("ponder-hf is not installed here, so its extras are not known")
@@ -511,8 +523,7 @@ def test_doctor_says_what_an_extra_would_add(capsys, monkeypatch):
 
 
 def test_doctor_finds_what_gets_in_the_way(capsys, monkeypatch, tmp_path):
-    version = diagnosis._version
-    monkeypatch.setattr(diagnosis, "_version", lambda name: "3.9" if name == "transformers" else version(name))
+    pretend_versions(monkeypatch, transformers="3.9")
     (tmp_path / "file").touch()
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file/cache"))
     assert run("doctor", "--json") == 0

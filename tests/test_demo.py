@@ -76,6 +76,7 @@ def plain_passes(model, blocks):
 
 @pytest.mark.parametrize("limit", [1, 30, 1 << 24], ids=["one row", "some rows", "all rows"])
 def test_evaluate_passes_is_the_mean_over_all_tokens(monkeypatch, limit):
+    # The real bounds take more tokens than a test should; what is one batch and what are several cannot be seen else.
     monkeypatch.setitem(evaluation.text._TOKENS_AT_ONCE, "cpu", limit)
     model = tiny.pondering_model("gpt2", base_changes={"embd_pdrop": 0.5}, pondering_steps=2)
     blocks = blocks_of_ids(7, 9)
@@ -239,7 +240,7 @@ def bytes_of(row):
     return row.numpy().tobytes()
 
 
-def test_experiment_is_fair_and_repeats_itself(tmp_path, monkeypatch):
+def test_experiment_is_fair_repeats_itself_and_leaves_out_what_would_end_too_late(tmp_path, monkeypatch):
     calls = []
 
     def recording(model, blocks, label, held_out, every, **arguments):
@@ -248,10 +249,14 @@ def test_experiment_is_fair_and_repeats_itself(tmp_path, monkeypatch):
 
     monkeypatch.setattr(experiment, "train", recording)
     outcomes = []
-    for seed in (3, 3, 4):
-        setup = small_setup(tmp_path, seed=seed, text_blocks=12)
-        outcomes.append(experiment.run_experiment(setup, small_schedule()))
+    for seed, steps in ((3, 4), (3, None), (4, None)):  # there is no time, but where the user says how many steps
+        setup = small_setup(tmp_path, seed=seed, text_blocks=12, steps=steps)
+        late = dataclasses.replace(setup, size=dataclasses.replace(setup.size, budget_seconds=0.0))
+        outcomes.append(experiment.run_experiment(late, small_schedule()))
     first, second, other = outcomes
+    assert first.left_out == []
+    assert second.left_out == other.left_out == ["more_text", "deeper", "longer"]
+    assert set(second.models) == {"base", "control", "pondering"}
     names, _, rows, arguments = (dict(enumerate(column)) for column in zip(*calls[:7], strict=True))
     assert list(names.values()) == ["base", "control", "pondering", "more text", "deeper", "deeper", "longer"]
     assert torch.equal(rows[1], rows[2])
@@ -280,16 +285,6 @@ def test_experiment_is_fair_and_repeats_itself(tmp_path, monkeypatch):
     weights = dict(first.pondering.named_parameters())
     assert all(torch.equal(weights[name], tensor) for name, tensor in second.pondering.named_parameters())
     assert first.pondering.pondering_gate.weight.abs().max() > 0
-
-
-def test_what_would_end_too_late_is_left_out(tmp_path, monkeypatch):
-    setup = small_setup(tmp_path, text_blocks=12)
-    late = dataclasses.replace(setup, size=dataclasses.replace(setup.size, budget_seconds=0.0))
-    outcome = experiment.run_experiment(late, small_schedule())
-    assert set(outcome.models) == {"base", "control", "pondering"}
-    assert outcome.left_out == ["more_text", "deeper", "longer"]
-    chosen = dataclasses.replace(late, options=dataclasses.replace(setup.options, steps=4))
-    assert experiment.run_experiment(chosen, small_schedule()).left_out == []
 
 
 def test_lowest_loss_is_of_its_last_run_and_never_nan():
@@ -500,10 +495,15 @@ def test_other_process_cannot_import_ponder_hf():
 def test_another_model_in_the_checkpoint_is_noticed(monkeypatch, answer, message):
     good = {"class": "c", "saw_ponder_hf": False, "loss": 2.0, "checksum": "same", "texts": [], "drafts": None}
     monkeypatch.setattr(separate_process, "fingerprint", lambda model, ids: (2.0, "same"))
-    monkeypatch.setattr(separate_process, "_run", lambda job: {**good, **answer})
+
+    def pretend(answer):
+        done = subprocess.CompletedProcess([], 0, f"loading\n{json.dumps(good | answer)}\n", "")
+        monkeypatch.setattr(subprocess, "run", lambda *args, **settings: done)
+
+    pretend(answer)
     with pytest.raises(RuntimeError, match=message):
         separate_process.check_checkpoint("folder", None, torch.zeros(1, 2), prompts=())
-    monkeypatch.setattr(separate_process, "_run", lambda job: {**good, "loss": 2.0 + 1e-6, "checksum": "rounded"})
+    pretend({"loss": 2.0 + 1e-6, "checksum": "rounded"})
     found = separate_process.check_checkpoint("folder", None, torch.zeros(1, 2), prompts=())
     assert found["same_bits"] is False
 

@@ -157,10 +157,10 @@ WAYS = {
 def test_greedy_search(model_type, way, float64_throughout):
     chance = random.Random(f"{model_type} {way}")
     model = tiny.pondering_model(model_type, torch.float64, pondering_steps=3)
-    for steps in chance.sample(range(6), 2):
-        with torch.no_grad():
-            output, ids, mask = WAYS[way](model, chance, pondering_steps=steps, **GREEDY)
-            check_output(model, output, ids, mask, steps)
+    steps = chance.randint(0, 5)
+    with torch.no_grad():
+        output, ids, mask = WAYS[way](model, chance, pondering_steps=steps, **GREEDY)
+        check_output(model, output, ids, mask, steps)
 
 
 @pytest.mark.parametrize("way", ["in one go", "in chunks", "static cache"])

@@ -23,6 +23,7 @@ def all_logits(model, ids, **settings):
 @pytest.mark.parametrize("model_type", ["gpt_neox", "gemma2", "granite", "cohere"])
 @pytest.mark.parametrize("chunk", [1, 500, 1 << 24], ids=["one token", "some tokens", "all tokens"])
 def test_against_all_logits(monkeypatch, model_type, chunk):
+    # The real chunk has millions of numbers. How many there are changes no result, so nothing else could choose it.
     monkeypatch.setattr(passes, "_LARGEST_CHUNK", chunk)
     model = tiny.pondering_model(model_type, torch.float64, pondering_steps=2)
     ids = tiny.token_ids(3, 9)

@@ -1,5 +1,6 @@
 """The numbers of a lens, against the plain way: the full logits of every pass."""
 
+import dataclasses
 import io
 import json
 import math
@@ -9,14 +10,14 @@ import pytest
 import tiny
 import torch
 from rich.console import Console
+from rich.text import Text
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 import ponder_hf
 from ponder_hf import PonderingError, PonderingExit
-from ponder_hf.lenses import MEASURES, read_passes, readings, table
-from ponder_hf.lenses import figure as figure_module
+from ponder_hf.lenses import MEASURES, read_passes, readings
 from ponder_hf.lenses.table import print_table
 
 
@@ -65,6 +66,7 @@ def changed_model(model_type, fields, dtype=torch.float64):
     ids=lambda value: value if isinstance(value, str) else next(iter(value), "plain"),
 )
 def test_against_all_logits(monkeypatch, model_type, fields, chunk):
+    # The real chunk has millions of numbers. How many there are changes no result, so nothing else could choose it.
     monkeypatch.setattr(readings, "_LARGEST_CHUNK", chunk)
     model, ids = changed_model(model_type, fields), tiny.token_ids(9)
     logits = all_logits(model, ids)
@@ -285,17 +287,23 @@ def test_a_terminal_without_these_characters_gets_others(look):
     assert any("✓" in line for line in printed(look, 80))
 
 
-def test_colours_of_the_table_can_be_read():
+def test_colours_of_the_table_can_be_read(look):
     def luminance(colour):
         parts = [part / 255 for part in colour.get_truecolor()]
         linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
         return sum(part * weight for part, weight in zip(linear, (0.2126, 0.7152, 0.0722), strict=True))
 
+    passes, tokens = look.readings.probability.shape
+    values = torch.linspace(0, 1, tokens * passes).view(tokens, passes).t()  # rising from cell to cell
+    rising = dataclasses.replace(look, readings=dataclasses.replace(look.readings, probability=values))
+    file = io.StringIO()
+    print_table(rising, console=Console(file=file, width=200, force_terminal=True, color_system="truecolor"))
+    cells = [span.style for span in Text.from_ansi(file.getvalue()).spans if span.style.bgcolor is not None]
+    assert len(cells) == values.numel()
     lights = []
-    for level in range(101):
-        style = table._colour(level / 100)
+    for style in cells:
         paper, ink = luminance(style.bgcolor), luminance(style.color)
-        assert (max(paper, ink) + 0.05) / (min(paper, ink) + 0.05) >= 4.5, level
+        assert (max(paper, ink) + 0.05) / (min(paper, ink) + 0.05) >= 4.5, style
         lights.append(paper)
     assert lights == sorted(lights)
 
@@ -319,10 +327,8 @@ def test_heat_maps_show_the_numbers(tokenizer, count):
         found.figure(["ranks"])
 
 
-def test_the_lightness_of_the_figure_s_colours_only_rises():
-    from matplotlib import colormaps
-
-    colours = torch.tensor(colormaps[figure_module._COLOURS](range(256)))[:, :3]
+def test_the_lightness_of_the_figure_s_colours_only_rises(look):
+    colours = torch.tensor(look.figure(["probability"]).axes[0].images[0].get_cmap()(range(256)))[:, :3]
     grey = colours @ torch.tensor([0.299, 0.587, 0.114], dtype=colours.dtype)
     assert (grey.diff() > -1e-3).all()
     assert grey[-1] - grey[0] > 0.6

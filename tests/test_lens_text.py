@@ -232,6 +232,7 @@ def test_kinds_of_tokens(marker, pieces, expected):
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
     targets = torch.tensor([[vocabulary[piece] for piece in pieces.split()]])
     strings = whole_text.token_strings(fast, targets.unique().tolist())
+    # `lens_text` tells how many tokens a group has, not which ones they are.
     groups = dict(whole_text._by_kind(targets, strings))
     short = {"start of a word": "start", "inside of a word": "inside", "white space": "space", "digits": "digits"}
     kinds = ["?"] * targets.numel()

@@ -91,6 +91,7 @@ def test_what_is_no_secret_goes(tmp_path, text):
 
 def test_large_files_are_looked_at_in_pieces(tmp_path, monkeypatch):
     """Wherever a secret lies, across two pieces too; memory is that of a few pieces."""
+    # A real piece has 16 MiB: what lies across two of them would be looked for in gigabytes.
     monkeypatch.setattr(push_contents, "_PIECE", 1 << 16)
     secret = SECRETS["GitHub, fine-grained"].encode()
     for offset in range((1 << 16) - len(secret) - 1, (1 << 16) + 2, 7):

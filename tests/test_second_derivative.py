@@ -38,6 +38,7 @@ def check_curvature(function, reference, tensors, constant, tolerance):
 
 @pytest.fixture(params=["the flash kernel", "no flash kernel"])
 def _kernel(request, monkeypatch):
+    # Whether torch has it is asked on import, and no torch can be made to lack it afterwards.
     if request.param == "no flash kernel":
         monkeypatch.setattr(pondering_vocabulary_cpu, "_FORWARD", None)
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -17,8 +18,8 @@ from transformers import GenerationMixin
 from transformers.cache_utils import DynamicLayer
 
 from ponder_hf import PonderingError, PonderingForCausalLM
-from ponder_hf.modeling import pondering_generate, pondering_generate_exits, pondering_generate_wave
 from ponder_hf.modeling.pondering_errors import NEWEST, OLDEST, TRANSFORMERS_RANGE, is_supported, is_tested
+from ponder_hf.modeling.pondering_generate_wave import Wave
 
 
 pytest_plugins = ["refusals"]
@@ -59,24 +60,36 @@ ways = [{}, dict(use_cache=False), dict(num_draft_tokens=2), exit]
 tokens = [model.generate(ids, **settings, **way).tolist() for way in ways]
 print(json.dumps([*tokens, getattr(model, "_caches_work", None)]))
 """
-# Importing the library where transformers has no masking_utils, as before 4.53. Argument: the version to pretend.
+# Importing the library, under one version after another, where transformers has no masking_utils, as before 4.53; or
+# the configuration where it has nothing at all. Arguments: the repository, the versions. Prints how each import ended.
 IMPORT = """
+import os
 import sys
+import traceback
 import transformers
 
-transformers.__version__ = sys.argv[1]
 sys.modules["transformers.masking_utils"] = None
-import ponder_hf
 """
-# Importing the configuration where transformers has nothing that it needs. Arguments: the version, the repository.
 IMPORT_FROM_STUB = """
+import os
 import sys
+import traceback
 import types
 
-sys.modules["transformers"] = types.ModuleType("transformers")
-sys.modules["transformers"].__version__ = sys.argv[1]
-sys.path.insert(0, sys.argv[2])
-import modeling.configuration_pondering
+transformers = sys.modules["transformers"] = types.ModuleType("transformers")
+sys.path.insert(0, sys.argv[1])
+"""
+FOR_EACH_VERSION = """
+for transformers.__version__ in sys.argv[2:]:
+    if os.fork():
+        os.wait()
+        continue
+    try:
+        import MODULE
+        print("imported", flush=True)
+    except Exception as error:
+        print(traceback.format_exception_only(error)[-1].rstrip().splitlines()[-1], flush=True)
+    os._exit(0)
 """
 
 
@@ -178,18 +191,17 @@ def generated(model, **settings):
 EXIT = {"pondering_exit_criterion": "kl", "pondering_exit_threshold": 0.05}
 
 
-def test_a_model_checks_itself_once_and_is_left_as_it_was(newer, monkeypatch):
+def test_a_model_checks_itself_once_and_is_left_as_it_was(newer):
     model = tiny.pondering_model("llama", pondering_steps=2)
     model.train()
     model.backbone.model.norm.eval()  # as somebody may have frozen it
-    settings = model.generation_config
-    calls = []
-    check = pondering_generate._generate
-    monkeypatch.setattr(pondering_generate, "_generate", lambda *a, **k: calls.append(k) or check(*a, **k))
+    settings, passes = model.generation_config, []
+    model.backbone.model.register_forward_hook(lambda *_: passes.append(1))
     first = generated(model)
-    assert calls == [{"use_cache": False}, {"use_cache": True}]
+    assert len(passes) > 6 * 3
+    passes.clear()
     assert torch.equal(generated(model), first)
-    assert len(calls) == 2
+    assert len(passes) == 6 * 3  # one of each of six tokens: nothing is checked again
     assert model.training
     assert not model.backbone.model.norm.training
     assert model.generation_config is settings
@@ -257,15 +269,27 @@ def test_where_generate_is_another_it_is_said(newer, monkeypatch):
 def test_where_exits_or_drafts_are_others_they_are_refused(newer, monkeypatch):
     model = tiny.pondering_model("llama", pondering_steps=2)
     generated(model)
-    monkeypatch.setattr(pondering_generate_exits._ActiveTokens, "put", lambda self, old, new: old * 0)
-    with pytest.raises(PonderingError, match=r"`pondering_exit_threshold` does not work under transformers 5\.31"):
-        generated(model, **EXIT)
+    decoder = type(model.backbone.model)
+    forward, tick = decoder.forward, Wave.tick
+
+    def mixing_rows(self, *args, inputs_embeds, **kwargs):
+        return forward(self, *args, inputs_embeds=inputs_embeds + inputs_embeds.mean(0, keepdim=True), **kwargs)
+
+    with monkeypatch.context() as changed:  # so that a row is another one when others have left
+        changed.setattr(decoder, "forward", mixing_rows)
+        with pytest.raises(PonderingError, match=r"`pondering_exit_threshold` does not work under transformers 5\.31"):
+            generated(model, **EXIT)
     with monkeypatch.context() as moved:
         # A transformers that calls `_sample` by another name.
         moved.setattr(PonderingForCausalLM, "_sample", GenerationMixin._sample)
         with pytest.raises(PonderingError, match="nothing was drafted, as transformers took another way"):
             generated(model, num_draft_tokens=2)
-    monkeypatch.setattr(pondering_generate_wave, "_compare_wave", lambda model: (torch.zeros(2), torch.ones(2)))
+
+    def other_logits(wave, pending):
+        *places, logits = tick(wave, pending)
+        return *places, logits.flip(-1)
+
+    monkeypatch.setattr(Wave, "tick", other_logits)
     with pytest.raises(PonderingError, match=r"`num_draft_tokens` does not work under transformers 5\.31"):
         generated(model, num_draft_tokens=2)
 
@@ -288,18 +312,19 @@ def test_doctor_still_reports(pretend, monkeypatch, capsys, version, is_good):
     assert any(TRANSFORMERS_RANGE in problem for problem in report["problems"])
 
 
+@pytest.mark.skipif(os.name != "posix", reason="starts a process for each version by a fork")
 @pytest.mark.parametrize(
-    ("program", "rest"), [(IMPORT, []), (IMPORT_FROM_STUB, [REPOSITORY])], ids=["library", "stub"]
+    ("program", "module"),
+    [(IMPORT, "ponder_hf"), (IMPORT_FROM_STUB, "modeling.configuration_pondering")],
+    ids=["library", "stub"],
 )
-def test_a_version_that_lacks_what_is_imported_is_named(tmp_path, program, rest):
-    def last_line(version):
-        command = [sys.executable, "-c", program, version, *map(str, rest)]
-        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-        assert result.returncode == 1
-        return result.stderr.splitlines()[-1]
-
-    assert TRANSFORMERS_RANGE in last_line("4.50.3")
-    assert re.search(
-        rf"6\.2\.0 is newer than {TRANSFORMERS_RANGE}, .* lacks what it needs \(.+\): pip", last_line("6.2.0")
-    )
-    assert TRANSFORMERS_RANGE not in last_line("5.24.0")  # something else is wrong, and is said as it is
+def test_a_version_that_lacks_what_is_imported_is_named(tmp_path, program, module):
+    program += FOR_EACH_VERSION.replace("MODULE", module)
+    command = [sys.executable, "-c", program, str(REPOSITORY), "4.50.3", "6.2.0", "5.24.0"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    old, new, tested = result.stdout.splitlines()
+    assert TRANSFORMERS_RANGE in old
+    assert re.search(rf"6\.2\.0 is newer than {TRANSFORMERS_RANGE}, .* lacks what it needs \(.+\): pip", new)
+    assert tested != "imported"
+    assert TRANSFORMERS_RANGE not in tested  # something else is wrong, and is said as it is

@@ -315,6 +315,7 @@ def test_the_check_of_untested_backbones_passes_those_that_are_right(model_type,
 
 
 def _seeing_the_next_column(wave):
+    # What a backbone is given for a tick; a backbone that reads its mask wrongly cannot be had.
     place = wave._place
 
     def wrong(rows, columns):

@@ -1,5 +1,7 @@
 """What cannot be done is said in one line that names cause and next step; nothing is changed or written then."""
 
+import gzip
+import json
 import subprocess
 import sys
 
@@ -314,33 +316,29 @@ from transformers import AutoTokenizer
 from ponder_hf.data import load_blocks
 from ponder_hf.data.text import read_text
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=False)
-stream = load_blocks(sys.argv[2:], tokenizer, block_size=8, streaming=True, shuffle_buffer=2)
-first = iter(stream)
-next(first)
-second = iter(DataLoader(stream, batch_size=2))
-next(second)
-pieces = read_text([sys.argv[2]])
-next(pieces)
+left = []
+for path in sys.argv[2:]:
+    stream = load_blocks(path, tokenizer, block_size=8, streaming=True, shuffle_buffer=2)
+    left += [iter(stream), iter(DataLoader(stream, batch_size=2))]
+    if not path.endswith(".parquet"):
+        left.append(read_text([path]))
+for each in left:
+    next(each)
 """
 
 
-@pytest.mark.parametrize("ending", [".txt", ".txt.gz", ".jsonl", ".parquet"])
-def test_a_stream_that_is_left_ends_without_noise(tmp_path, ending):
-    import gzip
-    import json
-
-    path = tmp_path / f"text{ending}"
+def test_streams_that_are_left_end_without_noise(tmp_path):
+    """Of every kind of file, in one process: each of them alone would be heard."""
+    pyarrow = pytest.importorskip("pyarrow", reason="needs ponder-hf[train]")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs ponder-hf[train]")
     lines = ["once upon a time there was one cat and two dogs who sat by the sea"] * 3000
-    if ending == ".parquet":
-        pyarrow = pytest.importorskip("pyarrow", reason="needs ponder-hf[train]")
-        pyarrow.parquet = pytest.importorskip("pyarrow.parquet", reason="needs ponder-hf[train]")
-        pyarrow.parquet.write_table(pyarrow.table({"text": lines}), path, row_group_size=100)
-    elif ending == ".jsonl":
-        path.write_text("\n".join(json.dumps({"text": line}) for line in lines))
-    else:
-        (gzip.open if ending.endswith(".gz") else open)(path, "wt").write("\n".join(lines))
+    (tmp_path / "text.txt").write_text("\n".join(lines))
+    with gzip.open(tmp_path / "text.txt.gz", "wt") as file:
+        file.write("\n".join(lines))
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
+    parquet.write_table(pyarrow.table({"text": lines}), tmp_path / "text.parquet", row_group_size=100)
     checkpoints.save_base(tmp_path / "base", tokenizer=True)
-    program = STREAM if ending != ".parquet" else STREAM[: STREAM.index("pieces =")]
-    command = [sys.executable, "-W", "ignore", "-c", program, str(tmp_path / "base"), str(path)]
+    files = [str(tmp_path / f"text{ending}") for ending in (".txt", ".txt.gz", ".jsonl", ".parquet")]
+    command = [sys.executable, "-W", "ignore", "-c", STREAM, str(tmp_path / "base"), *files]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
     assert (result.returncode, result.stderr) == (0, "")
