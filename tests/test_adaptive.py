@@ -341,15 +341,22 @@ def waiting_for_others(monkeypatch):
     return {"synced_gpus": True}
 
 
+@pytest.fixture(scope="module")
+def threshold():
+    """One that tells the tokens apart of the model that the next test makes."""
+    torch.manual_seed(0)
+    model = tiny.pondering_model("gpt_neox", pondering_steps=STEPS)
+    with torch.no_grad():
+        return telling_threshold(model.backbone, tiny.token_ids(30, seed=7), kl)
+
+
 @pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
 @pytest.mark.parametrize("beams", [1, 3], ids=["greedy", "beams"])
 @pytest.mark.parametrize("more", [late_stop, waiting_for_others], ids=lambda more: more.__name__)
-def test_passes_that_run_beyond_the_last_token_are_not_counted(monkeypatch, more, beams, use_cache):
+def test_passes_that_run_beyond_the_last_token_are_not_counted(monkeypatch, threshold, more, beams, use_cache):
     torch.manual_seed(0)
     model = tiny.pondering_model("gpt_neox", pondering_steps=STEPS)
     prompt = tiny.token_ids(1, 5)
-    with torch.no_grad():
-        threshold = telling_threshold(model.backbone, tiny.token_ids(30, seed=7), kl)
     exit = {"pondering_exit_criterion": "kl", "pondering_exit_threshold": threshold}
     settings = {**GREEDY, **exit, "num_beams": beams, "max_new_tokens": 12, "use_cache": use_cache}
     whole = model.generate(prompt, **settings)

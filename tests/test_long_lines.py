@@ -45,31 +45,37 @@ READ = {
 }
 
 
-def write_lines(place, length):
-    """The same line as plain text, as .jsonl, as an array and as an item of a task."""
-    (place / "items").mkdir()
-    for name, start, end in (
-        ("line.txt", b"", b""),
-        ("line.jsonl", b'{"text": "', b'"}'),
-        ("line.json", b'[{"text": "', b'"}]'),
-        ("items/piqa.jsonl", b'{"query": "', b'", "choices": ["a", "b"], "gold": 0}'),
-    ):
-        with open(place / name, "wb") as file:
-            file.write(start)
-            for _ in range(length // (len(WORDS) << 15) + 1):
-                file.write(WORDS * (1 << 15))
-            file.write(end)
+# The same line as plain text, as .jsonl, as an array and as an item of a task: what stands before and behind it.
+FILES = {
+    "line.txt": (b"", b""),
+    "line.jsonl": (b'{"text": "', b'"}'),
+    "line.json": (b'[{"text": "', b'"}]'),
+    "items/piqa.jsonl": (b'{"query": "', b'", "choices": ["a", "b"], "gold": 0}'),
+}
+
+
+def write_line(place, command, length):
+    """Write the file that a command reads, with a line of so many bytes. Returns its path."""
+    name = next((name for name in FILES if name.split("/")[0] in command), "line.txt")
+    start, end = FILES[name]
+    (place / name).parent.mkdir(exist_ok=True)
+    with open(place / name, "wb") as file:
+        file.write(start)
+        for _ in range(length // (len(WORDS) << 15) + 1):
+            file.write(WORDS * (1 << 15))
+        file.write(end)
+    return place / name
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_line_that_is_too_long_is_refused(place, capsys, monkeypatch, case):
     """With limits that a line of two megabytes is beyond."""
-    write_lines(place, 1 << 21)
+    line, message = REFUSED[case]
+    path = write_line(place, line, 1 << 21)
     for module, name in ((prompt, "LONGEST"), (text, "MAX_JSON_LINE"), (items, "LONGEST_LINE")):
         monkeypatch.setattr(module, name, 1 << 20)
-    given = io.StringIO((place / "line.txt").read_text())
+    given = io.StringIO(path.read_text())
     monkeypatch.setattr(sys, "stdin", given)
-    line, message = REFUSED[case]
     if "tasks" in line:
         pytest.importorskip("lm_eval", reason="needs ponder-hf[eval]")
     before = checkpoints.listing(place)
@@ -105,17 +111,19 @@ def test_what_is_no_utf_8_on_standard_input_is_said(place, check_refused, monkey
 @pytest.mark.skipif(not LENGTH, reason="a gigabyte on the disk and minutes: set PONDER_LONG_LINE to a number of bytes")
 @pytest.mark.parametrize("case", [*REFUSED, *(f"{name}: read" for name in READ)])
 def test_a_line_of_so_many_bytes(made_once, place, case):
-    write_lines(place, LENGTH)
     line, message = REFUSED.get(case) or (READ[case.removesuffix(": read")], None)
-    with open(place / "line.txt", "rb") as given, open(place / "said", "w+b") as said:
+    path = write_line(place, line, LENGTH)
+    with open(path, "rb") as given, open(place / "said", "w+b") as said:
         process = subprocess.Popen(
             [sys.executable, "-c", PROGRAM, *line.split()], cwd=place, stdin=given, stdout=said, stderr=said
         )
         _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
         said.seek(0)
         words = said.read().decode().replace("\r", "\n").splitlines()
+    path.unlink()
     print(json.dumps({"case": case, "MB": used.ru_maxrss >> 10, "seconds": round(used.ru_utime)}))
-    assert os.waitstatus_to_exitcode(status) == (2 if message else 0), words[-3:]
+    assert process.returncode == (2 if message else 0), words[-3:]
     if message:
         assert words[-1].startswith(f"ponder-hf: error: {message}")
         assert not (place / "out").exists()
