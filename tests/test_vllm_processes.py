@@ -79,6 +79,8 @@ def check_found(printed, expected):
             id="small-top-k-and-a-matrix",
             marks=pytest.mark.slow,
         ),
+        # Each process has a part of every expert, and the router of all.
+        pytest.param("mixtral", {}, id="experts", marks=pytest.mark.slow),
         # The head's bias forbids all that the second process has.
         pytest.param("phi", {"forbidden_from": 96}, id="forbidden-part", marks=pytest.mark.slow),
         # All of the vocabulary is in the first process, and padding in the second.
