@@ -86,7 +86,10 @@ def test_a_killed_run_comes_to_the_same_numbers(results, tmp_path, monkeypatch, 
 
 def test_what_is_done_is_not_done_again(results, folder, monkeypatch, capsys):
     monkeypatch.setattr(run, "Training", None)
+    left = folder / "work/tiny-plain-seed0.checkpoint"  # of a run that was killed when its result was there
+    left.touch()
     assert measure(folder) == results
+    assert not left.exists()
     assert measure(folder, "--list") == results
     assert capsys.readouterr().out.count("done") == 4 + 2 + 2  # with a base for each seed
     assert (

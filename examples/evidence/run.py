@@ -73,6 +73,8 @@ def main(argv: list[str] | None = None) -> None:
             print("done   " if done else "missing", run.name)
         elif not done or (not (work / f"{run.name}.weights").is_file() and _is_needed(run, runs, arguments.results)):
             missing.append(run)
+        else:  # killed after its result was written
+            (work / f"{run.name}.checkpoint").unlink(missing_ok=True)
     if arguments.at_once > 1 and (arguments.device == "cpu" or any(run.dropout for run in missing)):
         raise SystemExit("--at-once needs --device cuda, and runs without dropout: they share one random state")
     torch.set_num_threads(arguments.threads)
