@@ -15,8 +15,9 @@ COMPAT ?= .compat
 VERSIONS ?=
 # Further options: make test PYTEST_ARGS="-k gate", make demo DEMO_ARGS="--base FOLDER", make bench BENCH=NAME,
 # make gpu GPU_ARGS="--output FOLDER --quick".
-# Where `make upstream` keeps transformers' tests, and on which backbones it runs them; none: on all.
+# Where `make upstream` keeps others' tests, whose it runs (transformers, peft), and on which backbones; none: on all.
 UPSTREAM ?= .upstream
+SUITE ?= transformers
 BACKBONES ?=
 # Where `make vllm` keeps its environment (4 GB), and further options: make vllm VLLM_ARGS="-m 'not slow'".
 VLLM ?= .vllm
@@ -72,8 +73,8 @@ style: setup ## Check style and formatting with ruff, types with mypy
 compat: setup ## Try checkpoints under other transformers and torch (15 minutes, 10 GB; VERSIONS="oldest newest": 3, small; or latest)
 	PYTHONPATH=tests $(VENV_PYTHON) -m compat --environments $(COMPAT) $(VERSIONS)
 
-upstream: setup ## Run transformers' own shared model tests on pondering models (10 minutes, 0.1 GB; BACKBONES="llama gpt2": fewer)
-	PYTHONPATH=tests $(VENV_PYTHON) -m upstream --folder $(UPSTREAM) $(BACKBONES)
+upstream: setup ## Run transformers' own model tests on pondering models (10 minutes; SUITE=peft: PEFT's; BACKBONES="llama gpt2": fewer)
+	PYTHONPATH=tests $(VENV_PYTHON) -m upstream --folder $(UPSTREAM) --suite $(SUITE) $(BACKBONES)
 
 vllm: ## Test the plug-in for vLLM in an environment of its own (30 minutes, 4 GB; VLLM_ARGS="-m 'not slow'": 8)
 	@test -f $(VLLM)/.ponder-hf-installed -a $(VLLM)/.ponder-hf-installed -nt pyproject.toml \

@@ -93,6 +93,23 @@ def test_an_adapted_head_or_embedding_is_asked_through_its_module(wrapped):
     torch.testing.assert_close(merged(input_ids).logits, before, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+def test_trained_tokens_of_a_tied_embedding_merge_where_peft_is_told_of_the_tie(model_type):
+    """As docs/ecosystem.md says it."""
+    changes = {"tie_word_embeddings": True}
+    model = tiny.pondering_model(model_type, base_changes=changes, pondering_steps=2)
+    model._tied_weights_keys = {f"backbone.{k}": f"backbone.{v}" for k, v in model.backbone._tied_weights_keys.items()}
+    settings = {"target_modules": TARGETS[model_type], "trainable_token_indices": [5, 9], "init_lora_weights": False}
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, **settings)).eval()
+    torch.nn.init.normal_(adapted.get_input_embeddings().token_adapter.trainable_tokens_delta["default"])
+    input_ids = tiny.token_ids(2, 9)
+    input_ids[:, 3] = 5
+    before = adapted(input_ids).logits
+    merged = adapted.merge_and_unload()
+    assert merged.get_output_embeddings().weight is merged.get_input_embeddings().weight
+    torch.testing.assert_close(merged(input_ids).logits, before, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("model_type", tiny.SPINE)
 def test_default_targets_are_what_peft_takes_for_the_backbone(model_type):
     model = tiny.pondering_model(model_type, pondering_steps=1)

@@ -1,4 +1,4 @@
-"""How `make upstream` reads and shows what became of transformers' shared tests; those themselves it downloads."""
+"""How `make upstream` reads and shows what became of others' tests; those themselves it downloads."""
 
 import subprocess
 import sys
@@ -6,7 +6,7 @@ import sys
 import pytest
 import tiny
 from upstream import source
-from upstream.__main__ import BACKBONES, outcomes, reasons_table, run
+from upstream.__main__ import SUITES, main, outcomes, reasons_table, run
 
 
 TESTS = """
@@ -50,17 +50,35 @@ def test_outcomes_of_a_report(tmp_path):
     assert table.splitlines()[2:] == ["| the model does not do this | llama | `test_skips` |"]
 
 
-def test_a_suite_that_cannot_run_is_a_failure(tmp_path):
-    counts, _, failed = run("llama", tmp_path)  # no transformers_tests there
+def test_reasons_name_kinds_and_not_their_cases():
+    """PEFT's tests have parameters, and its reasons the class of the adapter."""
+    reason = "Mixed adapter batches not supported for <class 'peft.tuners.ia3.config.IA3Config'>."
+    skipped = {f"test_mixed[IA3Config-config_kwargs{number}-pondering/tiny]": reason for number in range(2)}
+    row = "| Mixed adapter batches not supported for this kind of adapter | all | `test_mixed` |"
+    assert reasons_table({"gpt2": skipped}).splitlines()[2:] == [row]
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_a_suite_that_cannot_run_is_a_failure(tmp_path, suite):
+    counts, _, failed = run("llama", tmp_path, suite)  # its tests are not there
     assert counts["failed"] == 1
-    assert "No module named 'transformers_tests'" in "".join(failed.values())
+    assert f"No module named '{suite}_tests'" in "".join(failed.values())
 
 
 def test_the_promised_backbones_are_all_there():
-    assert set(tiny.SPINE) < set(BACKBONES)
+    assert set(tiny.SPINE) < set(SUITES["transformers"])
 
 
-def test_an_archive_that_cannot_be_had(tmp_path, monkeypatch):
+@pytest.mark.parametrize("suite", SUITES)
+def test_an_archive_that_cannot_be_had(tmp_path, monkeypatch, suite):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(source.SourceFailed, match="pip download failed"):
-        source.prepare(tmp_path)
+        source.prepare(tmp_path, source.SOURCES[suite])
+
+
+def test_a_backbone_of_another_suite_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["upstream", "--suite", "peft", "mixtral"])
+    with pytest.raises(SystemExit) as raised:
+        main()
+    assert raised.value.code == 2
+    assert "no such backbone: mixtral; there are gpt2" in capsys.readouterr().err

@@ -1,11 +1,12 @@
-"""Run transformers' shared model tests and print what became of them. The exit code is 1 if any fails.
+"""Run others' tests on pondering models and print what became of them. The exit code is 1 if any fails.
 
-python -m upstream [--folder FOLDER] [BACKBONE ...]      from tests/, or with it on PYTHONPATH
+python -m upstream [--suite SUITE] [--folder FOLDER] [BACKBONE ...]      from tests/, or with it on PYTHONPATH
 """
 
 import argparse
 import collections
 import datetime
+import importlib.metadata
 import os
 import platform
 import re
@@ -17,15 +18,19 @@ from pathlib import Path
 
 import tiny
 import torch
-import transformers
 
 from . import source
 
 
-SUITE = Path(__file__).with_name("suite.py")
-BACKBONES = [*tiny.SPINE, "mixtral"]  # the last one has experts
-# How a reason may name the class.
-_CLASS = r"(<class '[\w.]*)?Pondering(Model|ForCausalLM|Config)('>)?"
+HERE = Path(__file__).resolve().parent
+# What is run of each suite. Mixtral has experts; "named" are tests of PEFT's that name the model they take.
+SUITES = {
+    "transformers": [*tiny.SPINE, "mixtral"],
+    "peft": ["gpt2", "gpt_neo", "gpt_neox", "llama", "gemma3_text", "named"],
+}
+# How a reason may name the model, and the class of an adapter.
+_MODEL = r"(<class '[\w.]*)?Pondering(Model|ForCausalLM|Config)('>)?|pondering/[\w-]+"
+_ADAPTER = r"<class 'peft\.[\w.]*'>"
 # Where a test says what it needs by a decorator of transformers: the first words of its reason, and ours.
 _WORDS = {
     "test is slow": "slow by transformers' own mark",
@@ -52,14 +57,15 @@ def outcomes(report):
     return counts, skipped, failed
 
 
-def run(backbone, place):
+def run(backbone, place, suite="transformers"):
     """The outcomes of one backbone's tests, in a process of their own."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         variables = {"UPSTREAM_BACKBONES": backbone, "HF_HUB_OFFLINE": "1", "HF_HOME": folder, "OMP_NUM_THREADS": "1"}
-        paths = [str(SUITE.parents[1]), str(place), os.environ.get("PYTHONPATH", "")]
-        command = [sys.executable, "-m", "pytest", "-c", os.devnull, "--rootdir", str(SUITE.parent), "--noconftest"]
-        command += ["-p", "no:cacheprovider", "-q", "-W", "ignore", str(SUITE), "--junitxml", str(report)]
+        paths = [str(HERE.parent), str(place), os.environ.get("PYTHONPATH", "")]
+        command = [sys.executable, "-m", "pytest", "-c", os.devnull, "--rootdir", str(HERE), "--noconftest"]
+        command += ["-p", "no:cacheprovider", "-q", "-W", "ignore", "--basetemp", str(Path(folder) / "pytest")]
+        command += [str(HERE / f"{suite}_suite.py"), "--junitxml", str(report)]
         done = subprocess.run(
             command,
             env={**os.environ, **variables, "PYTHONPATH": os.pathsep.join(paths)},
@@ -81,9 +87,9 @@ def reasons_table(skipped):
     for backbone, tests in skipped.items():
         for name, reason in tests.items():
             words = next((ours for start, ours in _WORDS.items() if reason.startswith(start)), reason)
-            words = re.sub(_CLASS, "the model", words).strip(". ")
+            words = re.sub(_ADAPTER, "this kind of adapter", re.sub(_MODEL, "the model", words)).strip(". ")
             tests_of, backbones_of = by_reason[words]
-            tests_of.add(re.sub(r"_\d+_.*", "", name))
+            tests_of.add(re.sub(r"_\d+_.*", "", name.partition("[")[0]))
             backbones_of.add(backbone)
     rows = ["| reason | backbones | tests |", "| --- | --- | --- |"]
     for words, (tests, backbones) in sorted(by_reason.items(), key=lambda each: -len(each[1][0])):
@@ -94,29 +100,34 @@ def reasons_table(skipped):
 
 def main():
     parser = argparse.ArgumentParser(prog="upstream", description=__doc__.partition("\n")[0])
-    parser.add_argument("backbones", nargs="*", metavar="BACKBONE", help=f"of {', '.join(BACKBONES)}; default: all")
+    every = "; ".join(f"{suite}: {', '.join(backbones)}" for suite, backbones in SUITES.items())
+    parser.add_argument("backbones", nargs="*", metavar="BACKBONE", help=f"of {every}; default: all")
+    parser.add_argument("--suite", choices=SUITES, default="transformers", help="whose tests; default: %(default)s")
     parser.add_argument("--folder", type=Path, default=Path(".upstream"), help="where the tests are kept")
     arguments = parser.parse_args()
-    unknown = set(arguments.backbones) - set(BACKBONES)
+    known = SUITES[arguments.suite]
+    unknown = set(arguments.backbones) - set(known)
     if unknown:
-        parser.error(f"no such backbone: {', '.join(sorted(unknown))}; there are {', '.join(BACKBONES)}")
+        parser.error(f"no such backbone: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     try:
-        place = source.prepare(arguments.folder.resolve())
+        place = source.prepare(arguments.folder.resolve(), source.SOURCES[arguments.suite])
     except source.SourceFailed as error:
         print(f"upstream: {error}", file=sys.stderr)
         return 1
+    versions = dict.fromkeys(("transformers", arguments.suite))
     print(
-        f"{datetime.date.today()}, transformers {transformers.__version__}, torch {torch.__version__}, "
-        f"Python {platform.python_version()}\n\n| backbone | passed | skipped | failed |\n| --- | --- | --- | --- |"
+        f"{datetime.date.today()}, {', '.join(f'{name} {importlib.metadata.version(name)}' for name in versions)}, "
+        f"torch {torch.__version__}, Python {platform.python_version()}\n\n"
+        "| backbone | passed | skipped | failed |\n| --- | --- | --- | --- |"
     )
-    skipped, failed = {}, {}
-    for backbone in arguments.backbones or BACKBONES:
-        counts, skipped[backbone], failures = run(backbone, place)
+    skipped, failed = {}, 0
+    for backbone in arguments.backbones or known:
+        counts, skipped[backbone], failures = run(backbone, place, arguments.suite)
         print(f"| {backbone} | {counts['passed']} | {counts['skipped']} | {counts['failed']} |", flush=True)
-        failed.update({f"{backbone}: {name}": message for name, message in failures.items()})
+        for name, message in failures.items():
+            print(f"upstream: failed: {backbone}: {name}: {message}", file=sys.stderr, flush=True)
+        failed += len(failures)
     print(f"\n{reasons_table(skipped)}")
-    for name, message in failed.items():
-        print(f"upstream: failed: {name}: {message}", file=sys.stderr)
     return 1 if failed else 0
 
 
