@@ -192,8 +192,8 @@ def main(argv: list[str]) -> int:
             ways["generate_batch"] = by_generate_batch(model, arguments)
     print(
         f"{described()}, vLLM {vllm.__version__}; S = {arguments.pondering_steps}, {arguments.layers} layers of width "
-        f"{arguments.hidden_size}, {arguments.vocab_size} tokens, {arguments.new_tokens} new ones; new tokens a second, "
-        f"and time over S + 1 plain passes beside its limit"
+        f"{arguments.hidden_size}, {arguments.vocab_size} tokens, {arguments.new_tokens} new ones; "
+        "new tokens a second, and time over S + 1 plain passes beside its limit"
     )
     others = [name for name in ways if name.startswith("generate")]
     head = ["prompt", "batch", "plain", "top 100", "whole", *(f"`{name}`" for name in others)]

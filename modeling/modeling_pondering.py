@@ -112,6 +112,9 @@ class PonderingPreTrainedModel(PreTrainedModel):
         for name in _SAID_BY_CLASSES:
             if hasattr(self.backbone, name):
                 setattr(self, name, getattr(self.backbone, name))
+        tied = getattr(self.backbone, "_tied_weights_keys", None)
+        if isinstance(tied, dict):  # as since transformers 5.0; PEFT asks the outermost model which weights are one
+            self._tied_weights_keys = {f"backbone.{name}": f"backbone.{source}" for name, source in tied.items()}
         self.pondering_gate = make_gate(config.pondering_gate, self.embedding_size)
         self.draft_heads = DraftHeads(config.draft_heads, self.state_size) if config.draft_heads else None
         if self.draft_heads is not None:
@@ -150,6 +153,12 @@ class PonderingPreTrainedModel(PreTrainedModel):
         return True
 
     def _set_gradient_checkpointing(self, enable=True, **kwargs):
+        if enable and self.config.pondering_steps and _has_activated_lora(self):
+            raise PonderingError(
+                "gradient checkpointing does not go with activated LoRA (`alora_invocation_tokens`) here: PEFT takes it "
+                "off a layer after the first of the layer's backward passes, of which there is one for each of S + 1 "
+                "passes, so gradients would be wrong; leave one of the two out"
+            )
         # Every layer runs S + 1 times with the same weights: DDP fails on them ("marked as ready twice") where
         # checkpointing is reentrant, as it is by default before transformers 5.
         checkpoint = kwargs.get("gradient_checkpointing_func")
@@ -655,6 +664,14 @@ def _check_base_model(base, loading):
             f"the base is a {type(base).__name__}, where a {expected.__name__} of transformers is needed: load it "
             "with AutoModelForCausalLM, without code of its own"
         )
+
+
+def _has_activated_lora(model):
+    return any(
+        type(variant).__name__.startswith("ALora")
+        for module in model.modules()
+        for variant in getattr(module, "lora_variant", {}).values()
+    )
 
 
 def _in_several_processes():

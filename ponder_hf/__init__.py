@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from .training import PonderingTrainer, TrainOptions, separate_gate, train, train_draft_heads
 
 
-__version__ = "0.2.0"
+__version__ = "0.2.1"
 __all__ = [
     "CodeOnPush",
     "Lens",

@@ -94,11 +94,10 @@ def test_an_adapted_head_or_embedding_is_asked_through_its_module(wrapped):
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "llama"])
-def test_trained_tokens_of_a_tied_embedding_merge_where_peft_is_told_of_the_tie(model_type):
-    """As docs/ecosystem.md says it."""
+def test_trained_tokens_of_a_tied_embedding_merge_into_both(model_type):
+    """PEFT asks the outermost model which weights are one."""
     changes = {"tie_word_embeddings": True}
     model = tiny.pondering_model(model_type, base_changes=changes, pondering_steps=2)
-    model._tied_weights_keys = {f"backbone.{k}": f"backbone.{v}" for k, v in model.backbone._tied_weights_keys.items()}
     settings = {"target_modules": TARGETS[model_type], "trainable_token_indices": [5, 9], "init_lora_weights": False}
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, **settings)).eval()
     torch.nn.init.normal_(adapted.get_input_embeddings().token_adapter.trainable_tokens_delta["default"])
@@ -108,6 +107,16 @@ def test_trained_tokens_of_a_tied_embedding_merge_where_peft_is_told_of_the_tie(
     merged = adapted.merge_and_unload()
     assert merged.get_output_embeddings().weight is merged.get_input_embeddings().weight
     torch.testing.assert_close(merged(input_ids).logits, before, rtol=1e-4, atol=1e-4)
+
+
+def test_gradient_checkpointing_is_refused_with_activated_lora():
+    settings = {"target_modules": TARGETS["llama"], "alora_invocation_tokens": [1]}
+    adapted = get_peft_model(tiny.pondering_model("llama", pondering_steps=2), LoraConfig(**settings))
+    with pytest.raises(ValueError, match="does not go with activated LoRA"):
+        adapted.gradient_checkpointing_enable({"use_reentrant": True})
+    assert not adapted.is_gradient_checkpointing
+    plain = get_peft_model(tiny.pondering_model("llama", pondering_steps=0), LoraConfig(**settings))
+    plain.gradient_checkpointing_enable()  # with one pass there is one backward pass
 
 
 @pytest.mark.parametrize("model_type", tiny.SPINE)
