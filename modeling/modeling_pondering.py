@@ -155,9 +155,9 @@ class PonderingPreTrainedModel(PreTrainedModel):
     def _set_gradient_checkpointing(self, enable=True, **kwargs):
         if enable and self.config.pondering_steps and _has_activated_lora(self):
             raise PonderingError(
-                "gradient checkpointing does not go with activated LoRA (`alora_invocation_tokens`) here: PEFT takes it "
-                "off a layer after the first of the layer's backward passes, of which there is one for each of S + 1 "
-                "passes, so gradients would be wrong; leave one of the two out"
+                "gradient checkpointing does not go with activated LoRA (`alora_invocation_tokens`) here: PEFT takes "
+                "it off a layer after one backward pass, where a pondering model's layers have S + 1, and gradients "
+                "would be wrong; leave one of the two out"
             )
         # Every layer runs S + 1 times with the same weights: DDP fails on them ("marked as ready twice") where
         # checkpointing is reentrant, as it is by default before transformers 5.
