@@ -13,8 +13,6 @@ WORKERS ?= 2
 # Where `make compat` keeps its environments (0.1 GB each; 5 GB with a torch of its own), and which versions it tries.
 COMPAT ?= .compat
 VERSIONS ?=
-# Further options: make test PYTEST_ARGS="-k gate", make demo DEMO_ARGS="--base FOLDER", make bench BENCH=NAME,
-# make gpu GPU_ARGS="--output FOLDER --quick".
 # Where `make upstream` keeps others' tests, whose it runs (transformers, peft), and on which backbones; none: on all.
 UPSTREAM ?= .upstream
 SUITE ?= transformers
@@ -24,6 +22,8 @@ VLLM ?= .vllm
 VLLM_ARGS ?=
 # Where `make docs` builds the documentation.
 SITE ?= site
+# Further options: make test PYTEST_ARGS="-k gate", make demo DEMO_ARGS="--base FOLDER", make bench BENCH=NAME,
+# make gpu GPU_ARGS="--output FOLDER --quick".
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH ?= all
@@ -41,6 +41,8 @@ TORCHAO = $(VENV)/overlays/torchao
 CACHES = $(VENV)/overlays/caches
 # Links that lie as the files do once they are installed, for mypy, which cannot follow how `pip install -e` finds them.
 INSTALLED = $(VENV)/installed
+# A file's tests in one process; files as tests/conftest.py orders them.
+PYTEST = -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 # The environment's own interpreter where there is one already, $(PYTHON) otherwise.
 INTERPRETER = $(if $(wildcard $(VENV_PYTHON)),$(VENV_PYTHON),$(PYTHON))
 
@@ -56,11 +58,11 @@ demo: setup ## Train, convert and compare a small pondering model on real text (
 	$(VENV)/bin/ponder-hf demo --overwrite $(DEMO_ARGS)
 
 test: setup ## Run the tests in two processes
-	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(VENV_PYTHON) $(PYTEST)
 
 coverage: setup ## Run the tests and list the lines of the package that none of them reaches (half as long again as test)
 	@rm -f .coverage .coverage.*
-	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m coverage run -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS); \
+	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m coverage run $(PYTEST); \
 		passed=$$?; $(VENV_PYTHON) -m coverage combine --quiet && $(VENV_PYTHON) -m coverage report && exit $$passed
 
 style: setup ## Check style and formatting with ruff, types with mypy

@@ -35,6 +35,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 # Tests run in the order of their files, or in one that this seed decides (`.ci/run`).
 ORDER = os.environ.get("PONDER_TEST_ORDER")
+# The files that take longest, which start first: otherwise one process is still at work on such a file when the others
+# have nothing left. They have few tests, by which pytest-xdist would go, so the Makefile tells it not to.
+LONGEST = (
+    "faults wave strategies train version gpu startup examples demo train_resume harness endurance paged distributed"
+).split()
 
 
 class DeprecationLog(logging.Handler):
@@ -68,6 +73,7 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.shared)
     if ORDER:
         shuffle(items, ORDER)
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONGEST)
 
 
 def shuffle(items, seed):
