@@ -81,7 +81,8 @@ def test_so_does_the_code_that_they_bring(release, tmp_path):
 @pytest.mark.parametrize("release", RELEASES, ids=name_of)
 def test_the_code_beside_them_is_that_of_their_release(release):
     """Of one that is not released yet: none, as it would have to change with every line of it."""
-    found = {name: sha256(content) for name, content in code_of(release / golden.CODE).items()}
+    folder = release / golden.CODE
+    found = {name: sha256(content) for name, content in code_of(folder).items()} if folder.exists() else {}
     assert found == releases().get(release.name, {})
 
 
