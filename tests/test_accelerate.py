@@ -105,17 +105,16 @@ def test_a_checkpoint_fills_a_model_that_has_no_weights_yet(model_type, tmp_path
     model.save_pretrained(tmp_path / "whole")
     model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
-    for name in ("whole", "shards"):
-        for places in ({"": "cpu"}, parts(model)):
-            with init_empty_weights():
-                empty = PonderingForCausalLM(model.config).eval()
-            empty.tie_weights()
-            assert on_disk(empty) == len(list(empty.parameters()))
-            loaded = load_checkpoint_and_dispatch(
-                empty, tmp_path / name, places, offload_folder=tmp_path / "offloaded", strict=True
-            )
-            assert (on_disk(loaded) > 0) == ("disk" in places.values())
-            assert_same(loaded, expected)
+    for name, places in (("whole", {"": "cpu"}), ("shards", parts(model))):
+        with init_empty_weights():
+            empty = PonderingForCausalLM(model.config).eval()
+        empty.tie_weights()
+        assert on_disk(empty) == len(list(empty.parameters()))
+        loaded = load_checkpoint_and_dispatch(
+            empty, tmp_path / name, places, offload_folder=tmp_path / "offloaded", strict=True
+        )
+        assert (on_disk(loaded) > 0) == ("disk" in places.values())
+        assert_same(loaded, expected)
 
 
 @pytest.mark.parametrize("model_type", BACKBONES)

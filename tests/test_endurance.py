@@ -32,6 +32,6 @@ def test_two_hundred_requests_of_eight_clients_of_whom_some_hang_up():
 
 @pytest.mark.slow
 def test_calls_and_training_in_small():
-    printed = endure("calls", "training", "--calls", 150, "--steps", 100)
-    assert "150 calls of 11 kinds" in printed
-    assert "100 steps" in printed
+    printed = endure("calls", "training", "--calls", 44, "--steps", 40)
+    assert "44 calls of 11 kinds" in printed
+    assert "40 steps" in printed

@@ -289,13 +289,13 @@ def test_a_text_may_be_as_long_on_the_command_line_as_in_generate(tmp_path, caps
 
 
 @pytest.mark.parametrize(("model_type", "limit"), [("mpt", 64), ("xglm", None), ("ctrl", 64)])
-def test_positions_are_as_many_as_the_backbone_has(model_type, limit):
+def test_positions_are_as_many_as_the_backbone_has(model_type, limit, monkeypatch):
     sizes = {
         "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 1, "max_seq_len": 64},
         "xglm": {"d_model": 32, "attention_heads": 4, "num_layers": 1, "ffn_dim": 64, "max_position_embeddings": 64},
         "ctrl": {"n_embd": 32, "n_head": 4, "n_layer": 1, "n_positions": 64, "dff": 64},
     }[model_type]
-    tiny.CONFIGS.setdefault(model_type, {"vocab_size": tiny.VOCAB_SIZE})
+    monkeypatch.setitem(tiny.CONFIGS, model_type, {"vocab_size": tiny.VOCAB_SIZE})
     backbone = tiny.base_model(model_type, **sizes)
     assert num_positions(backbone) == limit
     assert backbone(tiny.token_ids(1, 64)).logits.isfinite().all()

@@ -374,13 +374,18 @@ def test_what_is_changed_around_the_model_is_honoured_by_exits_and_continuous_ba
     strategies.continuous_batching(model)
 
 
+def forget_precision():
+    """What accelerate keeps for a whole process; a Trainer of another test may have left it."""
+    for state in (accelerate.state.AcceleratorState, accelerate.state.PartialState):
+        state._reset_state()
+
+
 def mixed_precision(model):
-    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    forget_precision()
     try:
-        return accelerator.prepare(model)
+        return Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
     finally:
-        for state in (accelerate.state.AcceleratorState, accelerate.state.PartialState):
-            state._reset_state()
+        forget_precision()
 
 
 def autocast_around(model):
