@@ -64,7 +64,7 @@ def pytest_unconfigure():
 
 
 def pytest_report_header():
-    return f"PONDER_TEST_ORDER={ORDER}" if ORDER else "tests in the order of their files"
+    return f"PONDER_TEST_ORDER={ORDER}" if ORDER else "tests in the order of their files, the longest first"
 
 
 def pytest_collection_modifyitems(items):
