@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from ponder_hf.errors import first_line, reading, understanding
+from ponder_hf.errors import first_line, reading, understanding, walk
 from ponder_hf.modeling import PonderingError
 
 
@@ -53,11 +53,7 @@ def files_below(folder: Path) -> list[Path]:
     Raises:
         OSError: a folder in it may not be read. `Path.rglob` would pass over it without a word.
     """
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    return sorted(Path(parent, name) for parent, _, names in os.walk(folder, onerror=fail) for name in names)
+    return sorted(Path(parent, name) for parent, _, names in walk(folder) for name in names)
 
 
 def has_tokenizer(folder: Path) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ponder_hf.errors import writing
+from ponder_hf.errors import walk, writing
 from ponder_hf.modeling import PonderingError
 
 
@@ -69,11 +69,7 @@ def _check_replaceable(destination: str | os.PathLike, path: Path) -> None:
 
 def _check_removable(destination: str | os.PathLike, path: Path) -> None:
     """Raise a PonderingError where something below `path` would stay, because its folder may not be changed."""
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    for parent, folders, names in os.walk(path, onerror=fail):
+    for parent, folders, names in walk(path):
         if (folders or names) and not os.access(parent, os.W_OK | os.X_OK):
             raise PonderingError(f"cannot replace {destination}: {parent} may not be written to; give another folder")
 

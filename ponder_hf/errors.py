@@ -84,6 +84,19 @@ def _not_downloaded(source: str | os.PathLike, error: Exception) -> PonderingErr
     return DownloadStopped(f"the connection broke while {source} was downloaded ({first_line(error)}): {_AGAIN}")
 
 
+def walk(folder: str | os.PathLike) -> Iterator[tuple[str, list[str], list[str]]]:
+    """As os.walk, which passes without a word over a folder that may not be read.
+
+    Raises:
+        OSError: there is such a folder.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    return os.walk(folder, onerror=fail)
+
+
 @contextmanager
 def reading(source: str | os.PathLike) -> Iterator[None]:
     """Translate what goes wrong while `source`, a folder or a Hub id, is found, downloaded or read."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from ponder_hf.errors import walk
 from ponder_hf.modeling import PonderingError
 from ponder_hf.progress import progress_bar
 
@@ -137,7 +138,7 @@ def _open_folder(folder, name, split, streaming):
     if name is not None or (place / "dataset_infos.json").exists() or _has_configurations(place / "README.md"):
         return [_open_dataset(folder, name, split, streaming)]
     files, others = [], []
-    for parent, folders, names in os.walk(place, onerror=_raise):
+    for parent, folders, names in walk(place):
         folders[:] = sorted(each for each in folders if not each.startswith("."))
         for file in sorted(each for each in names if not each.startswith(".")):
             inside = (Path(parent) / file).relative_to(place).as_posix()
@@ -148,11 +149,6 @@ def _open_folder(folder, name, split, streaming):
     if others:
         _LOGGER.warning("%s: passed over what is not known as text: %s", folder, _some(others))
     return [_file(os.path.join(folder, file)) for file in _of_split(files, split, folder)]
-
-
-def _raise(error):
-    """For os.walk, which otherwise passes over a folder that may not be read."""
-    raise error
 
 
 def _of_split(files, split, folder):

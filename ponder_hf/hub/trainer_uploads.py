@@ -14,7 +14,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.dynamic_module_utils import custom_object_save
 
-from ponder_hf.conversion.files import ADAPTER_CONFIG, CONFIG, read_json
+from ponder_hf.conversion.files import ADAPTER_CONFIG, CONFIG, files_below, read_json
 from ponder_hf.modeling import PonderingError
 
 from .card import CARD, facts_of_folder, hub_id, render, with_training
@@ -127,7 +127,7 @@ def _push_state(
     """All files of a checkpoint, the optimiser's too: whoever chose this hub_strategy wants to resume from there."""
     operations = [
         CommitOperationAdd(f"{place}/{path.relative_to(folder).as_posix()}", str(path))
-        for path in sorted(folder.rglob("*"))
+        for path in files_below(folder)
         if path.is_file()
     ]
     HfApi(token=token).create_commit(
