@@ -122,7 +122,10 @@ def numbered(what: list[str] | str, number: object) -> list[str] | str:
 
 def done(job: dict) -> list[dict]:
     """How a job ended."""
-    exec(job["before"], names)
+    try:
+        exec(job["before"], names)
+    except BaseException:
+        return [{"code": 1, "said": traceback.format_exc().splitlines()}]
     whole = os.path.join(job["work"], "whole")
     shutil.copytree(job["template"], whole, symlinks=True)
     endings = [child(whole, numbered(job["run"], "whole"), "count", 0)]

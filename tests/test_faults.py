@@ -101,6 +101,7 @@ def faults_of(made_once, hub, tmp_path_factory):
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", str(Path(__file__).with_name("killing.py"))],
         env=hub_client.environment(hub, home) | {"HF_TOKEN": hub_server.WRITER},
+        cwd=home,  # where this is run from there may be a demo already
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
