@@ -51,6 +51,7 @@ def test_which_versions_are_chosen():
 
 def test_the_latest_is_what_the_index_has(monkeypatch):
     answers = [json.dumps({"name": "transformers", "versions": ["6.1.0", "6.0.0"]})]
+    # What asks the package index, which a test may not.
     monkeypatch.setattr(environments, "_run", lambda command: answers[0])
     assert environments.chosen_versions(["latest"]) == {"latest": {"transformers": "6.1.0"}}
 

@@ -54,6 +54,7 @@ def imported(path):
 
 
 def imported_rooms(path):
+    # By this table the package finds its names: only it says to which room an import from `ponder_hf` goes.
     places = {name: place for place, names in ponder_hf._NAMES.items() for name in names}
     return {places.get(name[0], name[0]) for name in imported(path)} - {"__version__"}
 

@@ -457,6 +457,7 @@ def test_tile_by_tile_finds_what_topk_finds(num_rows, vocab_size, width, top_k, 
     weight[700:706] = weight[3]  # equal scores in different tiles
     readout = Readout(weight, torch.randn(vocab_size).to(dtype) if bias else None)
     scores = readout.scores(hidden)
+    # The width of a tile is this function's only: outside it follows from the machine's caches.
     values, token_ids = _largest_in_tiles(hidden, readout, top_k, width)
     torch.testing.assert_close(values.sort().values, scores.topk(top_k).values.sort().values)
     torch.testing.assert_close(scores.gather(1, token_ids), values)

@@ -147,7 +147,7 @@ def test_frozen_parts_keep_their_modes(input_ids, monkeypatch):
     assert model.pondering_gate.training
     verify_backbone(model.backbone)
     verify_wave_once(model)
-    assert model._wave_is_verified
+    assert model._wave_is_verified  # it has run
     evaluate_passes(model, Blocks(input_ids))
     train_draft_heads(model, input_ids, steps=1, rows=1)
     pondering_statistics(model, input_ids)
