@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import prepared
 import torch
 from patience import PATIENCE
 
@@ -33,10 +34,11 @@ else:
 """
 
 
-def run(program, home, *arguments, python=sys.executable):
+def run(program, home, *arguments, python=None):
     """Run a program in a process of its own: isolated, from another folder, with an empty Hugging Face home.
 
-    `python` may be the interpreter of another environment. Returns standard output.
+    `python` may be the interpreter of another environment, or this one, for a start from nothing: by default torch is
+    imported already (prepared.py). Returns standard output.
 
     Raises:
         AssertionError: the program failed. The message is what it printed.
@@ -44,15 +46,17 @@ def run(program, home, *arguments, python=sys.executable):
     return run_and_read(program, home, *arguments, python=python)[0]
 
 
-def run_and_read(program, home, *arguments, python=sys.executable):
+def run_and_read(program, home, *arguments, python=None):
     """As `run`; returns (standard output, standard error)."""
     home.mkdir()
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
     variables |= {"HF_HOME": str(home), "HF_MODULES_CACHE": str(home / "modules"), "HF_HUB_OFFLINE": "1"}
     variables["OMP_NUM_THREADS"] = str(torch.get_num_threads())
-    command = [str(python), "-I", "-W", "ignore", "-c", WITHOUT_PONDER_HF + program, *map(str, arguments)]
-    result = subprocess.run(
-        command, cwd=home, env=variables, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE
-    )
+    words = ["-I", "-W", "ignore", "-c", WITHOUT_PONDER_HF + program, *map(str, arguments)]
+    if python is None:
+        result = prepared.run([sys.executable, *words], cwd=home, env=variables)
+    else:
+        settings = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": PATIENCE}
+        result = subprocess.run([str(python), *words], cwd=home, env=variables, **settings)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout, result.stderr

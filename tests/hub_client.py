@@ -5,13 +5,12 @@ It stays alive and takes one piece of Python after another, so that a module of 
 
 import json
 import os
-import subprocess
 import sys
 from contextlib import contextmanager
 
 import hub_server
+import prepared
 from elsewhere import WITHOUT_PONDER_HF
-from patience import PATIENCE
 
 
 WORKER = """
@@ -50,22 +49,22 @@ class Client:
         program = (WITHOUT_PONDER_HF if without_ponder_hf else "") + WORKER
         if packages is not None:
             program = f"import sys\nsys.path.append({str(packages)!r})\n{program}"
-        self.process = subprocess.Popen(
-            [sys.executable, *(["-I"] if without_ponder_hf else []), "-W", "ignore", "-c", program],
-            cwd=folder,
-            env=environment(hub, self.home) | variables,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        words = [*(["-I"] if without_ponder_hf else []), "-W", "ignore", "-c", program]
+        given, self.orders = os.pipe()
+        self.replies, answered = os.pipe()
+        variables = environment(hub, self.home) | variables
+        self.process = prepared.Process([sys.executable, *words], answered, 2, given, folder, variables)
+        os.close(given)
+        os.close(answered)
+        self.orders = os.fdopen(self.orders, "w", encoding="utf-8")
+        self.replies = os.fdopen(self.replies, encoding="utf-8")
 
     def python(self, program, *argv, token=None):
         """Run Python there. Returns its variable `result`, "out", "err", and "waits", the seconds it would wait."""
         token = self.token if token is None else token or None  # False: none
         order = {"program": program, "argv": [str(word) for word in argv], "token": token}
-        self.process.stdin.write(json.dumps(order) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
+        print(json.dumps(order), file=self.orders, flush=True)
+        line = self.replies.readline()
         assert line, "the client's process has ended"
         return json.loads(line)
 
@@ -96,8 +95,9 @@ class Client:
         return lines[0]
 
     def close(self):
-        self.process.stdin.close()
-        self.process.wait(timeout=PATIENCE)
+        self.orders.close()
+        self.process.wait()
+        self.replies.close()
 
 
 def environment(hub, home):

@@ -3,15 +3,14 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import elsewhere
+import prepared
 import pytest
 import tiny
 import torch
-from patience import PATIENCE
 from safetensors.torch import load_file
 
 from ponder_hf import PonderingForCausalLM
@@ -88,7 +87,7 @@ def run_library(folder, *arguments):
     """What COMPUTE prints where ponder_hf is a copy in `folder`."""
     variables = {**os.environ, "PYTHONPATH": str(folder)}
     command = [sys.executable, "-W", "ignore", "-c", COMPUTE, *map(str, arguments), "library"]
-    result = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=PATIENCE)
+    result = prepared.run(command, cwd=folder, env=variables)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 

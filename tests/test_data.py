@@ -4,16 +4,15 @@ import gzip
 import itertools
 import json
 import os
-import subprocess
 import sys
 import textwrap
 import threading
 
+import prepared
 import pytest
 import tiny
 import torch
 from accelerate.data_loader import prepare_data_loader
-from patience import PATIENCE
 from small_tokenizer import train_tokenizer
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, Trainer, TrainingArguments
@@ -251,10 +250,7 @@ DISPATCHING = """
 def test_two_processes_share_the_blocks(jsonl, tokenizer, tmp_path, dispatch):
     program = write(tmp_path / "program.py", textwrap.dedent(DISPATCHING))
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(program)]
-    command += [str(jsonl), str(tmp_path / "tokenizer"), str(tmp_path), dispatch]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
-    assert result.returncode == 0, result.stderr
+    prepared.run_two([sys.executable, program, jsonl, tmp_path / "tokenizer", tmp_path, dispatch])
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert len(found[0]) == len(found[1]) == 24
     assert sorted(found[0] + found[1]) == sorted(expected_rows(tokenizer)[:48])

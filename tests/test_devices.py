@@ -2,14 +2,13 @@
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import checkpoints
+import prepared
 import pytest
 import torch
-from patience import PATIENCE
 
 from ponder_hf import PonderingError, devices
 from ponder_hf.cli import main
@@ -122,9 +121,7 @@ def pretended():
     if not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"):
         pytest.skip("devices that are written in Python need torch 2.9 or newer")
     tests = Path(__file__).resolve().parent
-    done = subprocess.run(
-        [sys.executable, str(tests / "pretended_runs.py")], capture_output=True, text=True, timeout=PATIENCE
-    )
+    done = prepared.run([sys.executable, tests / "pretended_runs.py"])
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import checkpoints
 import distributed_worker
+import prepared
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
@@ -91,7 +92,7 @@ def root(tmp_path_factory):
             case["resume"] = str(root / more["resume"])
         cases.append(case)
     (root / "cases.json").write_text(json.dumps(cases))
-    output_of([*TWO_PROCESSES, distributed_worker.__file__, str(root / "cases.json")])
+    prepared.run_two([sys.executable, distributed_worker.__file__, root / "cases.json"])
     return root
 
 

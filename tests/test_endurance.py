@@ -1,12 +1,11 @@
 """Long runs in small: `python -m benchmarks endurance` finds nothing that grows, is left behind or is said twice."""
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
+import prepared
 import pytest
-from patience import PATIENCE
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -15,7 +14,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 def endure(*arguments):
     """What the benchmark prints; it ends with 1 where it finds something."""
     command = [sys.executable, "-m", "benchmarks", "endurance", *map(str, arguments)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=PATIENCE)
+    done = prepared.run(command, cwd=REPOSITORY)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -7,14 +7,13 @@ import os
 import random
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
 import checkpoints
 import elsewhere
+import prepared
 import pytest
-from patience import PATIENCE
 
 from ponder_hf.conversion import convert
 
@@ -60,7 +59,7 @@ def start(script, *arguments):
     command = [sys.executable, "-W", "error::DeprecationWarning:__main__", "-W", "error::FutureWarning:__main__"]
     command += [EXAMPLES / script, *map(str, arguments)]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    return prepared.run(command, env=environment)
 
 
 def run(script, *arguments):

@@ -3,11 +3,11 @@
 import argparse
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import gpu.__main__
+import prepared
 import pytest
 import torch
 from gpu import costs, registry
@@ -18,13 +18,8 @@ TESTS = Path(__file__).resolve().parent
 
 
 def run_gpu(*arguments, timeout):
-    return subprocess.run(
-        [sys.executable, "-m", "gpu", *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(TESTS)},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+    command = [sys.executable, "-m", "gpu", *map(str, arguments)]
+    return prepared.run(command, env={**os.environ, "PYTHONPATH": str(TESTS)}, timeout=timeout)
 
 
 def test_without_a_gpu_it_ends_in_words(capsys, monkeypatch):

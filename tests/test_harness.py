@@ -2,18 +2,16 @@
 
 import gzip
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import checkpoints
+import prepared
 import pytest
 import torch
 from checkpoints import run
 from huggingface_hub import ModelCard
-from patience import PATIENCE
 from transformers import AutoTokenizer
 
 from ponder_hf import PonderingForCausalLM, evaluate_tasks
@@ -181,7 +179,7 @@ def test_the_harness_own_command_gives_the_same_numbers(made, evaluated, tmp_pat
     command = [sys.executable, "-W", "ignore", "-c", HARNESS, "run", "--model", "hf", "--model_args", model_args]
     command += ["--include_path", str(include), "--metadata", json.dumps({"items_folder": str(made / "items")})]
     command += ["--tasks", tasks, "--device", "cpu", "--batch_size", "1", "--output_path", str(tmp_path / "out")]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, env=os.environ)
+    result = prepared.run(command, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     (file,) = (tmp_path / "out").rglob("*.json")
     results = json.loads(file.read_text())["results"]

@@ -2,10 +2,10 @@
 
 import io
 import json
-import subprocess
 import sys
 
 import checkpoints
+import prepared
 import pytest
 from checkpoints import run
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -157,6 +157,6 @@ sys.meta_path.insert(0, Blocked())
 from ponder_hf.cli import main
 sys.exit(main(["lens", "nowhere", "--prompt", "a", "--png", "maps.png"]))
 """
-    result = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    result = prepared.run([sys.executable, "-c", program], cwd=tmp_path)
     assert result.returncode == 2
     assert result.stderr == "ponder-hf: error: matplotlib is needed for --png: pip install 'ponder-hf[viz]'\n"

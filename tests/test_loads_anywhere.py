@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import checkpoints
@@ -114,7 +115,9 @@ def test_it_works_without_ponder_hf_and_so_does_what_it_saves(folder, tmp_path):
     source = folder
     for generation in ("second", "third"):  # the second process loads what the first one saved
         copy, results = tmp_path / generation, tmp_path / f"{generation}.safetensors"
-        classes = json.loads(elsewhere.run(USE, tmp_path / f"home of {generation}", source, copy, results))
+        classes = json.loads(
+            elsewhere.run(USE, tmp_path / f"home of {generation}", source, copy, results, python=sys.executable)
+        )
         assert classes == ["PonderingConfig", "PonderingModel", "PonderingForCausalLM"]
         found = load_file(results)
         for name, tensor in expected.items():

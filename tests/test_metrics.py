@@ -3,14 +3,13 @@
 import json
 import math
 import os
-import subprocess
 import sys
 
 import checkpoints
+import prepared
 import pytest
 import tiny
 import torch
-from patience import PATIENCE
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 from ponder_hf import PonderingError, PonderingForCausalLM, metrics
@@ -60,15 +59,7 @@ def test_evaluate_loads_them_by_path_without_network(model, tmp_path):
     variables = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     variables |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-W", "ignore", "-c", PROGRAM, str(model), json.dumps(TEXTS)]
-    result = subprocess.run(
-        command,
-        cwd=tmp_path,
-        env=variables,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
+    result = prepared.run(command, cwd=tmp_path, env=variables)
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout.splitlines()[-1])
     perplexities, accuracies = of_each_pass(model)

@@ -2,16 +2,15 @@
 
 import re
 import shutil
-import subprocess
 import sys
 
 import checkpoints
 import hub_client
 import hub_server
+import prepared
 import pytest
 import torch
 from checkpoints import run, stored
-from patience import PATIENCE
 
 from ponder_hf import PonderingError, PonderingForCausalLM
 
@@ -32,7 +31,8 @@ def pickled(folder, shards=1):
 def follow(line, folder):
     """Run what the refusal says."""
     program = re.search(r'python -c "(.*)", and give the folder F', line).group(1)
-    subprocess.run([sys.executable, "-c", program], cwd=folder, check=True, capture_output=True, timeout=PATIENCE)
+    done = prepared.run([sys.executable, "-c", program], cwd=folder)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("shards", [1, 3])

@@ -3,13 +3,14 @@
 import contextlib
 import functools
 import os
+import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import checkpoints
+import prepared
 import pytest
 import strategies
 import tiny
@@ -63,9 +64,9 @@ def outcome_elsewhere(name):
         code = f"{WITHOUT_COMPILING}\n{code}"
     paths = {"PYTHONPATH": f"{place}{os.pathsep}{REPOSITORY / 'tests'}"}
     command = [sys.executable, "-c", code, name]
-    return subprocess.run(
-        command, env=os.environ | paths, check=True, stdout=subprocess.PIPE, text=True, timeout=PATIENCE
-    ).stdout.splitlines()[-1]
+    done = prepared.run(command, env=os.environ | paths)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1]
 
 
 COMPILED = {
@@ -162,17 +163,17 @@ def served(log, *options):
     command = [sys.executable, REPOSITORY / "examples" / "serve.py", "--port", str(port), "--device", "cpu", *options]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     with log.open("w") as output:
-        server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-    with server:
-        try:
-            deadline = time.monotonic() + PATIENCE
-            while "Uvicorn running" not in log.read_text():
-                assert time.monotonic() < deadline, log.read_text()
-                assert server.poll() is None, log.read_text()
-                time.sleep(0.2)
-            yield f"http://localhost:{port}"
-        finally:
-            server.terminate()
+        server = prepared.Process(command, output, output, env=environment)
+    try:
+        deadline = time.monotonic() + PATIENCE
+        while "Uvicorn running" not in log.read_text():
+            assert time.monotonic() < deadline, log.read_text()
+            assert server.poll() is None, log.read_text()
+            time.sleep(0.2)
+        yield f"http://localhost:{port}"
+    finally:
+        server.send_signal(signal.SIGTERM)
+        server.wait()
 
 
 @pytest.mark.slow

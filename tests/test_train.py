@@ -1,10 +1,10 @@
 """`ponder-hf train` as people use it: from a base, a checkpoint or from scratch, with adapters, and evaluated."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
+import prepared
 import pytest
 import tiny
 import torch
@@ -38,7 +38,7 @@ for folder in sys.argv[1:]:
 def losses_elsewhere(*folders):
     """The losses of saved models in a process that cannot import ponder_hf."""
     program = [sys.executable, "-c", WITHOUT_PONDER_HF + LOAD, *map(str, folders)]
-    done = subprocess.run(program, capture_output=True, text=True)
+    done = prepared.run(program)
     assert done.returncode == 0, done.stderr
     return [float(line) for line in done.stdout.split()]
 
@@ -52,7 +52,7 @@ def test_from_a_plain_base_as_a_user_does(folder):
     """The whole program, with nothing but the flags that everyone needs; what it leaves loads anywhere."""
     words = ["base", "--data", "text.txt", "--output", "out", *SMALL, "--max-steps", "6", "--save-steps", "4"]
     program = [sys.executable, "-c", "from ponder_hf.cli import main; raise SystemExit(main())", "train", *words]
-    done = subprocess.run([*program, "--held-out", "8"], capture_output=True, text=True)
+    done = prepared.run([*program, "--held-out", "8"])
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     *bars, first, second = done.stderr.splitlines()

@@ -2,16 +2,14 @@
 
 import json
 import math
-import os
-import subprocess
 import sys
 
+import prepared
 import pytest
 import tiny
 import torch
 from checkpoints import add_tokenizer
 from datasets import Dataset
-from patience import PATIENCE
 from peft import AutoPeftModelForCausalLM, LoraConfig
 from test_experts import plain_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -152,7 +150,7 @@ def trl(command, folder, output, *words):
         "1e-2",
     ]
     line += ["--use_cpu", "--bf16", "False", "--report_to", "none", *words]
-    done = subprocess.run(line, cwd=folder, env=os.environ, capture_output=True, text=True, timeout=PATIENCE)
+    done = prepared.run(line, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     (state,) = output.glob("checkpoint-2/trainer_state.json")
     return [entry["loss"] for entry in json.loads(state.read_text())["log_history"] if "loss" in entry]

@@ -5,12 +5,12 @@ import json
 import logging
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import checkpoints
 import elsewhere
+import prepared
 import pytest
 import tiny
 import torch
@@ -321,7 +321,7 @@ def test_doctor_still_reports(pretend, monkeypatch, capsys, version, is_good):
 def test_a_version_that_lacks_what_is_imported_is_named(tmp_path, program, module):
     program += FOR_EACH_VERSION.replace("MODULE", module)
     command = [sys.executable, "-c", program, str(REPOSITORY), "4.50.3", "6.2.0", "5.24.0"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    result = prepared.run(command, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     old, new, tested = result.stdout.splitlines()
     assert TRANSFORMERS_RANGE in old

@@ -7,6 +7,7 @@ import sys
 
 import checkpoints
 import elsewhere
+import prepared
 import pytest
 import tiny
 import torch
@@ -180,7 +181,7 @@ def test_errors_of_its_code_are_the_librarys(tmp_path):
     checkpoints.save_base(tmp_path / "base")
     convert(tmp_path / "base", tmp_path / "made", pondering_steps=1, pondering_top_k=9)
     command = [sys.executable, "-W", "ignore", "-c", BOTH, str(tmp_path / "made")]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
+    result = prepared.run(command, cwd=tmp_path)
     assert result.stdout.endswith("all caught\n"), result.stderr
 
 
