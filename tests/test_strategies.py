@@ -176,8 +176,12 @@ def served(log, *options):
         server.wait()
 
 
+# By itself it takes most of the machine's memory, and fills it first.
+BATCHING = ("--continuous-batching", "--cb-num-blocks", "16", "--cb-max-batch-tokens", "64")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [(), ("--continuous-batching",)], ids=["plain", "continuous batching"])
+@pytest.mark.parametrize("options", [(), BATCHING], ids=["plain", "continuous batching"])
 def test_serve_answers_the_openai_client(checkpoint, tmp_path, options):
     openai = pytest.importorskip("openai", reason="needs ponder-hf[serve]")
     pytest.importorskip("fastapi", reason="needs ponder-hf[serve]")

@@ -275,11 +275,11 @@ def test_a_real_model_on_real_text(shared, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = shared / "data"
     arguments = [data / "models/stories260K-llama", "--data", data / "text/novels-valid.txt.gz", "--output", "out"]
-    settings = "--max-steps 40 --block-size 128 --held-out 0.02 --eval-on-start true --learning-rate 2e-3".split()
-    settings += ["--per-device-train-batch-size", "8", "--pondering-top-k", "50", "--max-grad-norm", "1"]
+    settings = "--max-steps 30 --block-size 64 --held-out 32 --eval-on-start true --learning-rate 2e-3".split()
+    settings += ["--per-device-train-batch-size", "4", "--pondering-top-k", "50", "--max-grad-norm", "1"]
     assert run("train", *arguments, *settings, "--json") == 0
     result = json.loads(capsys.readouterr().out)
-    rows = json.loads((tmp_path / "out/checkpoint-40/trainer_state.json").read_text())["log_history"]
+    rows = json.loads((tmp_path / "out/checkpoint-30/trainer_state.json").read_text())["log_history"]
     evaluated = [row["eval_loss"] for row in rows if "eval_loss" in row]
     assert result["evaluation"]["eval_pass_3_loss"] == pytest.approx(evaluated[-1], abs=1e-4)
     assert evaluated[-1] < evaluated[0] - 0.5

@@ -87,7 +87,7 @@ def test_random_calls_on_the_other_tested_backbones(model_type):
 @pytest.mark.parametrize("model_type", tiny.SPINE)
 def test_many_random_calls_give_what_plain_pondering_gives(model_type):
     chance, model = random.Random("again " + model_type), spine_model(model_type)
-    for _ in range(60):
+    for _ in range(30):
         check_random_case(model, chance)
 
 
