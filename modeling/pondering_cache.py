@@ -147,10 +147,20 @@ class PassesAsLayers:
     Args:
         model: a PonderingForCausalLM.
         num_steps: S of every request.
+
+    Attributes:
+        watch: the PredictionWatch of the call that runs, or None.
+        looks: whether nobody but this will look at what the watch has noted, as in a server.
     """
 
+    CALLS_BETWEEN_LOOKS = 32  # a look waits for the device
+
     def __init__(self, model: PreTrainedModel, num_steps: int) -> None:
-        self.__dict__.update(model=model, num_steps=num_steps)
+        self.__dict__.update(model=model, num_steps=num_steps, watch=None, looks=False, num_calls=0)
+
+    def serve(self, call: Any, is_alone: bool) -> None:
+        """From now on the requests are those of this GenerationCall; is_alone: nobody waits for its end."""
+        self.__dict__.update(watch=call.watch, looks=is_alone)
 
     def __getattr__(self, name):
         return getattr(self.model, name)
@@ -174,7 +184,20 @@ class PassesAsLayers:
         return self
 
     def __call__(self, **inputs: Any) -> Any:
-        return self.model(pondering_steps=self.num_steps, **inputs)
+        output = self.model(pondering_steps=self.num_steps, **inputs)
+        if self.watch is None or torch.compiler.is_compiling():
+            return output
+        used = inputs.get("logits_indices")  # the others may be of no token
+        is_whole = used is None or inputs.get("logits_to_keep") is not None
+        self.watch.note(output.logits if is_whole else output.logits[:, used])
+        if self.looks and self.num_calls % self.CALLS_BETWEEN_LOOKS == 0 and not _is_captured(output.logits):
+            self.watch.check()
+        self.__dict__["num_calls"] += 1
+        return output
+
+
+def _is_captured(tensor):
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def paged_pass(cache: Any, pass_index: int, num_layers: int, inputs: dict[str, Any]) -> Any:
@@ -199,9 +222,16 @@ def paged_pass(cache: Any, pass_index: int, num_layers: int, inputs: dict[str, A
 
 
 def start_manager(
-    model: PreTrainedModel, call: Any, generation_config: GenerationConfig | None, *args: Any, **kwargs: Any
+    model: PreTrainedModel,
+    call: Any,
+    is_alone: bool,
+    generation_config: GenerationConfig | None,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
-    """transformers' `init_continuous_batching` for a pondering model. call: the GenerationCall.
+    """transformers' `init_continuous_batching` for a pondering model.
+
+    call: the GenerationCall. is_alone: nobody will look at what was predicted, as no `generate_batch` waits for it.
 
     Raises:
         PonderingError: this transformers is too old for it, or a setting of the call does not go with it.
@@ -227,4 +257,7 @@ def start_manager(
             "`destroy_cached_continuous_batching_manager()` first"
         )
     shown = PassesAsLayers(model, call.steps)
+    for each in (shown, kept):
+        if each is not None:
+            each.serve(call, is_alone)
     return GenerationMixin.init_continuous_batching(shown, generation_config, *args, **kwargs)

@@ -344,7 +344,8 @@ class PonderingGenerationMixin(GenerationMixin):
         """transformers' continuous batching, and `pondering_steps`: S of all requests.
 
         Raises:
-            PonderingError: a setting or a prompt cannot be used; nothing has been computed then.
+            PonderingError: a setting or a prompt cannot be used; nothing has been computed then. Or the model
+                predicts NaN or infinity, as in `generate`.
         """
         call = current_call() or GenerationCall.read(kwargs, generation_config, self)
         kwargs = {name: value for name, value in kwargs.items() if name not in SETTINGS}
@@ -363,14 +364,18 @@ class PonderingGenerationMixin(GenerationMixin):
             prompt = torch.as_tensor(token_ids, dtype=None if len(token_ids) else torch.long)
             check_prompt(self, prompt.unsqueeze(0), call.steps, generation_config, unmasked)
         with during(call):
-            return super().generate_batch(inputs, generation_config, *args, **kwargs)
+            results = super().generate_batch(inputs, generation_config, *args, **kwargs)
+        call.check_predictions()
+        return results
 
     def init_continuous_batching(
         self, generation_config: GenerationConfig | None = None, *args: Any, **kwargs: Any
     ) -> Any:
         """transformers' own, over a paged cache with pages for every pass (pondering_cache.py)."""
-        call = current_call() or GenerationCall.read({}, generation_config, self)
-        return start_manager(self, call, generation_config, *args, **kwargs)
+        call = current_call()
+        is_alone = call is None
+        call = call or GenerationCall.read({}, generation_config, self)
+        return start_manager(self, call, is_alone, generation_config, *args, **kwargs)
 
 
 def _report(call, output, inputs, kwargs):

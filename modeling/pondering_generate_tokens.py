@@ -52,6 +52,14 @@ class PredictionWatch:
         else:
             self._is_wrong = self._is_wrong | logits[:, 0].isnan().any()
 
+    def note(self, logits: torch.Tensor) -> None:
+        """The largest of each row of logits (..., V), for `check`. Nothing waits for the device: a graph takes it."""
+        is_wrong = ~logits.amax(-1).isfinite().all()
+        if self._is_wrong is None:
+            self._is_wrong = is_wrong
+        else:
+            self._is_wrong.logical_or_(is_wrong)
+
     def check(self) -> None:
         """Raise a PonderingError where something else than a distribution was predicted. Waits for the device."""
         if self._is_wrong is not None and self._is_wrong:

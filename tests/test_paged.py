@@ -113,3 +113,47 @@ def test_windows_of_older_releases_are_refused(monkeypatch):
     monkeypatch.setattr("transformers.__version__", "5.11.0")
     with pytest.raises(PonderingError, match=r"with a sliding window .* needs a newer transformers \(5\.17"):
         together(model)
+
+
+def broken(where):
+    """A model whose weights became NaN, or so large that the scores of tokens overflow."""
+    model = tiny.pondering_model("llama", torch.bfloat16, pondering_steps=1)
+    with torch.no_grad():
+        if where == "NaN":
+            model.backbone.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
+        else:
+            model.get_output_embeddings().weight[7] = 1e38
+            model.backbone.model.norm.weight.fill_(1e6)
+    return model
+
+
+@pytest.mark.parametrize("where", ["NaN", "infinity"])
+def test_what_is_no_distribution_is_an_error(where):
+    """As in `generate`: greedy decoding would choose a token all the same."""
+    model = broken(where)
+    for run in (alone, together):
+        with pytest.raises(PonderingError, match="the model predicts NaN or infinity"):
+            run(model)
+    assert together(model, fields={"remove_invalid_values": True})
+    model = tiny.pondering_model("llama", pondering_steps=1)
+    assert together(model, persistent_manager=True) == alone(model)
+    with torch.no_grad():
+        model.backbone.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(PonderingError, match="the model predicts NaN or infinity"):
+        together(model, persistent_manager=True)
+
+
+def test_a_server_is_told(caplog):
+    """Who starts a manager by hand gets each request's error."""
+    model = broken("NaN")
+    config = ContinuousBatchingConfig(num_blocks=8, page_size=4, max_batch_tokens=16)
+    manager = model.init_continuous_batching(
+        GenerationConfig(**GREEDY, eos_token_id=-1), continuous_batching_config=config
+    )
+    manager.start()
+    try:
+        manager.add_request(prompts()[0], request_id="one")
+        result = manager.get_result(request_id="one", timeout=60)
+    finally:
+        manager.stop(block=True)
+    assert "the model predicts NaN or infinity" in result.error
