@@ -125,7 +125,8 @@ def test_transformers_knows_pondering_models(tmp_path, program):
 def test_what_was_pickled_arrives_where_nothing_was_imported(tmp_path):
     (tmp_path / "config.pickled").write_bytes(pickle.dumps(PonderingConfig(tiny.base_config("llama"))))
     program = "import pickle\nconfig = pickle.load(open('config.pickled', 'rb'))\nassert config.pondering_steps == 3\n"
-    run_python(program.replace("open('config.pickled', 'rb')", "__import__('io').FileIO('config.pickled')"), tmp_path)
+    program = program.replace("open('config.pickled', 'rb')", "__import__('io').FileIO('config.pickled')")
+    run_python(program, tmp_path, has_torch=True)
 
 
 TOO_OLD = """

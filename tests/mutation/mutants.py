@@ -90,6 +90,12 @@ MUTANTS = [
         "test_paged.py",
         ("first = pass_index * num_layers\n    view = copy.copy(cache)", "first = 0\n    view = copy.copy(cache)"),
         ("config.num_hidden_layers *= self.num_steps + 1", "config.num_hidden_layers *= self.num_steps"),
+        ("if self.looks and self.num_calls", "if False and self.num_calls"),
+    ),
+    *_of(
+        "modeling/pondering_generate.py",
+        "test_paged.py",
+        ("        call.check_predictions()\n        return results", "        return results"),
     ),
     # Early exits
     *_of(
