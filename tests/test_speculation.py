@@ -9,7 +9,7 @@ import torch
 from drafting import GREEDY, Guesses, NoDrafts, check_same, ragged
 from small_tokenizer import train_tokenizer
 from transformers import StaticCache
-from transformers.generation import LogitsProcessor, StoppingCriteria
+from transformers.generation import LogitsProcessor, StoppingCriteria, SynthIDTextWatermarkingConfig
 from transformers.utils import ModelOutput
 
 from ponder_hf import PonderingError, PonderingForCausalLM
@@ -203,6 +203,27 @@ def test_a_processor_with_a_state_sees_final_scores_only(model):
         settings = {**GREEDY, "max_new_tokens": 12, "logits_processor": [processor], "repetition_penalty": 1.2}
         results.append((model.generate(input_ids, num_draft_tokens=drafts, **settings).tolist(), processor.lengths))
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"guidance_scale": 1.7},
+        {"watermarking_config": SynthIDTextWatermarkingConfig(ngram_len=3, keys=[3, 5, 7], context_history_size=8)},
+        {"logits_processor": [Recording()]},
+    ],
+    ids=lambda kind: next(iter(kind)),
+)
+def test_a_processor_with_a_state_is_right_or_refused(model, kind):
+    """Its state is of the batch, whose prompts go at their own speed while tokens are drafted."""
+    settings = {**GREEDY, "max_new_tokens": 20, **kind}
+    if "logits_processor" not in kind:  # our own was used up
+        row = tiny.token_ids(1, 10)
+        expected = model.generate(row, **settings)
+        assert model.generate(row, num_draft_tokens=3, **settings).tolist() == expected.tolist()
+    input_ids, mask = ragged(10, 8)
+    with pytest.raises(PonderingError, match="for 2 prompts at once"):
+        model.generate(input_ids, attention_mask=mask, num_draft_tokens=3, **settings)
 
 
 class StopAt(StoppingCriteria):
