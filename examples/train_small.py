@@ -60,6 +60,7 @@ def main():
     parser.add_argument("--characters", type=int, default=12_000_000, help="how much of the text to use")
     parser.add_argument("--pondering-steps", type=int, default=3)
     parser.add_argument("--pondering-top-k", type=int)
+    parser.add_argument("--pondering-gate", default="none", help="none (as measured), random_signs, ...")
     parser.add_argument("--intermediate-loss-weight", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -91,6 +92,7 @@ def main():
         GPTNeoXForCausalLM(config),
         pondering_steps=arguments.pondering_steps,
         pondering_top_k=arguments.pondering_top_k,
+        pondering_gate=arguments.pondering_gate,
         intermediate_loss_weight=arguments.intermediate_loss_weight,
     )
     settings = TrainingArguments(

@@ -17,7 +17,7 @@ except ImportError as error:
 
 
 FORMAT_VERSION = 1  # raised whenever an older release could misread a newer checkpoint
-GATES = ("none", "zero_init", "zero_init_matrix")
+GATES = ("none", "zero_init", "zero_init_matrix", "random_signs")
 
 AUTO_MAP = {
     "AutoConfig": "configuration_pondering.PonderingConfig",
@@ -192,7 +192,8 @@ class PonderingConfig(PretrainedConfig):
         embedding_scale: factor on token and pondering embeddings (sqrt(hidden_size) in the authors' larger models).
         input_scale: factor on the token embedding before pass 0 (S in the authors' larger models).
         pondering_gate: "none": x + t as in the paper. "zero_init": x + g * t with a learned g that starts at 0.
-            "zero_init_matrix": x + G t with a learned (d, d) matrix G that starts at 0.
+            "zero_init_matrix": x + G t with a learned (d, d) matrix G that starts at 0. "random_signs": x + g * t with
+            a learned g whose factors start at 1 or -1, drawn from torch's random state; for training from scratch.
         intermediate_loss_weight: weight of the mean of the losses of passes 0 .. S-1 in the training loss.
         draft_heads: how many passes have a draft head (pondering_generate_drafts.py); one for each of S is best.
         pondering_format_version: of the checkpoint format; a newer one than this code knows is refused.

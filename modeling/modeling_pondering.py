@@ -130,9 +130,7 @@ class PonderingPreTrainedModel(PreTrainedModel):
         return super()._get_name().removeprefix("FSDP")
 
     def _init_weights(self, module):
-        if isinstance(module, PonderingGate):  # the backbone initialises its own weights
-            nn.init.zeros_(module.weight)
-        if isinstance(module, DraftHeads):
+        if isinstance(module, (PonderingGate, DraftHeads)):  # the backbone initialises its own weights
             module.reset()
 
     @classmethod

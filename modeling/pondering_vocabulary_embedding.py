@@ -412,15 +412,26 @@ class PonderingEmbedding:
 
 
 class PonderingGate(nn.Module):
-    """g * t or G t, with a learned factor for each dimension or a learned matrix that starts at 0.
+    """g * t or G t, with a learned factor for each dimension or a learned matrix.
 
-    Before training, pondering changes nothing. The matrix learns at the model's own learning rate; the factors need a
-    far higher one.
+    From 0 on pondering changes nothing before training. The matrix learns at the model's own learning rate; factors
+    from 0 on need a far higher one. Factors of 1 and -1 tell what is expected from what came: with no gate both are
+    added in the same coordinates.
     """
 
-    def __init__(self, hidden_size: int, is_matrix: bool = False) -> None:
+    def __init__(self, kind: str, hidden_size: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros((hidden_size,) * (2 if is_matrix else 1)))
+        self.has_signs = kind == "random_signs"
+        self.weight = nn.Parameter(torch.empty((hidden_size,) * (2 if kind == "zero_init_matrix" else 1)))
+        self.reset()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """As before training. Signs are drawn from torch's random state."""
+        if self.has_signs:
+            self.weight.copy_(2 * torch.randint(2, self.weight.shape, device=self.weight.device) - 1)
+        else:
+            nn.init.zeros_(self.weight)
 
     def forward(self, embedding: torch.Tensor) -> torch.Tensor:
         """embedding: (..., d). Returns the same shape."""
@@ -431,4 +442,4 @@ class PonderingGate(nn.Module):
 
 def make_gate(kind: str, hidden_size: int) -> PonderingGate | None:
     """The gate that `pondering_gate` of a configuration names; None for "none"."""
-    return None if kind == "none" else PonderingGate(hidden_size, kind == "zero_init_matrix")
+    return None if kind == "none" else PonderingGate(kind, hidden_size)

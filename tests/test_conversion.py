@@ -63,7 +63,7 @@ def test_pondering_without_a_gate_predicts_something_else(tmp_path):
     assert not torch.equal(logits_of(pondering), logits_of(AutoModelForCausalLM.from_pretrained(base)))
 
 
-@pytest.mark.parametrize("gate", ["none", "zero_init", "zero_init_matrix"])
+@pytest.mark.parametrize("gate", ["none", "zero_init", "zero_init_matrix", "random_signs"])
 def test_export_gives_back_the_plain_checkpoint(base, tmp_path, gate):
     convert(base, tmp_path / "pondering", pondering_gate=gate)
     assert run("export", tmp_path / "pondering", tmp_path / "plain") == 0
@@ -289,6 +289,7 @@ def opened_gate(model):
         ({"pondering_gate": "zero_init"}, closed_gate, []),
         ({"pondering_gate": "zero_init"}, opened_gate, ["pondering is lost"]),
         ({"pondering_gate": "zero_init_matrix"}, opened_gate, ["pondering is lost"]),
+        ({"pondering_gate": "random_signs"}, lambda model: None, ["pondering is lost"]),
         ({"pondering_steps": 2}, None, ["pondering is lost"]),
         ({"pondering_steps": 2, "embedding_scale": 8.0}, None, ["pondering is lost", "never trained"]),
         ({"pondering_steps": 0, "input_scale": 3.0}, None, ["never trained"]),
@@ -299,6 +300,7 @@ def opened_gate(model):
         "closed gate",
         "opened gate",
         "opened matrix",
+        "signs",
         "S = 2",
         "S = 2 scaled",
         "S = 0 scaled",

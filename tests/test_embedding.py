@@ -54,7 +54,7 @@ def test_one_best_token_gives_its_own_embedding():
 
 
 def test_the_gate_starts_at_nothing_and_can_learn():
-    gate = PonderingGate(8)
+    gate = PonderingGate("zero_init", 8)
     embedding = torch.randn(2, 3, 8)
     assert torch.equal(gate(embedding), torch.zeros(2, 3, 8))
     gate(embedding).sum().backward()
@@ -62,7 +62,7 @@ def test_the_gate_starts_at_nothing_and_can_learn():
 
 
 def test_a_gate_that_is_a_matrix_starts_at_nothing_and_multiplies():
-    gate = PonderingGate(8, is_matrix=True)
+    gate = PonderingGate("zero_init_matrix", 8)
     embedding = torch.randn(2, 3, 8)
     assert torch.equal(gate(embedding), torch.zeros(2, 3, 8))
     torch.nn.init.normal_(gate.weight)

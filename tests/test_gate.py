@@ -87,6 +87,16 @@ def test_a_gate_that_is_a_matrix_learns_as_the_rest_unless_a_factor_is_asked_for
         torch.testing.assert_close(again.pondering_gate.weight.detach(), times * expected, rtol=1e-5, atol=1e-8)
 
 
+def test_signs_learn_as_the_rest_but_do_not_decay(tmp_path):
+    torch.manual_seed(0)
+    model = tiny.pondering_model("llama", pondering_steps=2, pondering_gate="random_signs").train()
+    before = model.pondering_gate.weight.detach().clone()
+    expected = before - RATE * gradients_of(model)[NAME]
+    trainer_of(model, tmp_path).train()
+    torch.testing.assert_close(model.pondering_gate.weight.detach(), expected)
+    assert not torch.equal(expected, before)
+
+
 @pytest.mark.parametrize("factor", [None, 0.25, 7.0])
 def test_one_step_moves_the_gate_so_many_times_as_far_and_it_does_not_decay(tmp_path, factor):
     model = gated()

@@ -7,13 +7,14 @@ import tiny
 import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
-from ponder_hf import PonderingError, PonderingForCausalLM, PonderingModel
+from ponder_hf import PonderingConfig, PonderingError, PonderingForCausalLM, PonderingModel
 from ponder_hf.callbacks import pondering_statistics
 from ponder_hf.data.blocks import Blocks
 from ponder_hf.evaluation import evaluate_passes
 from ponder_hf.modeling.pondering_backbone import verify_backbone
 from ponder_hf.modeling.pondering_generate_wave import verify_wave_once
 from ponder_hf.training.draft_heads import train_draft_heads
+from ponder_hf.training.initialisation import initialise
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def written_out(model, input_ids):
             logits = logits.masked_fill(logits < smallest, float("-inf"))
         weights = (logits / config.pondering_temperature).softmax(-1)
         embedding = weights @ (config.embedding_scale * table)
-        if config.pondering_gate == "zero_init":
+        if config.pondering_gate in ("zero_init", "random_signs"):
             embedding = model.pondering_gate.weight * embedding
         if config.pondering_gate == "zero_init_matrix":
             embedding = embedding @ model.pondering_gate.weight.T
@@ -66,10 +67,11 @@ def test_each_field_changes_the_output_as_the_equations_say(field, input_ids):
         assert (logits - plain(input_ids).logits).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("gate", ["zero_init", "zero_init_matrix"])
+@pytest.mark.parametrize("gate", ["zero_init", "zero_init_matrix", "random_signs"])
 def test_all_fields_together(input_ids, gate):
     model = tiny.pondering_model("gpt2", torch.float64, **{**FIELDS, "pondering_gate": gate})
-    torch.nn.init.normal_(model.pondering_gate.weight)
+    if gate != "random_signs":
+        torch.nn.init.normal_(model.pondering_gate.weight)
     with torch.no_grad():
         output = model(input_ids, output_pondering=True)
         expected = written_out(model, input_ids)
@@ -282,6 +284,38 @@ def test_a_closed_gate_is_the_base_bit_for_bit_and_learns(model_type, steps, gat
     assert model.pondering_gate.weight.grad.abs().max() > 1e-6
 
 
+def random_signs(seed, how):
+    """The weights of a new gate, made in one of the ways in which models are made."""
+    torch.manual_seed(seed)
+    base = tiny.base_model("llama", hidden_size=64)
+    torch.manual_seed(seed)
+    if how == "from_base":
+        model = PonderingForCausalLM.from_base(base, pondering_gate="random_signs")
+    elif how == "from_config":
+        model = AutoModelForCausalLM.from_config(PonderingConfig(base.config, pondering_gate="random_signs"))
+    else:
+        model = initialise(PonderingForCausalLM(PonderingConfig(base.config, pondering_gate="random_signs")))
+    return model.pondering_gate.weight.detach()
+
+
+@pytest.mark.parametrize("how", ["from_base", "from_config", "the authors' initialisation"])
+def test_random_signs_are_those_of_the_seed(how):
+    signs = random_signs(1, how)
+    assert signs.unique().tolist() == [-1, 1]
+    assert 16 < (signs == 1).sum() < 48
+    assert torch.equal(signs, random_signs(1, how))
+    assert not torch.equal(signs, random_signs(2, how))
+
+
+def test_a_checkpoint_without_a_gate_gets_new_signs(tmp_path):
+    tiny.pondering_model("llama").save_pretrained(tmp_path)
+    loaded, report = PonderingForCausalLM.from_pretrained(
+        tmp_path, pondering_gate="random_signs", output_loading_info=True
+    )
+    assert report["missing_keys"] == {"pondering_gate.weight"}
+    assert loaded.pondering_gate.weight.unique().tolist() == [-1, 1]
+
+
 def test_training_makes_no_cache_unless_it_is_asked_for(input_ids):
     model = tiny.pondering_model("llama")
     assert model(input_ids).past_key_values is not None
@@ -316,7 +350,7 @@ def test_from_base_refuses_what_it_cannot_use(tmp_path):
 
 
 @pytest.mark.parametrize("auto_class", [AutoModelForCausalLM, PonderingForCausalLM], ids=lambda c: c.__name__)
-@pytest.mark.parametrize("gate", ["zero_init", "zero_init_matrix"])
+@pytest.mark.parametrize("gate", ["zero_init", "zero_init_matrix", "random_signs"])
 def test_auto_classes_know_it(tmp_path, auto_class, gate, input_ids):
     model = tiny.pondering_model("gpt2", pondering_gate=gate, pondering_steps=2)
     torch.nn.init.normal_(model.pondering_gate.weight)

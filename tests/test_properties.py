@@ -29,7 +29,7 @@ FIELDS = {
     "pondering_temperature": POSITIVE,
     "embedding_scale": st.floats(1e-2, 30),
     "input_scale": st.floats(1e-2, 30),
-    "pondering_gate": st.sampled_from(["none", "zero_init", "zero_init_matrix"]),
+    "pondering_gate": st.sampled_from(["none", "zero_init", "zero_init_matrix", "random_signs"]),
     "intermediate_loss_weight": st.floats(0, 10),
 }
 MODEL_TYPES = st.sampled_from(tiny.SPINE)

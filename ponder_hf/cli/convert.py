@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for warning in result["warnings"]:
         warn(in_flags(warning, args))
     may_be_theirs = result["authors_checkpoint"] or any("authors" in warning for warning in result["warnings"])
-    if steps and gate == "none" and not may_be_theirs:
+    if steps and gate in ("none", "random_signs") and not may_be_theirs:
         print(
             "its base never learned to ponder: train it before use, or convert with --pondering-gate "
             "zero_init_matrix, which predicts as its base does until it is trained",

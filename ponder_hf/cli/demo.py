@@ -54,6 +54,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         default="zero_init_matrix",
         metavar="GATE",
         help="none: as in the paper. zero_init, zero_init_matrix: the converted model starts exactly as its base. "
+        "random_signs is for training from scratch. "
         "Default: zero_init_matrix.",
     )
     how.add_argument("--steps", type=int, metavar="N", help="optimiser steps of the models on the same tokens")

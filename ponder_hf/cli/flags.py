@@ -14,7 +14,7 @@ FIELDS: dict[str, tuple[Any, str]] = {
     "pondering_temperature": (1.0, "of the softmax that weights the embeddings"),
     "embedding_scale": (1.0, "factor on token and pondering embeddings"),
     "input_scale": (1.0, "factor on the token embedding before pass 0"),
-    "pondering_gate": ("none", "none; zero_init, zero_init_matrix: learned, from 0 on"),
+    "pondering_gate": ("none", "none, zero_init, zero_init_matrix, random_signs"),
     "intermediate_loss_weight": (0.0, "of the mean loss of the earlier passes"),
 }
 _METAVARS = {int: "N", type(None): "N", float: "X", str: "GATE"}

@@ -1,7 +1,7 @@
 """The gate's own group of parameters in an optimiser: a learning rate of its own, and no weight decay.
 
-A gate of factors starts at 0. At the model's learning rate it hardly opens in a short training, and weight decay pulls
-it back. A gate that is a matrix needs none of this.
+A gate of factors that starts at 0 hardly opens in a short training at the model's own rate, and weight decay pulls it
+back. Random signs need no rate of their own, but should not decay either. A matrix needs none of this.
 """
 
 import math
@@ -16,7 +16,7 @@ from transformers.training_args import OptimizerNames
 from ponder_hf.modeling import PonderingError
 
 
-# Times the model's learning rate, wherever a gate of factors is trained by this package. Measured: docs/evidence.md.
+# Times the model's learning rate, wherever factors from 0 are trained by this package. Measured: docs/evidence.md.
 GATE_LEARNING_RATE_FACTOR = 30.0
 
 _FACTOR = "gate_learning_rate_factor"  # marks the group in the optimiser, and so in its stored state
@@ -38,7 +38,7 @@ def trained_gate(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def default_factor(pondering_gate: str) -> float | None:
     """What the learning rate of this kind of gate is multiplied by; None: it is trained as any other parameter."""
-    return GATE_LEARNING_RATE_FACTOR if pondering_gate == "zero_init" else None
+    return {"zero_init": GATE_LEARNING_RATE_FACTOR, "random_signs": 1.0}.get(pondering_gate)
 
 
 def check_factor(factor: float) -> None:

@@ -49,7 +49,7 @@ def check_initialisation(config: PonderingConfig) -> None:
 
 @torch.no_grad()
 def initialise(model: PonderingForCausalLM) -> PonderingForCausalLM:
-    """Draw the weights of a PonderingForCausalLM anew, from torch's random state. A gate stays closed.
+    """Draw the weights of a PonderingForCausalLM anew, from torch's random state, those of a gate as well.
 
     Raises:
         PonderingError: it is not known which matrices of this backbone are output projections.
@@ -69,5 +69,7 @@ def initialise(model: PonderingForCausalLM) -> PonderingForCausalLM:
             module.weight[padding].zero_()
         if bias is not None:
             nn.init.zeros_(bias)
+    if model.pondering_gate is not None:
+        model.pondering_gate.reset()
     model.tie_weights()
     return model

@@ -44,7 +44,7 @@ class TrainOptions:
         lora_r, lora_alpha, lora_dropout, lora_target_modules: of the adapter; see peft's LoraConfig.
         draft_heads: train draft heads (modeling/pondering_generate_drafts.py) for a pondering model that stays as is.
         gate_learning_rate_factor: times the learning rate of the model is that of its gate. None: as
-            GATE_LEARNING_RATE_FACTOR in gate.py says for a gate of factors, and 1 for a matrix.
+            GATE_LEARNING_RATE_FACTOR in gate.py says for a gate of factors from 0, and 1 for the others.
         sampled_steps: S of each training step: "growing", 1, 2, ... up to the model's S, each for an equal
             part of the run; or weights of S = 0, 1, ... to draw it by. None: always the model's S.
         merge: at the end, save the model with the adapter merged into it.

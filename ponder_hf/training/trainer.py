@@ -101,7 +101,8 @@ class PonderingTrainer(Trainer):
         model_is_loaded: the model has the weights of the checkpoint to resume from already. Trainer itself would copy
             names on disk to names in memory, which are not always the same.
         gate_learning_rate_factor: times the learning rate of the model is that of its gate; > 0. None:
-            GATE_LEARNING_RATE_FACTOR, where the model has a gate of factors that learns; a matrix learns as the rest.
+            GATE_LEARNING_RATE_FACTOR, where the model has a gate of factors from 0 that learns; 1 for random signs,
+            which do not decay either; a matrix learns as the rest.
         sampled_steps: S of each training step: "growing", 1, 2, ... up to the model's S, each for an equal
             part of the run; or weights of S = 0, 1, ... to draw it by, from the seed and the number of the step. None:
             always the model's S. Evaluation always has the model's.
