@@ -16,8 +16,8 @@ from .pondering_errors import PonderingError
 
 
 # transformers' processors that only look at the scores, and those that also look at the tokens before. Drafts are
-# processed with these; any other kind might keep a state (guidance and SynthID's watermark do), so it sees final scores
-# only, once each and in order, and of a single prompt.
+# processed with these; any other kind might keep a state (guidance and SynthID's watermark do), so it sees only final
+# scores, once each and in order, and of a single prompt.
 _OF_SCORES = frozenset(
     f"{name}LogitsWarper" for name in "Temperature TopK TopP TopH MinP Typical Epsilon Eta".split()
 ) | frozenset(("InfNanRemoveLogitsProcessor", "LogitNormalization", "SuppressTokensLogitsProcessor"))
@@ -107,8 +107,8 @@ class TokenChooser:
         others = [kind for kind in kinds if kind not in _OF_SCORES | _OF_TOKENS]
         if others and num_prompts > 1:  # it would be called for each prompt apart, and its state is of all of them
             raise PonderingError(
-                f"`num_draft_tokens` does not go with {others[0]} for {num_prompts} prompts at once, of which each has "
-                "its own speed: give one prompt at a time, or leave out one of the two"
+                f"`num_draft_tokens` does not go with {others[0]} for {num_prompts} prompts at once, each of which "
+                "has a speed of its own: give one prompt at a time, or leave out one of the two"
             )
         self.processors = logits_processor
         self.draft_processors = type(logits_processor)(

@@ -377,6 +377,6 @@ def test_a_checkpoint_in_which_the_gate_has_no_group_is_refused(folder, capsys, 
 def test_the_help_and_the_page_name_the_default(capsys):
     assert run("train", "--help") == 0
     help_text = " ".join(capsys.readouterr().out.split())
-    assert f"of the gate to the model. Default: {GATE_LEARNING_RATE_FACTOR:g};" in help_text
+    assert f"of the gate to the model. Default: {GATE_LEARNING_RATE_FACTOR:g} for zero_init," in help_text
     page = (Path(__file__).parents[1] / "docs/training.md").read_text(encoding="utf-8")
     assert re.findall(r"gate_learning_rate_factor` \| (\S+);", page) == [f"{GATE_LEARNING_RATE_FACTOR:g}"]

@@ -36,7 +36,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "--gate-learning-rate-factor",
         type=float,
         metavar="X",
-        help="of the gate to the model. Default: 30; a matrix or random signs: 1.",
+        help="of the gate to the model. Default: 30 for zero_init, else 1.",
     )
     fields.add_argument(
         "--sampled-steps",
