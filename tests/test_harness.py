@@ -10,7 +10,7 @@ import checkpoints
 import prepared
 import pytest
 import torch
-from checkpoints import run
+from checkpoints import change_tensors, run
 from huggingface_hub import ModelCard
 from transformers import AutoTokenizer
 
@@ -293,6 +293,16 @@ def test_items_that_are_longer_than_the_model(made, evaluated, capsys):
     assert warning in capsys.readouterr().err
     assert run("eval", "model", "--tasks", "sciq", "--tasks-from", "long") == 2
     assert "error: an answer of the task sciq has 82 tokens, more than the 64" in capsys.readouterr().err
+
+
+def test_nan_answers_no_question(made, evaluated, capsys):
+    """An accuracy would come out all the same; nor may the answers be kept for a second run."""
+    shutil.copytree(made / "model", made / "spoiled")
+    change_tensors(made / "spoiled", lambda tensors: next(iter(tensors.values())).fill_(float("nan")))
+    for tasks in ("piqa", "lambada_openai", "piqa"):
+        assert run("eval", "spoiled", "--tasks", tasks, "--tasks-from", "items", "--json") == 2
+        out, err = capsys.readouterr()
+        assert (out, "spoiled predicts NaN: get its weights again, or use --dtype float32" in err) == ("", True)
 
 
 def test_untrained_passes_are_warned_of(evaluated, made, capsys):

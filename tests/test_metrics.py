@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import sys
 
 import checkpoints
@@ -87,6 +88,13 @@ def test_nothing_to_predict_and_no_such_metric():
         measure_texts(tiny.pondering_model(), checkpoints.word_tokenizer(), ["cat", ""])
     with pytest.raises(PonderingError, match="the metrics are next_token_accuracy, pass_agreement"):
         metrics.path("perplexity")
+
+
+def test_a_model_of_nan_has_no_figures(model, tmp_path):
+    shutil.copytree(model, tmp_path / "spoiled")
+    checkpoints.change_tensors(tmp_path / "spoiled", lambda tensors: next(iter(tensors.values())).fill_(math.nan))
+    with pytest.raises(PonderingError, match="spoiled predicts NaN or infinity"):
+        metrics.figures(TEXTS[:2], str(tmp_path / "spoiled"))
 
 
 @pytest.fixture

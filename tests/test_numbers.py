@@ -11,7 +11,7 @@ from checkpoints import change_tensors, run
 from ponder_hf import PonderingError, PonderingForCausalLM
 from ponder_hf.evaluation.passes import measure_passes
 from ponder_hf.lenses.readings import read_passes
-from ponder_hf.training.draft_heads import draft_head_loss
+from ponder_hf.training.draft_heads import draft_head_loss, train_draft_heads
 
 
 pytest_plugins = ["refusals"]
@@ -189,6 +189,41 @@ def test_the_command_line_writes_no_text_of_nan(place, check_refused):
     change_tensors(place / "pondering", lambda tensors: tensors["backbone.embed_out.weight"].fill_(NAN))
     for more in ([], ["--do-sample"], ["--num-draft-tokens", "2"]):
         check_refused("generate", "pondering", "--prompt", "once upon", "--json", *more, words=["predicts NaN"])
+
+
+@pytest.mark.parametrize("had_heads", [False, True], ids=["new heads", "heads"])
+def test_draft_heads_do_not_learn_nan(had_heads):
+    """Where all is NaN the best tokens are the same: an agreement of 1. The model stays what it was."""
+    model = tiny.pondering_model(pondering_steps=2, **({"draft_heads": 1} if had_heads else {}))
+    with torch.no_grad():
+        spoil_head(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(PonderingError, match="in step 1 is nan"):
+        train_draft_heads(model, tiny.token_ids(4, 6), steps=3)
+    assert model.config.draft_heads == (1 if had_heads else 0)
+    assert model.state_dict().keys() == before.keys()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name], equal_nan=True, rtol=0, atol=0)
+
+
+def test_figures_of_nan_are_nan():
+    """No accuracy of 0.0 and no agreement of 1.0, also where only one of the passes is NaN."""
+    model, ids = tiny.pondering_model(pondering_steps=2), tiny.token_ids(2, 5)
+
+    def spoil_step(module, arguments, output):
+        passes.append(output)
+        if len(passes) == 2:
+            output.last_hidden_state.fill_(NAN)
+
+    passes = []
+    good = measure_passes(model, ids).sums().figures()
+    model.backbone.base_model.register_forward_hook(spoil_step)
+    first, *others = measure_passes(model, ids).sums().figures()
+    assert first["accuracy"] == good[0]["accuracy"]
+    assert first["loss"] == good[0]["loss"]
+    assert math.isnan(first["agreement"])
+    for name in ("loss", "perplexity", "accuracy", "agreement"):
+        assert all(math.isnan(each[name]) for each in others)
 
 
 @pytest.mark.parametrize("model_type", ["gpt_neox", "phi", "gemma2", "opt"])

@@ -91,7 +91,7 @@ def evaluate_tasks(
         averages that others published for a model of this name.
 
     Raises:
-        PonderingError: a task, its items, the model or the tokenizer cannot be used.
+        PonderingError: a task, its items, the model or the tokenizer cannot be used, or the model predicts NaN.
     """
     import_optional("lm_eval", "to evaluate tasks", extra="eval")
     steps = _checked_steps(pondering_steps)
@@ -239,7 +239,7 @@ def _run(loaded, steps, batch_size, progress, **settings):
     answers, caches, found = {}, [], None
     for step in steps:
         warn_of_untrained(step, loaded)
-        model = UnpaddedModel(loaded.model, loaded.tokenizer, batch_size, progress)
+        model = UnpaddedModel(loaded.model, loaded.tokenizer, batch_size, progress, loaded.name)
         caches.append(_cache_file(loaded.model, loaded.tokenizer, step, model.batch_size))
         with _pondering(loaded.model, step), _silent(progress), _task_errors():
             found = simple_evaluate(model=model, use_cache=str(caches[-1]), log_samples=False, **settings)

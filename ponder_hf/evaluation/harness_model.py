@@ -1,6 +1,7 @@
 """lm-evaluation-harness's class for transformers' models, without padding. Importing this imports the harness."""
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,12 +29,22 @@ class UnpaddedModel(HFLM):
         model, tokenizer: loaded.
         batch_size: rows that go through the model at once, at most.
         progress: whether a bar over the answers is shown.
+        name: of the model, for messages.
+
+    Raises:
+        PonderingError: where it answers, the model predicts NaN, or an answer is longer than what it reads.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 1, progress: bool = False
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int = 1,
+        progress: bool = False,
+        name: str = "the model",
     ) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=rows_at_once(model, batch_size))
+        self.name = name
         self._progress = progress
         self._bar: Any = None
 
@@ -84,8 +95,12 @@ class _Counting:
     def __init__(self, hook: Any, model: UnpaddedModel) -> None:
         self.hook, self.model = hook, model
 
-    def add_partial(self, *arguments: Any) -> None:
-        self.hook.add_partial(*arguments)
+    def add_partial(self, kind: str, key: Any, answer: Any) -> None:
+        # Before it is kept: a choice between answers of NaN would count as right or wrong.
+        score = answer[0] if isinstance(answer, tuple) else answer
+        if isinstance(score, float) and math.isnan(score):
+            raise PonderingError(f"{self.model.name} predicts NaN: get its weights again, or use `dtype` float32")
+        self.hook.add_partial(kind, key, answer)
         self.model.count()
 
 

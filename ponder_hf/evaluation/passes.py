@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from ponder_hf.modeling import PonderingError
 from ponder_hf.modeling.pondering_backbone import (
     TESTED,
     backbone_class,
@@ -101,7 +102,8 @@ class PassSums:
         Returns:
             For each pass 0 .. S a dict: `loss` (nats per token), `perplexity`, `accuracy` (share of tokens that were
             the most probable one), `agreement` (share of predictions that are also the last pass's), `bits_per_byte`,
-            and for each of them its standard error, as `loss_stderr`; None where it is not known.
+            and for each of them its standard error, as `loss_stderr`; None where it is not known. All of them are NaN
+            of a pass that predicts NaN.
         """
         return [self._figures_of(index, tokens_per_byte) for index in range(len(self.losses))]
 
@@ -109,6 +111,10 @@ class PassSums:
         loss, loss_error = ratio(self.losses[index], self.tokens)
         accuracy, accuracy_error = ratio(self.hits[index], self.tokens)
         agreement, agreement_error = ratio(self.agreements[index], self.tokens)
+        if math.isnan(loss):  # of NaN, too, some token is called the most probable one
+            accuracy = math.nan
+        if math.isnan(loss) or bool(self.losses[-1].isnan().any()):
+            agreement = math.nan
         perplexity = perplexity_of(loss)
         bits = None if tokens_per_byte is None else tokens_per_byte / math.log(2)
         return {
@@ -138,6 +144,12 @@ def ratio(sums: torch.Tensor, counts: torch.Tensor) -> tuple[float, float | None
         return mean.item(), None
     spread = (sums - mean * counts).square().sum() * rows / (rows - 1)
     return mean.item(), (spread.sqrt() / total).item()
+
+
+def check_finite(losses: torch.Tensor, name: str) -> None:
+    """Raise a PonderingError unless all losses are finite. name: of the model, for the message."""
+    if not losses.isfinite().all():
+        raise PonderingError(f"{name} predicts NaN or infinity: get its weights again, or use `dtype` float32")
 
 
 def perplexity_of(loss: float) -> float:

@@ -16,7 +16,7 @@ from ponder_hf.modeling.configuration_pondering import check_steps
 from ponder_hf.progress import progress_bar
 
 from .load import Loaded, load_for_evaluation, warn_of_untrained
-from .passes import IGNORED, PassStatistics, PassSums, is_read_apart, measure_passes, ponders
+from .passes import IGNORED, PassStatistics, PassSums, check_finite, is_read_apart, measure_passes, ponders
 
 
 _TOKENS_AT_ONCE = {"cpu": 2048, "other": 16384}  # in the rows that go through the model together
@@ -104,8 +104,7 @@ def evaluate_text(
     start = time.perf_counter()
     sums = measure_blocks(loaded.model, blocks, pondering_steps, stride, progress)
     seconds = time.perf_counter() - start
-    if not sums.losses.isfinite().all():
-        raise PonderingError(f"{loaded.name} predicts NaN or infinity: get its weights again, or use `dtype` float32")
+    check_finite(sums.losses, loaded.name)
     return {"data": as_list(data), **_figures(loaded, sums, blocks, stride, seconds)}
 
 

@@ -17,9 +17,8 @@ from ponder_hf.data.blocks import choose_block_size
 from ponder_hf.data.sources import Names, as_list, find_sources, usual_split
 from ponder_hf.data.tables import import_optional
 from ponder_hf.evaluation.load import load_for_evaluation, warn_of_untrained
-from ponder_hf.evaluation.passes import PassStatistics, PassSums, ratio
+from ponder_hf.evaluation.passes import PassStatistics, PassSums, check_finite, ratio
 from ponder_hf.evaluation.text import measure_batches
-from ponder_hf.modeling import PonderingError
 from ponder_hf.modeling.configuration_pondering import check_steps
 
 from .strings import token_strings
@@ -155,8 +154,7 @@ def lens_text(
     )
     batches = measure_batches(loaded.model, blocks, pondering_steps, entropies=True, progress=progress)
     measured = _Measured(list(map(_small, batches)))
-    if not measured.losses.isfinite().all():
-        raise PonderingError(f"{loaded.name} predicts NaN or infinity: get its weights again, or use `dtype` float32")
+    check_finite(measured.losses, loaded.name)
     strings = token_strings(loaded.tokenizer, measured.targets.unique().tolist())
     return TextLens(
         {

@@ -43,12 +43,18 @@ def figures(
         model_id: a folder or a Hub id, of a pondering or a plain model.
         pondering_steps, device: as in `ponder_hf.evaluate_text`.
         progress: whether a bar on standard error shows how far it is.
+
+    Raises:
+        PonderingError: the model or the texts cannot be used, or a loss is no finite number.
     """
     from ponder_hf.evaluation import measure_texts
     from ponder_hf.evaluation.load import load_for_evaluation
+    from ponder_hf.evaluation.passes import check_finite
 
     loaded = load_for_evaluation(model_id, device=device, pondering_steps=pondering_steps)
-    return measure_texts(loaded.model, loaded.tokenizer, texts, pondering_steps, progress).figures()
+    sums = measure_texts(loaded.model, loaded.tokenizer, texts, pondering_steps, progress)
+    check_finite(sums.losses, loaded.name)
+    return sums.figures()
 
 
 def predicted_tokens(logits: Any, labels: "torch.Tensor") -> "torch.Tensor":

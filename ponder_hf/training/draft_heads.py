@@ -107,7 +107,12 @@ def train_draft_heads(
 
     Returns:
         The agreement of each head with the last pass, as a list, a mean over the last tenth of the steps.
+
+    Raises:
+        PonderingError: the model has no pondering steps, or a loss is no finite number. Heads that are new are gone
+            then, others are as the step before left them.
     """
+    had_heads = model.draft_heads is not None
     learned = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     heads: Any = freeze_all_but_heads(model).draft_heads
     parameters = list(heads.parameters())
@@ -119,6 +124,13 @@ def train_draft_heads(
             for step in range(steps):
                 chosen = (torch.arange(rows) + step * rows) % len(blocks)
                 loss, agreement = draft_head_loss(model, blocks[chosen].long().to(model.device))
+                if not torch.isfinite(loss):
+                    if not had_heads:
+                        model.add_draft_heads(0)
+                    raise PonderingError(
+                        f"the loss of draft heads in step {step + 1} is {loss.item()}: the model predicts NaN or "
+                        "infinity, or `learning_rate` is too high"
+                    )
                 optimizer.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(parameters, 1.0)
