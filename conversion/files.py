@@ -70,8 +70,8 @@ def read_json(path: Path) -> dict[str, Any]:
     with reading(path):
         text = path.read_bytes()
     try:
-        content = json.loads(text)
-    except ValueError as error:
+        content = json.loads(text.decode())  # bytes of other encodings Python would read, and transformers not
+    except (ValueError, RecursionError) as error:
         raise PonderingError(f"{path} is not valid JSON ({first_line(error)}): get it again") from error
     if not isinstance(content, dict):
         raise PonderingError(f"{path} does not hold a JSON object: get it again")

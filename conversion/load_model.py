@@ -19,7 +19,7 @@ from ponder_hf.modeling.pondering_backbone_checkpoint import AUTHORS_WEIGHTS, re
 from ponder_hf.modeling.pondering_backbone_checkpoint import logger as from_base_logger
 
 from .checkpoint import Checkpoint, download_small_files
-from .files import TOKENIZER_CONFIG, has_tokenizer, read_json
+from .files import GENERATION_CONFIG, TOKENIZER_CONFIG, has_tokenizer, read_json
 from .stored_weights import stored_dtype
 
 
@@ -48,6 +48,8 @@ def load_pondering(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> 
         place = f"config.json of {name}"
         message = str(error)
         raise PonderingError(message if message.startswith(place) else f"{place}: {message}") from error
+    if (checkpoint.folder / GENERATION_CONFIG).is_file():  # transformers would go on without a broken one
+        read_json(checkpoint.folder / GENERATION_CONFIG)
     with reading(name), _what_quantised_weights_need(checkpoint):
         model, report = PonderingForCausalLM.from_pretrained(
             checkpoint.folder,

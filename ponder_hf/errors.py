@@ -125,7 +125,7 @@ def reading(source: str | os.PathLike) -> Iterator[None]:
         raise _not_downloaded(source, error) from error
     except SafetensorError as error:
         raise PonderingError(f"{source} has a broken safetensors file ({first_line(error)}): get it again") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise PonderingError(f"{source} has a broken JSON file ({first_line(error)}): get it again") from error
     except OSError as error:
         if _is_full_disk(error):

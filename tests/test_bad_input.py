@@ -321,6 +321,29 @@ def test_a_folder_without_permission(place, check_refused):
     check_refused("convert", "base", "locked/out", words=["locked"])
 
 
+# What a shell closes: command lines, each with its exit code and the number of lines on standard output.
+STREAMS = {
+    "<&-": {"convert base out --json": (0, 1), "generate pondering --prompt -": (2, 0)},
+    ">&-": {"convert base out": (0, 0), "generate pondering --prompt once": (1, 0)},
+    "2>&-": {"convert base out": (0, 0), "generate nothing --prompt once": (2, 0)},
+}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
+@pytest.mark.parametrize("closed", STREAMS)
+def test_a_standard_stream_that_is_closed(place, closed):
+    environment = {**os.environ, "HF_HOME": str(place.parent / "home")}
+    program = f"{sys.executable} -c 'import sys; from ponder_hf.cli import main; sys.exit(main())'"
+    for words, (code, lines) in STREAMS[closed].items():
+        line = f"{program} {words} {closed}"
+        result = subprocess.run(["sh", "-c", line], cwd=place, env=environment, capture_output=True, text=True)
+        assert (result.returncode, len(result.stdout.splitlines())) == (code, lines), result.stderr
+        assert "unexpected" not in result.stderr
+        if code == 1:
+            assert result.stderr.splitlines()[-1].startswith("ponder-hf: error: standard output is closed")
+    assert (place / "out/config.json").is_file()
+
+
 def test_through_a_real_process(place, assert_refused):
     """What the other tests see in this process is what a shell sees."""
     truncated(place)

@@ -210,3 +210,49 @@ def test_weights_that_are_no_numbers(place, capsys, command):
     assert run(command, "pondering", *words[command]) == (0 if command == "export" else 2)
     if command != "export":
         one_line(capsys)
+
+
+DEEP = '{"a":' * 100_000
+JSON = {
+    "nested too deep": lambda text: DEEP.encode(),
+    "a byte order mark": lambda text: b"\xef\xbb\xbf" + text.encode(),
+    "UTF-16": lambda text: text.encode("utf-16"),
+    "half of it": lambda text: text.encode()[: len(text) // 2],
+}
+READERS = {
+    "config.json": [
+        "convert base out",
+        "export pondering out",
+        "inspect pondering",
+        "inspect-code pondering",
+        "push pondering me/it --dry-run",
+        "generate pondering --prompt once",
+        "lens pondering --prompt once",
+        "eval pondering --data text.txt",
+        "train base --data text.txt --output out",
+        "train pondering --data text.txt --output out",
+    ],
+    "generation_config.json": ["convert base out", "generate pondering --prompt once"],
+    "tokenizer_config.json": ["convert base out", "generate pondering --prompt once", "inspect-code pondering"],
+    "model.safetensors.index.json": ["convert sharded out"],
+}
+
+
+@pytest.mark.parametrize("kind", JSON)
+@pytest.mark.parametrize(("file", "line"), [(file, line) for file, lines in READERS.items() for line in lines])
+def test_json_that_transformers_cannot_read(place, check_refused, file, line, kind):
+    (place / "text.txt").write_text("once upon a time there was one cat " * 30)
+    command = line.split()
+    source = next(word for word in command if word in ("base", "pondering", "sharded"))
+    path = place / source / file
+    path.write_bytes(JSON[kind](path.read_text()))
+    said = check_refused(*command)
+    assert source in said
+    assert "unexpected" not in said
+
+
+def test_items_that_are_nested_too_deep(place, check_refused):
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed (ponder-hf[eval])")
+    (place / "items").mkdir()
+    (place / "items/piqa.jsonl").write_text(DEEP)
+    check_refused("eval", "pondering", "--tasks", "piqa", "--tasks-from", "items", words=["line 1 of", "is not JSON"])

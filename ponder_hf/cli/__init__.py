@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from ponder_hf import __version__
 
-from .outcome import failed, interrupted
+from .outcome import failed, interrupted, open_closed_streams
 from .parser import CommandParser, OneLineParser, check_command, check_words
 
 
@@ -71,6 +71,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line, by default the program's own. Returns the exit code; raises nothing."""
+    open_closed_streams()
     try:
         args = parse(sys.argv[1:] if argv is None else list(argv))
         from .running import run_command

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import os
 import re
 import sys
@@ -14,6 +15,34 @@ UNEXPECTED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 DEBUG = "PONDER_HF_DEBUG"
 _LONGEST = 1200
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
+
+
+class OutputClosed(OSError):
+    """Something was printed on a standard output that is closed (`>&-`)."""
+
+
+class _ClosedOutput(io.TextIOBase):
+    def write(self, text):
+        raise OutputClosed("standard output is closed: what was to be printed is lost")
+
+
+def open_closed_streams() -> None:
+    """Put something in the place of standard streams that are closed, where Python has None.
+
+    What is printed to None goes to standard output: messages would stand among results.
+    """
+    if None not in (sys.stdin, sys.stdout, sys.stderr):
+        return
+    number = 0
+    while number <= 2:  # so that no file which is opened later is taken for a standard stream
+        number = os.open(os.devnull, os.O_RDWR)
+    os.close(number)
+    if sys.stdin is None:
+        sys.stdin = os.fdopen(os.open(os.devnull, os.O_RDONLY), encoding="utf-8")
+    if sys.stdout is None:
+        sys.stdout = _ClosedOutput()
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8")
 
 
 def is_debugging() -> bool:
@@ -43,6 +72,8 @@ def failed(error: Exception) -> int:
         return _end(BAD_INPUT, f"error: {error.filename or 'a name'} is too long for the name of a file or a folder")
     if isinstance(error, PermissionError) and error.filename is not None:  # likewise
         return _end(BAD_INPUT, f"error: cannot access {error.filename}: {error.strerror}")
+    if isinstance(error, OutputClosed):
+        return _end(UNEXPECTED, f"error: {error}")
     if isinstance(error, BrokenPipeError):  # the reader of our output is gone (`| head`): nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return UNEXPECTED

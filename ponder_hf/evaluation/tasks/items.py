@@ -98,7 +98,7 @@ def _rows(path):
                     continue
                 try:
                     row = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise ItemsError(f"line {number} of {path} is not JSON ({error}): one object a line") from error
                 if not isinstance(row, dict):
                     raise _neither(path, number, row)
