@@ -49,6 +49,7 @@ SETTINGS = (
     "num_draft_tokens",
     "draft_source",
 )
+_ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")  # what asks for it
 _OF_FORWARD = ("output_pondering", "pondering_exit")  # which transformers hands on
 _CALL: contextvars.ContextVar["GenerationCall | None"] = contextvars.ContextVar("pondering_call", default=None)
 
@@ -465,6 +466,12 @@ def check_prompt(
     _check_positions(num_positions(model.backbone), length, shape[1], sources)
     if not past_length:
         return
+    for name in _ASSISTED:
+        if _setting(name, *sources) is not None:
+            raise PonderingError(
+                f"`past_key_values` does not go with assisted generation (`{name}`), for which transformers feeds in "
+                "again what the cache holds: leave out one of the two, or use `num_draft_tokens`"
+            )
     # A mask that also covers the cache says that the prompt is only what follows.
     if mask is None or mask.shape[1] == shape[1]:
         if shape[1] <= past_length:

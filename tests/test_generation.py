@@ -172,6 +172,23 @@ def test_a_cache_that_is_given_is_used_in_training_too(steps, use_cache):
     assert cache.get_seq_length() == 7
 
 
+def test_assisted_decoding_refuses_a_cache_that_is_filled():
+    """transformers feeds in again what the cache holds: other logits, of plain models too."""
+    model = tiny.pondering_model("llama", torch.float64, pondering_steps=1)
+    first = model.generate(tiny.token_ids(1, 5), return_dict_in_generate=True, **GREEDY)
+    ids, cache = torch.cat([first.sequences, tiny.token_ids(1, 3)], 1), first[CACHE_NAME]
+    length = cache.get_seq_length()
+    for assisted in (
+        {"prompt_lookup_num_tokens": 2},
+        {"assistant_model": model.to_base()},
+        {"assistant_early_exit": 1},
+        {"generation_config": GenerationConfig(prompt_lookup_num_tokens=2)},
+    ):
+        with pytest.raises(PonderingError, match="`past_key_values` does not go with assisted generation"):
+            model.generate(ids, past_key_values=cache, **{**GREEDY, **assisted})
+        assert cache.get_seq_length() == length
+
+
 @pytest.mark.parametrize("model_type", ["llama", "mistral"])
 def test_the_cache_takes_s_plus_1_times_the_memory_of_the_plain_one(model_type):
     model = tiny.pondering_model(model_type, pondering_steps=3)
