@@ -65,13 +65,19 @@ def step_cache(past_key_values: Cache | None, base_config: PretrainedConfig, num
     slots, and a cache in use is checked.
 
     Raises:
-        PonderingError: the cache was filled with another number of passes, or is no `Cache`.
+        PonderingError: the cache was filled with another number of passes, is no `Cache`, or one that the backbone
+            computes something else with.
     """
     if past_key_values is None:
         past_key_values = DynamicCache(config=base_config)
     elif not isinstance(past_key_values, Cache):
         raise PonderingError(
             f"`past_key_values` must be one of transformers' Cache objects, got {type(past_key_values).__name__}"
+        )
+    if base_config.model_type == "gpt_neo" and getattr(past_key_values, "is_compileable", False):
+        raise PonderingError(
+            "a static cache gives other logits with model_type 'gpt_neo', plain models included, as its attention "
+            "counts columns from the end of the keys: leave out `cache_implementation`, or give a DynamicCache"
         )
     num_layers = base_config.num_hidden_layers
     layers = past_key_values.layers

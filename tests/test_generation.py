@@ -5,7 +5,7 @@ import inspect
 import pytest
 import tiny
 import torch
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig, StaticCache
 
 from ponder_hf import PonderingError, PonderingForCausalLM
 from ponder_hf.modeling.pondering_cache import CACHE_NAME, pass_cache, step_cache
@@ -170,6 +170,17 @@ def test_a_cache_that_is_given_is_used_in_training_too(steps, use_cache):
     rest = model(input_ids[:, 4:], past_key_values=cache, use_cache=use_cache)
     torch.testing.assert_close(rest.logits, whole.logits[:, 4:], rtol=1e-4, atol=1e-5)
     assert cache.get_seq_length() == 7
+
+
+def test_a_static_cache_is_refused_where_attention_counts_from_its_end():
+    model, ids = tiny.pondering_model("gpt_neo", pondering_steps=1), tiny.token_ids(1, 9)
+    static = StaticCache(config=model.config.base_config, max_cache_len=20)
+    for settings in ({"cache_implementation": "static"}, {"past_key_values": static}):
+        with pytest.raises(PonderingError, match="static cache gives other logits"):
+            model.generate(ids, **GREEDY, **settings)
+    with pytest.raises(PonderingError, match="static cache gives other logits"):
+        model(ids, past_key_values=static)
+    model.generate(ids, **GREEDY)
 
 
 def test_assisted_decoding_refuses_a_cache_that_is_filled():
