@@ -20,6 +20,7 @@ from .stored_weights import INDEX, WEIGHTS, no_weights, num_bytes, read_headers,
 
 # What git allows in no name of a branch or tag. The Hub's client would read any file here that one is the path of.
 _NO_REVISION = re.compile(r"^$|^/|/$|//|\.\.|[ ~^:?*\[\\]|@\{|^-|(^|/)\.|\.lock$")
+_NUMBERS_OF_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")  # as configurations call it
 _SHA256, _GIT = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{40}")
 
 
@@ -69,7 +70,22 @@ def open_checkpoint(source: str | os.PathLike, revision: str | None = None) -> C
         commit = folder.name
     if not (folder / CONFIG).is_file():
         raise PonderingError(not_a_model(name, folder))
-    return Checkpoint(name, folder, commit, read_json(folder / CONFIG), read_headers(folder))
+    checkpoint = Checkpoint(name, folder, commit, read_json(folder / CONFIG), read_headers(folder))
+    _check_layers(checkpoint)
+    return checkpoint
+
+
+def _check_layers(checkpoint):
+    """Before a model is built, even one without weights: a billion layers take hours, and all memory."""
+    base = checkpoint.config.get("base_config")
+    for config in (checkpoint.config, base if isinstance(base, dict) else {}):
+        for name in _NUMBERS_OF_LAYERS:
+            num_layers = config.get(name)
+            if isinstance(num_layers, int) and checkpoint.tensors and num_layers > len(checkpoint.tensors):
+                raise PonderingError(
+                    f"config.json of {checkpoint.name} has {num_layers:,} layers (`{name}`), but its weights are "
+                    f"{len(checkpoint.tensors):,} tensors in all: they do not belong together, get both again"
+                )
 
 
 def find_folder(name: str, revision: str | None = None) -> Path | None:

@@ -23,6 +23,8 @@ from .files import GENERATION_CONFIG, TOKENIZER_CONFIG, has_tokenizer, read_json
 from .stored_weights import stored_dtype
 
 
+# Parameters that any machine has room for.
+_SMALL = 1 << 24
 # Buffers that transformers once saved and that not every class lists as ignored.
 _BUFFERS = (r"\.masked_bias$", r"rotary_emb\.inv_freq$")
 
@@ -43,11 +45,12 @@ def load_pondering(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> 
         with understanding(name):
             config = PonderingConfig.from_pretrained(checkpoint.folder)
             with torch.device("meta"):
-                PonderingForCausalLM(config)
+                empty_model = PonderingForCausalLM(config)
     except PonderingError as error:
         place = f"config.json of {name}"
         message = str(error)
         raise PonderingError(message if message.startswith(place) else f"{place}: {message}") from error
+    _check_size(checkpoint, empty_model)
     if (checkpoint.folder / GENERATION_CONFIG).is_file():  # transformers would go on without a broken one
         read_json(checkpoint.folder / GENERATION_CONFIG)
     with reading(name), _what_quantised_weights_need(checkpoint):
@@ -115,7 +118,19 @@ def understand_plain(
         model_class = backbone_class(base_config)
         with torch.device("meta"):
             empty_backbone = model_class(base_config)
+    _check_size(checkpoint, empty_backbone)
     return authors_fields, empty_backbone
+
+
+def _check_size(checkpoint: Checkpoint, empty_model: PreTrainedModel) -> None:
+    """Before memory is taken: what is not stored transformers makes as large as the configuration says."""
+    stored = sum(tensor.parameter_count for tensor in checkpoint.tensors.values())
+    expected = sum(parameter.numel() for parameter in empty_model.parameters())
+    if "quantization_config" not in checkpoint.config and stored and expected > 4 * stored + _SMALL:
+        raise PonderingError(
+            f"config.json of {checkpoint.name} describes a model of {expected:,} parameters, but its weights have "
+            f"{stored:,}: they do not belong together, get both again"
+        )
 
 
 def plain_warnings(checkpoint: Checkpoint, authors_fields: Mapping[str, Any]) -> list[str]:

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import tiny
 import torch
-from checkpoints import change_config, change_tensors
+from checkpoints import change_config, change_tensors, run
 
 from ponder_hf.modeling import modeling_pondering
 
@@ -54,6 +54,32 @@ def test_weights_that_do_not_fit_a_pondering_configuration(place, check_refused,
     change_tensors(place / "pondering", change)
     check_refused("export", "pondering", "out", words=[words])
     check_refused("generate", "pondering", "--prompt", "cat", words=[words])
+
+
+HUGE = {"vocab_size": 99_999_999_999, "intermediate_size": 10**11, "num_hidden_layers": 10**9}
+
+
+@pytest.mark.parametrize("field", HUGE)
+def test_sizes_far_beyond_the_weights_take_no_memory(place, check_refused, capsys, field):
+    """transformers would make what is not stored first, and look at the shapes then."""
+    saved = json.loads((place / "pondering/config.json").read_text())["base_config"]
+    change_config(place / "pondering", base_config={**saved, field: HUGE[field]})
+    change_config(place / "base", **{field: HUGE[field]})
+    for words in (
+        ["convert", "base", "out"],
+        ["export", "pondering", "out"],
+        ["generate", "pondering", "--prompt", "cat"],
+        ["lens", "pondering", "--prompt", "cat"],
+        ["doctor", "--checkpoint", "pondering"],
+    ):
+        check_refused(*words, words=["they do not belong together"])
+    if field == "num_hidden_layers":  # the others are met after the text was read
+        for source in ("base", "pondering"):
+            words = ["train", source, "--data", "text.txt", "--output", "out"]
+            check_refused(*words, words=["they do not belong together"])
+    assert run("demo", "--base", "base", "--output", "out") == 2
+    assert "they do not belong together" in capsys.readouterr().err
+    assert not (place / "out").exists()
 
 
 def test_export_of_a_plain_checkpoint(check_refused):

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ponder_hf import PonderingConfig, PonderingError, PonderingForCausalLM
 from ponder_hf.conversion import check_tokenizer, load_tokenizer, open_checkpoint
+from ponder_hf.conversion.load_model import understand_plain
 from ponder_hf.conversion.whole_folder import check_destination
 from ponder_hf.data.blocks import Blocks, pack_all
 from ponder_hf.errors import fitting, reading, understanding
@@ -163,6 +164,7 @@ def _load_base(options):
     with understanding(found.name):
         config = PonderingConfig.from_dict({"base_config": found.config, **options.pondering_fields})
     check_tokenizer(tokenizer, config, found.name)
+    understand_plain(found, options.pondering_fields)
     with reading(found.name), fitting(found.name):
         model = PonderingForCausalLM.from_base(found.folder, dtype=torch.float32, **options.pondering_fields)
     return tokenizer, model.to_base().eval()

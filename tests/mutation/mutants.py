@@ -71,7 +71,10 @@ MUTANTS = [
     *_of(
         "modeling/configuration_pondering.py",
         "test_config.py test_model.py",
-        ('GATES = ("none", "zero_init", "zero_init_matrix")', 'GATES = ("none", "zero_init")'),
+        (
+            'GATES = ("none", "zero_init", "zero_init_matrix", "random_signs")',
+            'GATES = ("none", "zero_init", "random_signs")',
+        ),
     ),
     # The caches
     *_of(
@@ -96,6 +99,12 @@ MUTANTS = [
         "modeling/pondering_generate.py",
         "test_paged.py",
         ("        call.check_predictions()\n        return results", "        return results"),
+    ),
+    *_of(
+        "modeling/pondering_vocabulary_embedding.py",
+        "test_model.py",
+        ("2 * torch.randint(2, self", "torch.randint(2, self"),
+        ('self.has_signs = kind == "random_signs"', "self.has_signs = False"),
     ),
     # Early exits
     *_of(
